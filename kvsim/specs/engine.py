@@ -1,0 +1,34 @@
+"""The serving engine's options, in vLLM's names and defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kvsim.specs.base import Spec
+from kvsim.units import Bytes
+
+Count = Annotated[int, Field(gt=0)]
+
+
+class EngineSpec(Spec):
+    """Options of one engine instance; spelling and defaults follow ``vllm serve`` (0.15 line)."""
+
+    kind: Literal["vllm", "llamacpp"] = "vllm"
+    """Decides the allocator's rules and what ``gpu_memory_utilization`` is a fraction of."""
+    block_size: Literal[8, 16, 32, 64, 128] = 16
+    max_num_seqs: Count = 256
+    max_num_batched_tokens: Count = 8192
+    max_model_len: Count | None = None
+    """Longest prompt plus output; None takes the model's own limit, or what the KV pool can hold if less."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.92
+    enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = True
+    num_gpu_blocks_override: Count | None = None
+    kv_cache_memory_bytes: Bytes | None = None
+    kv_cache_dtype_skip_layers: tuple[int | Literal["sliding_window"], ...] = ()
+    compression_stream: Literal["inline", "side"] = "inline"
+    """Where scoring and compaction after a prompt run: inside the step, or beside later steps, sharing the device."""
+    cuda_graphs: bool = True
+    """Pad decode batches to captured sizes and pay one launch per graph instead of one per kernel."""
