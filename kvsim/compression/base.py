@@ -1,0 +1,241 @@
+"""The two questions a KV compression answers: which tokens are kept and read, and how a kept token is stored.
+
+A strategy is a frozen value: parameters in, numbers out. Token counts over the life of a sequence are piecewise
+linear in the number of generated tokens, which is what lets the simulator add up decode steps in closed form.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from kvsim.errors import InvalidSpec
+from kvsim.specs.base import Dtype, Spec
+from kvsim.specs.model import LayerGroup, LayerKind
+
+if TYPE_CHECKING:
+    from kvsim.ops import OpCall
+    from kvsim.specs.device import DeviceSpec
+    from kvsim.specs.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCurve:
+    """Tokens as a piecewise linear function of generated tokens ``g``: segments (start_g, value, slope).
+
+    Segments start at g = 0 and ascend; each holds until the next one starts. Values and slopes are integers >= 0
+    in value; a slope may be negative only where a chunk boundary drops tokens.
+    """
+
+    segments: tuple[tuple[int, int, int], ...]
+
+    def __call__(self, generated_tokens: int) -> int:
+        """Tokens after ``generated_tokens`` decode steps."""
+        start, value, slope = self.segments[0]
+        for segment in self.segments[1:]:
+            if segment[0] > generated_tokens:
+                break
+            start, value, slope = segment
+        return value + slope * (generated_tokens - start)
+
+    @property
+    def breakpoints(self) -> tuple[int, ...]:
+        """Generated-token counts where the slope changes."""
+        return tuple(segment[0] for segment in self.segments[1:])
+
+
+def growing(start_tokens: int, cap_tokens: int | None = None) -> TokenCurve:
+    """Tokens that start at ``start_tokens``, gain one per step, and stop at ``cap_tokens``."""
+    if cap_tokens is None:
+        return TokenCurve(((0, start_tokens, 1),))
+    if start_tokens >= cap_tokens:
+        return TokenCurve(((0, cap_tokens, 0),))
+    return TokenCurve(((0, start_tokens, 1), (cap_tokens - start_tokens, cap_tokens, 0)))
+
+
+def constant(tokens: int) -> TokenCurve:
+    """Tokens that never change."""
+    return TokenCurve(((0, tokens, 0),))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerView:
+    """One layer as a selection sees it."""
+
+    index: int
+    num_layers: int
+    group: LayerGroup
+
+
+@dataclass(frozen=True, slots=True)
+class KvBytes:
+    """Bytes of one kept token in one layer (all KV heads): codes, and everything else that travels with them."""
+
+    payload_bytes: float
+    metadata_bytes: float = 0.0
+
+    @property
+    def total_bytes(self) -> float:
+        """Payload and metadata together."""
+        return self.payload_bytes + self.metadata_bytes
+
+
+class StrategyPart(Spec):
+    """One half of a strategy, and how the field spells it."""
+
+    names: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """Published name -> the parameters that it stands for; anything else keeps the field's default."""
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Other spelling -> one of ``names``."""
+    summaries: ClassVar[Mapping[str, str]] = {}
+    """One of ``names`` -> one line with the paper or the engine that defines it."""
+    inline_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that ``name:value`` sets."""
+
+    kind: str
+
+    @classmethod
+    def inline_parameters(cls, text: str, given: Mapping[str, object]) -> dict[str, object]:
+        """Parameters that ``name:text`` stands for, beside those ``given`` by name; raise InvalidSpec for none."""
+        msg = f"{next(iter(cls.names))!r} takes no value after ':' (got {text!r})"
+        raise InvalidSpec(msg)
+
+    def inline_text(self) -> str | None:
+        """Give what follows ``name:`` for these parameters, or None where they need their names."""
+        return None
+
+
+class TokenSelection(StrategyPart):
+    """Which tokens are kept and read.
+
+    ``prompt_tokens`` is everything processed before the first decode step (after a preemption it includes the
+    tokens generated so far); curves then run over the tokens generated since. A selection acts on full-attention
+    layers that keep K and V per head (:func:`acts_on`) and is only asked about those: sliding and chunked layers
+    keep their window, latent layers keep everything.
+    """
+
+    @abstractmethod
+    def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
+        """Tokens held in memory in this layer after prefill, over generated tokens."""
+
+    @abstractmethod
+    def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
+        """Tokens whose K and V one decode step reads in this layer."""
+
+    def layer_band(self, layer: LayerView) -> int:
+        """Band of a layer: layers of one group and band have equal curves and equal work."""
+        return 0
+
+    def prefill_resident_tokens(self, processed_tokens: int, layer: LayerView) -> int:
+        """Tokens held while the prompt is still being processed; uncompressed unless the method bounds it."""
+        return processed_tokens
+
+    def scanned_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve | None:
+        """Tokens whose metadata a decode step reads to choose what to attend (Quest's page bounds), or None."""
+        return None
+
+    def scan_bytes_per_token(self, group: LayerGroup, element_bytes: float) -> float:
+        """Metadata bytes read, and held, per scanned token in one layer."""
+        return 0.0
+
+    def scan_flops_per_token(self, group: LayerGroup, model: ModelSpec) -> float:
+        """Vector FLOPs per scanned token, sequence and layer in each decode step (Quest's page scores), 0 if none."""
+        return 0.0
+
+    def prefill_ops(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
+        """Work at the end of prefill for one sequence and layer: scoring, top-k, compaction."""
+        return ()
+
+    def decode_ops(self, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
+        """Work per decode step, sequence and layer that does not grow with context."""
+        return ()
+
+    def decode_score_flops_per_token(self, group: LayerGroup, model: ModelSpec) -> float:
+        """FLOPs per attended token, sequence and layer in each decode step (H2O's score update), 0 if none."""
+        return 0.0
+
+    @property
+    def evicts(self) -> bool:
+        """Whether tokens leave memory for good, so that a cached prefix cannot be reused by another request."""
+        return False
+
+    @property
+    def granularity(self) -> str:
+        """Where the kept set may differ: 'none', 'layer' or 'head' (a head-wise set needs ragged pages)."""
+        return "none"
+
+    @property
+    def query_aware(self) -> bool:
+        """Whether the method looks at the question when it compresses (SnapKV's observation window)."""
+        return False
+
+    def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
+        """Why this model or device cannot run the method, or None."""
+        return None
+
+
+def acts_on(group: LayerGroup) -> bool:
+    """Whether token selections apply to a group: full attention with K and V per head, not a shared latent."""
+    return group.kind is LayerKind.FULL and not group.is_latent and group.num_kv_heads > 0
+
+
+class KvEncoding(StrategyPart):
+    """How a kept token is stored, read and written.
+
+    Linear-attention layers keep no tokens: every encoding leaves them alone and gives 0 bytes and no work. Keys of a
+    sparse-attention indexer live in their own cache in a fixed format and are not the encoding's either.
+    """
+
+    @abstractmethod
+    def bytes_per_token(self, group: LayerGroup, native: Dtype) -> KvBytes:
+        """Exact bytes of one encoded token in one layer, all KV heads, metadata included."""
+
+    @property
+    def residual_tokens(self) -> int:
+        """Newest tokens kept in the native dtype before they are encoded (KIVI's R), 0 if none."""
+        return 0
+
+    @property
+    def skips_boundary_layers(self) -> int:
+        """How many first and how many last layers stay native on dense models (vLLM's TurboQuant: 2)."""
+        return 0
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the encoding leaves KV as the model made it."""
+        return False
+
+    @property
+    def unpack_family(self) -> str | None:
+        """Name of the unpack-rate prior in ``calibration/priors`` that bounds reading, or None if no work."""
+        return None
+
+    @property
+    def storage_dtype(self) -> Dtype | None:
+        """Element format in memory where it is a plain dtype, else None."""
+        return None
+
+    def attention_dtype(self, model: ModelSpec, device: DeviceSpec) -> Dtype:
+        """Dtype in which attention multiplies Q, K and V: the model's, unless the format computes natively."""
+        return model.dtype
+
+    def append_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
+        """Work to encode one new token in one layer: quantise, rotate, project. Charged in prefill and decode.
+
+        Everything but ``launches`` is linear in tokens, so n tokens are n times this work in one launch.
+        """
+        return ()
+
+    def decode_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
+        """Work per decode step, sequence and layer independent of context (rotate the query, un-rotate output)."""
+        return ()
+
+    def attention_flops_per_token(self, group: LayerGroup, model: ModelSpec) -> float:
+        """Extra FLOPs per attended token in one layer beyond plain attention (Palu's K reconstruction)."""
+        return 0.0
+
+    def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
+        """Why this model or device cannot run the encoding, or None."""
+        return None

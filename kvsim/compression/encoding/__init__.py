@@ -1,0 +1,1 @@
+"""KV encodings: how a kept token is stored. One format per file."""

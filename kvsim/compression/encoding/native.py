@@ -1,0 +1,32 @@
+"""KV as the model makes it: the baseline."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from kvsim.compression.base import KvBytes, KvEncoding
+from kvsim.specs.base import DTYPE_BITS, Dtype
+from kvsim.specs.model import LayerGroup
+
+
+class Native(KvEncoding):
+    """The model's own dtype (vLLM ``--kv-cache-dtype auto``)."""
+
+    names: ClassVar = {"native": {}}
+    aliases: ClassVar = {
+        "auto": "native",
+        "bf16": "native",
+        "bfloat16": "native",
+        "fp16": "native",
+        "float16": "native",
+    }
+    summaries: ClassVar = {"native": "K and V in the model's own dtype; vLLM --kv-cache-dtype auto"}
+
+    kind: Literal["native"] = "native"
+
+    def bytes_per_token(self, group: LayerGroup, native: Dtype) -> KvBytes:
+        return KvBytes(group.kv_elements_per_token * DTYPE_BITS[native] / 8)
+
+    @property
+    def is_native(self) -> bool:
+        return True

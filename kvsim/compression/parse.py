@@ -1,0 +1,119 @@
+"""Strategy names: vLLM's, kvpress's and the papers' spellings to a Compression and back to a line of description."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from kvsim.compression.base import KvEncoding, StrategyPart
+from kvsim.compression.encoding.native import Native
+from kvsim.compression.pair import ENCODINGS, SELECTIONS, Compression
+from kvsim.compression.selection.keep_all import KeepAll
+from kvsim.documents import validate
+from kvsim.errors import InvalidSpec, UnknownName
+
+_PARTS: Final[tuple[type[StrategyPart], ...]] = (*ENCODINGS, *SELECTIONS)
+_PIECE: Final = re.compile(r"\s*([^\s:()]+)\s*(?::\s*([^:()]*?)\s*)?(?:\(([^()]*)\))?\s*")
+_COMBINATIONS: Final = ("snapkv+fp8", "snapkv+kivi-2", "pyramidkv+fp8", "quest+fp8", "streaming_llm+fp8")
+
+STRATEGIES: Final[tuple[str, ...]] = (
+    *(name for part in _PARTS if part is not KeepAll for name in part.names),
+    *_COMBINATIONS,
+)
+"""Named strategies: every encoding and selection by itself, and common pairs."""
+
+
+def parse_compression(text: str) -> Compression:
+    """Turn a strategy's name into a Compression.
+
+    A name is an encoding, a selection, or both joined by ``+`` in either order. vLLM's ``--kv-cache-dtype`` values
+    and kvpress's class names are understood. ``snapkv:0.5`` sets compression_ratio (the fraction removed),
+    ``snapkv:1024``, ``streaming_llm:2048`` and ``quest:1024`` a budget in tokens; ``kivi-2(residual_length=64)`` any
+    parameter.
+
+    Raises
+    ------
+    UnknownName
+        No encoding or selection has that name; the nearest ones are suggested.
+    InvalidSpec
+        A parameter is wrong, or the name holds two encodings or two selections.
+    """
+    parts = [_parse_part(piece, text) for piece in text.split("+")]
+    encodings = [part for part in parts if isinstance(part, KvEncoding)]
+    selections = [part for part in parts if not isinstance(part, KvEncoding)]
+    for what, found in (("encodings", encodings), ("token selections", selections)):
+        if len(found) > 1:
+            kinds = " and ".join(repr(part.kind) for part in found)
+            msg = f"strategy {text!r} has {len(found)} {what}, {kinds}; a strategy is one selection and one encoding"
+            raise InvalidSpec(msg)
+    data = {
+        "selection": selections[0] if selections else KeepAll(),
+        "encoding": encodings[0] if encodings else Native(),
+    }
+    return Compression.model_validate(data)
+
+
+def describe_strategy(name: str) -> str:
+    """One line on what a strategy does and where it is published; raise as ``parse_compression`` does."""
+    compression = parse_compression(name)
+    parts: tuple[StrategyPart, ...] = (compression.selection, compression.encoding)
+    spoken = [part for part in parts if not isinstance(part, (KeepAll, Native))] or [compression.encoding]
+    return " + ".join(_summary(part) for part in spoken)
+
+
+def _summary(part: StrategyPart) -> str:
+    values = part.model_dump(mode="json")
+    near = max(part.names, key=lambda name: sum(values[key] == value for key, value in part.names[name].items()))
+    return part.summaries[near]
+
+
+def _parse_part(piece: str, text: str) -> StrategyPart:
+    match = _PIECE.fullmatch(piece)
+    if match is None:
+        raise UnknownName(kind="strategy", name=text, known=STRATEGIES)
+    written, inline, named = match.groups()
+    part, name = _look_up(written)
+    given = _named_parameters(named, text)
+    set_here: dict[str, object] = {}
+    if inline is not None:
+        set_here = part.inline_parameters(inline, given)
+    parameters: Mapping[str, object] = part.names[name]
+    if set_here or any(field in part.inline_fields for field in given):
+        # A size given here replaces the size that the bare name stands for.
+        parameters = {field: value for field, value in parameters.items() if field not in part.inline_fields}
+    return validate(part, {**parameters, **set_here, **given}, f"strategy {text!r}")
+
+
+def _look_up(written: str) -> tuple[type[StrategyPart], str]:
+    wanted = _normalised(written)
+    for part in _PARTS:
+        for spelling, name in (*((name, name) for name in part.names), *part.aliases.items()):
+            if _normalised(spelling) == wanted:
+                return part, name
+    raise UnknownName(kind="strategy", name=written, known=_known_names())
+
+
+def _normalised(name: str) -> str:
+    """Lower case, ``_`` for ``-``, and kvpress's class suffix dropped (``SnapKVPress`` is ``snapkv``)."""
+    lowered = name.lower().replace("-", "_")
+    return lowered.removesuffix("press") if lowered != "no_press" else lowered
+
+
+def _known_names() -> Iterable[str]:
+    for part in _PARTS:
+        yield from part.names
+        yield from part.aliases
+
+
+def _named_parameters(text: str | None, strategy: str) -> dict[str, object]:
+    given: dict[str, object] = {}
+    for item in (text or "").split(","):
+        field, equals, value = (piece.strip() for piece in item.partition("="))
+        if not item.strip():
+            continue
+        if not equals or not field or not value or field in given:
+            msg = f"strategy {strategy!r}: {item.strip()!r} is not a new field=value"
+            raise InvalidSpec(msg)
+        given[field] = value
+    return given

@@ -1,0 +1,1 @@
+"""Token selections: which tokens are kept and read. One method per file."""

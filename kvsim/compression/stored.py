@@ -1,0 +1,58 @@
+"""How many bytes a sequence's KV takes, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kvsim.compression.base import KvEncoding, LayerView, TokenSelection, acts_on
+from kvsim.compression.encoding.native import Native
+from kvsim.compression.pair import Compression
+from kvsim.specs.base import DTYPE_BITS, Dtype
+from kvsim.specs.model import LayerGroup
+
+if TYPE_CHECKING:
+    from kvsim.specs.model import ModelSpec
+
+
+def stored_bytes(
+    compression: Compression,
+    model: ModelSpec,
+    prompt_tokens: int,
+    generated_tokens: int,
+    engine_skip_layers: Sequence[int | str] = (),
+) -> float:
+    """Resident KV bytes of one sequence over all layers, metadata included, before pages round them up.
+
+    Sliding and chunked layers hold at most their window. Linear-attention state and a sparse-attention indexer's
+    keys are not KV and not counted.
+    """
+    total_bytes = 0.0
+    for group in model.kv_groups:
+        for index in group.layers:
+            layer = LayerView(index, model.num_layers, group)
+            encoding = compression.encoding_for_layer(index, model, engine_skip_layers)
+            if acts_on(group):
+                tokens = compression.selection.resident_tokens(prompt_tokens, layer)(generated_tokens)
+                total_bytes += _scan_bytes(compression.selection, layer, model, prompt_tokens, generated_tokens)
+            else:
+                context_tokens = prompt_tokens + generated_tokens
+                tokens = min(context_tokens, group.window_tokens or context_tokens)
+            total_bytes += encoded_bytes(encoding, group, model.dtype, tokens)
+    return total_bytes
+
+
+def encoded_bytes(encoding: KvEncoding, group: LayerGroup, native: Dtype, tokens: int) -> float:
+    """Bytes of ``tokens`` kept tokens in one layer: the newest ones native where the format holds a residual."""
+    residual = min(tokens, encoding.residual_tokens)
+    native_bytes = Native().bytes_per_token(group, native).total_bytes
+    return residual * native_bytes + (tokens - residual) * encoding.bytes_per_token(group, native).total_bytes
+
+
+def _scan_bytes(
+    selection: TokenSelection, layer: LayerView, model: ModelSpec, prompt_tokens: int, generated_tokens: int
+) -> float:
+    scanned = selection.scanned_tokens(prompt_tokens, layer)
+    if scanned is None:
+        return 0.0
+    return scanned(generated_tokens) * selection.scan_bytes_per_token(layer.group, DTYPE_BITS[model.dtype] / 8)

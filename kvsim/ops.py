@@ -1,0 +1,168 @@
+"""Work: how many FLOPs an operation needs, what it reads and writes, and how many elements it must decode.
+
+Facts about the model and the format, not about a device: one pure function per operation. Counts may be numbers or
+numpy arrays over batch sizes, so that a whole table is priced at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from kvsim.specs.base import Dtype
+
+Numeric = float | npt.NDArray[np.float64]
+
+
+class Component(StrEnum):
+    """What a second of engine time is spent on; the report's time split."""
+
+    WEIGHTS = "weights"
+    ATTENTION = "attention"
+    COMPRESSION = "compression"
+    COMMUNICATION = "communication"
+    OVERHEAD = "overhead"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one kernel moves and computes.
+
+    ``flops`` run on the tensor units in ``dtype``; ``vector_flops`` on the vector units; ``decoded_elements`` are
+    values unpacked from a compressed format by the method named ``unpack_family``.
+    """
+
+    flops: Numeric = 0.0
+    bytes_read: Numeric = 0.0
+    bytes_written: Numeric = 0.0
+    vector_flops: Numeric = 0.0
+    decoded_elements: Numeric = 0.0
+    unpack_family: str | None = None
+    dtype: Dtype = Dtype.BF16
+    launches: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class OpCall:
+    """A named operation with its work, and what the time counts as."""
+
+    name: str
+    work: Work
+    component: Component
+    count: int = 1
+    """How often it runs (layers)."""
+
+
+def quantize(elements: float, input_bytes: float, output_bytes: float, *, flops_per_element: float = 4.0) -> Work:
+    """Quantise-on-write of ``elements`` values: absmax or min/max, scale, round, pack.
+
+    Reads ``input_bytes`` of the native KV, writes ``output_bytes`` of codes and scales.
+    """
+    return Work(bytes_read=input_bytes, bytes_written=output_bytes, vector_flops=flops_per_element * elements)
+
+
+def hadamard_rotate(vectors: float, dim: int, element_bytes: float) -> Work:
+    """Fast Walsh-Hadamard transform of ``vectors`` of length ``dim``: dim·log2(dim) additions each."""
+    size_bytes = vectors * dim * element_bytes
+    return Work(bytes_read=size_bytes, bytes_written=size_bytes, vector_flops=vectors * dim * np.log2(dim))
+
+
+def dense_rotate(vectors: float, dim: int, element_bytes: float) -> Work:
+    """Rotation by a dense dim x dim matrix (vLLM's TurboQuant applies Hadamard as a GEMM): 2·dim² FLOPs each."""
+    size_bytes = vectors * dim * element_bytes
+    return Work(
+        flops=2.0 * vectors * dim * dim,
+        bytes_read=size_bytes + dim * dim * element_bytes,
+        bytes_written=size_bytes,
+    )
+
+
+def low_rank_project(tokens: float, in_features: int, rank: int, element_bytes: float) -> Work:
+    """Project ``tokens`` rows of ``in_features`` to ``rank`` (Palu, arXiv 2407.21118)."""
+    return Work(
+        flops=2.0 * tokens * in_features * rank,
+        bytes_read=tokens * in_features * element_bytes + in_features * rank * element_bytes,
+        bytes_written=tokens * rank * element_bytes,
+    )
+
+
+def score_with_window(
+    context_tokens: float,
+    window_tokens: int,
+    num_attention_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    element_bytes: float,
+) -> Work:
+    """Attention of the last ``window_tokens`` queries to all keys, pooled (SnapKV, arXiv 2404.14469)."""
+    return Work(
+        flops=2.0 * window_tokens * context_tokens * head_dim * num_attention_heads,
+        bytes_read=context_tokens * num_kv_heads * head_dim * element_bytes,
+        bytes_written=context_tokens * num_kv_heads * 4.0,
+        vector_flops=5.0 * window_tokens * context_tokens * num_attention_heads,
+    )
+
+
+def select_top_k(context_tokens: float, num_kv_heads: int) -> Work:
+    """Radix-style top-k over fp32 scores: four passes over the scores."""
+    scores_bytes = context_tokens * num_kv_heads * 4.0
+    return Work(bytes_read=4.0 * scores_bytes, bytes_written=scores_bytes, launches=4.0)
+
+
+def compact(kept_tokens: float, bytes_per_token: float) -> Work:
+    """Gather kept tokens into new pages: read and write each once."""
+    size_bytes = kept_tokens * bytes_per_token
+    return Work(bytes_read=size_bytes, bytes_written=size_bytes)
+
+
+def project_rows(rows: float, in_features: int, out_features: int, element_bytes: float) -> Work:
+    """Multiply ``rows`` vectors by an in_features x out_features matrix that every row of the launch shares.
+
+    The matrix (32 KiB for a 128 x 128 Hadamard, under 1 MiB for a low-rank factor) stays in cache: its bytes are left
+    out, so the work is linear in rows.
+    """
+    return Work(
+        flops=2.0 * rows * in_features * out_features,
+        bytes_read=rows * in_features * element_bytes,
+        bytes_written=rows * out_features * element_bytes,
+    )
+
+
+def pool_scores(context_tokens: float, num_kv_heads: int, kernel_size: int) -> Work:
+    """Smooth fp32 scores over neighbouring tokens (SnapKV's pooling): one add per kernel position."""
+    scores_bytes = context_tokens * num_kv_heads * 4.0
+    return Work(
+        bytes_read=scores_bytes,
+        bytes_written=scores_bytes,
+        vector_flops=context_tokens * num_kv_heads * kernel_size,
+    )
+
+
+def accumulate_attention(
+    context_tokens: float, num_attention_heads: int, num_kv_heads: int, head_dim: int, element_bytes: float
+) -> Work:
+    """Sum of the causal attention that each prompt token receives (H2O, arXiv 2306.14048).
+
+    A fused attention kernel never holds the probabilities, so QK^T of n²/2 pairs is computed again: n²·D·Hq FLOPs
+    on the tensor units and 5 vector FLOPs per pair (scale, subtract the stored maximum, exp, normalise, add).
+    """
+    pairs = 0.5 * context_tokens * context_tokens * num_attention_heads
+    return Work(
+        flops=2.0 * pairs * head_dim,
+        bytes_read=context_tokens * (num_attention_heads + num_kv_heads) * head_dim * element_bytes,
+        bytes_written=context_tokens * num_kv_heads * 4.0,
+        vector_flops=5.0 * pairs,
+    )
+
+
+def page_bounds(tokens: float, page_size: int, num_kv_heads: int, head_dim: int, element_bytes: float) -> Work:
+    """Channel-wise minimum and maximum of the keys of each page (Quest, arXiv 2406.10774)."""
+    keys_bytes = tokens * num_kv_heads * head_dim * element_bytes
+    return Work(
+        bytes_read=keys_bytes,
+        bytes_written=2.0 * keys_bytes / page_size,
+        vector_flops=2.0 * tokens * num_kv_heads * head_dim,
+    )

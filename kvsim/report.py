@@ -1,0 +1,228 @@
+"""The answer: one value that JSON, Parquet, terminal and dashboard all show. Nothing here computes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from kvsim.ops import Component
+from kvsim.scenario import Scenario
+from kvsim.specs.base import Basis, Spec
+from kvsim.specs.price import Price
+
+SCHEMA_VERSION = 1
+
+
+class Figure(Spec):
+    """A number with what it rests on. ``value`` None is unknown; low and high are the band where a model made it."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    basis: Basis | None = None
+
+
+class LatencyStats(Spec):
+    """Distribution of one latency in seconds; ``count`` is how many samples it rests on.
+
+    A p99 of fewer than 100 samples is None.
+    """
+
+    count: int
+    mean_s: Figure
+    median_s: Figure
+    std_s: Figure
+    p90_s: Figure
+    p95_s: Figure
+    p99_s: Figure
+
+
+class Latency(Spec):
+    """vLLM bench's four latencies. TPOT excludes the first token: (e2el - ttft) / (output_tokens - 1).
+
+    ITL pools every gap of every request.
+    """
+
+    ttft: LatencyStats
+    tpot: LatencyStats
+    itl: LatencyStats
+    e2el: LatencyStats
+
+
+class Throughput(Spec):
+    """Rates over the run's duration."""
+
+    request_throughput: Figure
+    output_throughput: Figure
+    total_token_throughput: Figure
+    request_goodput: Figure
+    """Requests per second that meet every SLO; unknown where none is set."""
+    slo_attainment: Figure
+    """Share of completed requests that meet every SLO."""
+
+
+class Counts(Spec):
+    """What happened to requests, tokens and steps. arrived = completed + rejected."""
+
+    num_prompts: int
+    completed: int
+    rejected: int
+    total_input_tokens: int
+    total_output_tokens: int
+    cached_prompt_tokens: int
+    """Prompt tokens served from the prefix cache."""
+    recomputed_tokens: int
+    """Tokens processed again after preemption."""
+    preemptions: int
+    engine_steps: int
+    max_concurrent_requests: int
+    max_waiting_requests: int
+
+
+class KvCapacity(Spec):
+    """KV cache as the engine allocates it, on one replica."""
+
+    kv_bytes_per_token: float
+    """All layers, one sequence, encoded, metadata included, summed over tensor-parallel ranks."""
+    native_kv_bytes_per_token: float
+    fold: float
+    """native / encoded bytes of a resident sequence of the workload's mean length."""
+    compression_ratio: float
+    """Fraction of KV bytes removed (kvpress's meaning)."""
+    block_size: int
+    num_blocks: int
+    """Blocks of ``block_size`` tokens in the pool for plain growth."""
+    capacity_tokens: int
+    """Resident tokens that the pool holds."""
+    sequence_tokens: int
+    """Mean prompt plus output of the workload, rounded: the length that the next two figures use."""
+    sequence_kv_bytes: float
+    """Resident KV of one such sequence at its end."""
+    max_concurrency: float
+    """Such sequences that fit at once."""
+    peak_kv_utilization: float | None
+    """Largest share of the pool in use during the run; None for an estimate without a queue."""
+    basis: Basis
+
+
+class MemoryTerm(Spec):
+    """One bar of the memory waterfall, per device."""
+
+    name: str
+    size_bytes: float
+    basis: Basis
+    formula: str
+
+
+class TimeShare(Spec):
+    """Busy engine time spent on one component, and on what basis it was priced."""
+
+    component: Component
+    prefill_s: float
+    decode_s: float
+    share: float
+    basis: Basis
+
+
+class Effects(Spec):
+    """Four separate effects against the uncompressed cache, as ratios to it (1 = no change, higher is better).
+
+    ``prefill_tax`` > 1 means that prefill takes longer. ``queueing_effect`` needs two simulations and is None outside
+    a comparison.
+    """
+
+    prefill_tax: Figure
+    """Prefill seconds of the mean prompt / native."""
+    decode_gain: Figure
+    """Native decode step seconds / this strategy's, at the same batch and context."""
+    capacity_gain: Figure
+    """Sequences that fit / native."""
+    queueing_effect: Figure
+    """Native mean queueing delay / this strategy's."""
+    reference_batch: int
+    reference_context_tokens: int
+
+
+class Cost(Spec):
+    """Dollars. Input and output split by the engine time that each phase took."""
+
+    price: Price | None
+    usd_per_hour: Figure
+    """Whole deployment: price x devices."""
+    usd_per_million_input_tokens: Figure
+    usd_per_million_output_tokens: Figure
+    usd_per_million_total_tokens: Figure
+    tokens_per_usd: Figure
+    engine_utilization: float | None
+    """Share of the run in which the engine was busy: an output, not a guess."""
+
+
+class Energy(Spec):
+    """Joules of the devices alone (no host, no cooling)."""
+
+    joules_per_output_token: Figure
+    joules_per_total_token: Figure
+    mean_power_w: Figure
+
+
+class QualityNote(Spec):
+    """One published score, or the word unknown."""
+
+    task: str
+    metric: str
+    value: float
+    baseline: float
+    model: str
+    source: str
+
+
+class Quality(Spec):
+    """What is known of the quality risk; unknown is said, never shown as zero."""
+
+    status: Literal["unknown", "baseline", "published"] = "unknown"
+    notes: tuple[QualityNote, ...] = ()
+
+
+class BasisShare(Spec):
+    """Share of busy engine time that rests on one basis."""
+
+    basis: Basis
+    share: float
+
+
+class Provenance(Spec):
+    """What made this report."""
+
+    kvsim_version: str
+    scenario_sha256: str
+    calibration: str
+    """Which set priced the operations."""
+    device: str
+    model: str
+    model_source: str
+    workload_source: str
+    notes: tuple[str, ...] = ()
+    """What a reader must know: aliases resolved, features switched off and why, assumptions."""
+
+
+class Report(Spec):
+    """Everything kvsim answers about one scenario. ``method`` tells a simulation from a closed-form estimate."""
+
+    schema_version: int = SCHEMA_VERSION
+    method: Literal["simulation", "estimate"]
+    strategy: str
+    scenario: Scenario
+    kv: KvCapacity
+    memory: tuple[MemoryTerm, ...]
+    duration_s: Figure
+    queue_delay_mean_s: Figure
+    latency: Latency
+    throughput: Throughput
+    counts: Counts
+    time_split: tuple[TimeShare, ...]
+    bottleneck: str
+    effects: Effects
+    cost: Cost
+    energy: Energy
+    quality: Quality
+    coverage: tuple[BasisShare, ...]
+    provenance: Provenance

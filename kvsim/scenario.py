@@ -1,0 +1,65 @@
+"""The question: one frozen value that CLI, YAML, dashboard, service and sweep all build."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from kvsim import __version__
+from kvsim.compression import Compression, parse_compression
+from kvsim.specs.base import Spec
+from kvsim.specs.engine import EngineSpec
+from kvsim.specs.price import Price
+from kvsim.specs.workload import WorkloadSpec
+from kvsim.units import Seconds
+
+
+def _compression_from_text(value: Any) -> Any:
+    return parse_compression(value) if isinstance(value, str) else value
+
+
+class Slo(Spec):
+    """Service-level objectives; a request is good when it meets all that are set."""
+
+    ttft_s: Seconds | None = None
+    tpot_s: Seconds | None = None
+    e2el_s: Seconds | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether any objective is named."""
+        return any(limit is not None for limit in (self.ttft_s, self.tpot_s, self.e2el_s))
+
+
+class Scenario(Spec):
+    """Which model, on which device, under which load, with which KV compression.
+
+    The smallest scenario is ``model``, ``device`` and ``workload``; everything else has an engine's default.
+    """
+
+    model: str
+    """Preset name, path of a ``config.json`` or its folder, or Hugging Face id."""
+    device: str
+    """Name or alias of a device spec."""
+    workload: str | WorkloadSpec
+    """Name of a workload preset, or an inline workload."""
+    compression: Annotated[Compression, BeforeValidator(_compression_from_text)] = Compression()
+    """A strategy's name (``fp8``, ``snapkv+kivi-2``), or selection and encoding with their parameters."""
+    engine: EngineSpec = EngineSpec()
+    tensor_parallel_size: Annotated[int, Field(gt=0)] = 1
+    replicas: Annotated[int, Field(gt=0)] = 1
+    routing: Literal["round_robin", "least_loaded"] = "round_robin"
+    slo: Slo = Slo()
+    price: Price | None = None
+    """Overrides the price list."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    bands: bool = True
+    """Also simulate the optimistic and the pessimistic edge of every estimate, for the report's bands."""
+
+    def fingerprint(self) -> str:
+        """Hash of the canonical scenario and kvsim's version; equal scenarios give equal reports."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(f"{__version__}\n{canonical}".encode()).hexdigest()

@@ -1,0 +1,110 @@
+"""What each method charges for its own work."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvsim.compression import parse_compression
+from kvsim.compression.base import LayerView
+from kvsim.ops import Work
+from kvsim.specs.model import ModelSpec
+
+FAMILIES = {
+    "native": None, "fp8": "fp8", "fp8_e5m2": "fp8", "fp8_per_token_head": "fp8_per_token_head",
+    "int8_per_token_head": "int8_per_token_head", "int4_per_token_head": "int4_per_token_head", "nvfp4": "nvfp4",
+    "mxfp4": "mxfp4", "kivi-4": "kivi_4", "kivi-2": "kivi_2", "turboquant_k8v4": "turboquant_k8v4",
+    "turboquant_4bit_nc": "turboquant_4bit", "turboquant_k3v4_nc": "turboquant_k3v4",
+    "turboquant_3bit_nc": "turboquant_3bit", "low_rank": None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def llama(models: dict[str, ModelSpec]) -> ModelSpec:
+    return models["llama-3.1-8b"]
+
+
+@pytest.fixture
+def layer(llama: ModelSpec) -> LayerView:
+    return LayerView(7, llama.num_layers, llama.groups[0])
+
+
+def _prefill(name: str, prompt: int, layer: LayerView, model: ModelSpec) -> dict[str, Work]:
+    return {call.name: call.work for call in parse_compression(name).selection.prefill_ops(prompt, layer, model)}
+
+
+@pytest.mark.parametrize(("name", "family"), FAMILIES.items())
+def test_unpack_families(name: str, family: str | None) -> None:
+    assert parse_compression(name).encoding.unpack_family == family
+
+
+def test_quantising_reads_native_and_writes_the_format(llama: ModelSpec) -> None:
+    (call,) = parse_compression("nvfp4").encoding.append_ops(llama.groups[0], llama)
+    assert (call.work.bytes_read, call.work.bytes_written) == (4096, 1152)
+
+
+def test_turboquant_rotates_only_quantised_keys_and_the_query(llama: ModelSpec) -> None:
+    group = llama.groups[0]
+    rotated, plain = (parse_compression(f"turboquant_{name}").encoding for name in ("3bit_nc", "k8v4"))
+    assert [call.name for call in rotated.append_ops(group, llama)] == ["rotate_keys", "quantize_kv"]
+    (query,) = rotated.decode_ops(group, llama)
+    assert query.work.flops == 2 * 128 * 128 * 32
+    assert [call.name for call in plain.append_ops(group, llama)] == ["quantize_kv"]
+    assert tuple(plain.decode_ops(group, llama)) == ()
+
+
+def test_int4_per_token_head_turns_query_and_output(llama: ModelSpec) -> None:
+    calls = tuple(parse_compression("int4_per_token_head").encoding.decode_ops(llama.groups[0], llama))
+    assert sum(float(call.work.flops) for call in calls) == 4 * 128 * 128 * 32
+
+
+def test_low_rank_rebuilds_keys_per_attended_token(llama: ModelSpec) -> None:
+    encoding = parse_compression("low_rank(retained_fraction=0.25)").encoding
+    # rank 0.25 * 4 * 128 = 128 = head_dim, so the weighted sum is no wider than plain attention's
+    assert encoding.attention_flops_per_token(llama.groups[0], llama) == 2 * 128 * 128 * 8
+    wide = parse_compression("low_rank").encoding.attention_flops_per_token(llama.groups[0], llama)
+    assert wide == 2 * 256 * 128 * 8 + 2 * 32 * (256 - 128)
+
+
+def test_snapkv_scores_once_with_its_window(layer: LayerView, llama: ModelSpec) -> None:
+    work = _prefill("snapkv:0.5", 8192, layer, llama)
+    assert list(work) == ["score_with_window", "pool_scores", "select_top_k", "compact_kv"]
+    assert work["score_with_window"].flops == 2 * 64 * 8192 * 128 * 32
+    assert work["compact_kv"].bytes_read == 4096 * 4096
+    assert _prefill("snapkv:0.5", 60, layer, llama) == {}
+
+
+def test_h2o_pays_for_the_whole_attention_matrix_and_every_step(layer: LayerView, llama: ModelSpec) -> None:
+    work = _prefill("h2o:1024", 8192, layer, llama)
+    assert work["accumulate_attention"].flops == 8192 * 8192 * 128 * 32
+    ratio = float(work["accumulate_attention"].flops) / float(
+        _prefill("snapkv", 8192, layer, llama)["score_with_window"].flops
+    )
+    assert ratio == 8192 / (2 * 64)
+    assert list(_prefill("h2o:1024", 500, layer, llama)) == ["accumulate_attention"]
+    selection = parse_compression("h2o:1024").selection
+    assert selection.decode_score_flops_per_token(layer.group, llama) == 32 + 8
+    assert [call.name for call in selection.decode_ops(layer, llama)] == ["replace_lightest_token"]
+
+
+def test_streaming_llm_scores_nothing(layer: LayerView, llama: ModelSpec) -> None:
+    selection = parse_compression("streaming_llm").selection
+    assert tuple(selection.prefill_ops(8192, layer, llama)) == ()
+    assert tuple(selection.decode_ops(layer, llama)) == ()
+
+
+def test_quest_builds_and_scans_page_bounds(layer: LayerView, llama: ModelSpec) -> None:
+    selection = parse_compression("quest").selection
+    bounds = _prefill("quest", 8192, layer, llama)["page_bounds"]
+    assert bounds.bytes_written == 8192 * selection.scan_bytes_per_token(layer.group, 2.0)
+    assert selection.scan_flops_per_token(layer.group, llama) == 4 * 32 * 128 / 16
+    assert [call.name for call in selection.decode_ops(layer, llama)] == ["update_page_bounds", "select_pages"]
+    dense = LayerView(1, llama.num_layers, llama.groups[0])
+    assert tuple(selection.decode_ops(dense, llama)) == ()
+    assert tuple(selection.prefill_ops(8192, dense, llama)) == ()
+
+
+def test_append_work_is_linear_in_tokens(llama: ModelSpec) -> None:
+    # No shared matrix is charged per token: a token's bytes are its own vectors, in and out.
+    for name in ("turboquant_4bit_nc", "int4_per_token_head", "low_rank"):
+        for call in parse_compression(name).encoding.append_ops(llama.groups[0], llama):
+            assert float(call.work.bytes_read) <= 4096
