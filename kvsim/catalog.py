@@ -1,0 +1,98 @@
+"""From names to a deployment: look everything up, and refuse pairs that cannot go together, with the reason."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from kvsim.allocator import kv_heads_per_rank, layer_token_cap, state_bytes_per_sequence
+from kvsim.compression.base import KvEncoding, LayerView
+from kvsim.cost.priors import load_priors
+from kvsim.deployment import Deployment, LayerClass, layer_bands
+from kvsim.device_catalog import load_device
+from kvsim.errors import IncompatibleScenario, InvalidSpec
+from kvsim.model_catalog import load_model
+from kvsim.price_list import default_price
+from kvsim.scenario import Scenario
+from kvsim.specs.device import DeviceSpec
+from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
+
+
+def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
+    """Replace every name of ``scenario``; raise UnknownName, InvalidSpec or IncompatibleScenario."""
+    device = load_device(scenario.device)
+    model = load_model(scenario.model, base_dir=base_dir)
+    notes = [device.notice] if device.notice else []
+    _check(scenario, model, device.spec)
+    prefix_caching = scenario.engine.enable_prefix_caching
+    if prefix_caching and scenario.compression.selection.evicts:
+        prefix_caching = False
+        notes.append(
+            f"prefix caching is off: {scenario.compression.name} evicts tokens, so a cached prompt cannot be reused"
+        )
+    price = scenario.price or default_price(device.spec.name)
+    return Deployment(
+        model=model,
+        device=device.spec,
+        engine=scenario.engine,
+        compression=scenario.compression,
+        tensor_parallel_size=scenario.tensor_parallel_size,
+        replicas=scenario.replicas,
+        layer_classes=_layer_classes(scenario, model),
+        state_bytes_per_sequence=-(-state_bytes_per_sequence(model) // scenario.tensor_parallel_size),
+        priors=load_priors(),
+        price=price,
+        prefix_caching=prefix_caching,
+        notes=tuple(notes),
+    )
+
+
+def _check(scenario: Scenario, model: ModelSpec, device: DeviceSpec) -> None:
+    engine, ranks = scenario.engine, scenario.tensor_parallel_size
+    if engine.max_num_batched_tokens < engine.max_num_seqs:
+        msg = (
+            f"engine.max_num_batched_tokens: {engine.max_num_batched_tokens} is less than engine.max_num_seqs "
+            f"{engine.max_num_seqs}; every running sequence needs one token a step"
+        )
+        raise InvalidSpec(msg)
+    if model.num_attention_heads % ranks:
+        msg = (
+            f"tensor_parallel_size: {ranks} does not divide the {model.num_attention_heads} attention heads of "
+            f"{model.name}"
+        )
+        raise IncompatibleScenario(msg)
+    if ranks > 1 and device.scale_up_link is None and device.host_link is None:
+        msg = f"tensor_parallel_size: {ranks} needs a link between devices, and {device.name} has no figure for one"
+        raise IncompatibleScenario(msg)
+    reason = scenario.compression.check(model, device)
+    if reason:
+        msg = f"compression: {scenario.compression.name} cannot run {model.name} on {device.name}: {reason}"
+        raise IncompatibleScenario(msg)
+    if scenario.price is not None and scenario.price.device not in (device.name, scenario.device):
+        msg = f"price.device: {scenario.price.device!r} is not the scenario's device {device.name!r}"
+        raise InvalidSpec(msg)
+
+
+def _layer_classes(scenario: Scenario, model: ModelSpec) -> tuple[LayerClass, ...]:
+    classes = []
+    for group in model.kv_groups:
+        by_encoding: defaultdict[KvEncoding, list[LayerView]] = defaultdict(list)
+        for index in group.layers:
+            encoding = scenario.compression.encoding_for_layer(index, model, scenario.engine.kv_cache_dtype_skip_layers)
+            by_encoding[encoding].append(LayerView(index, model.num_layers, group))
+        classes += [_layer_class(scenario, group, encoding, views) for encoding, views in by_encoding.items()]
+    return tuple(classes)
+
+
+def _layer_class(scenario: Scenario, group: LayerGroup, encoding: KvEncoding, views: list[LayerView]) -> LayerClass:
+    selection = scenario.compression.selection if group.kind is LayerKind.FULL else None
+    engine = scenario.engine
+    return LayerClass(
+        group=group,
+        encoding=encoding,
+        bands=layer_bands(tuple(views), selection),
+        selection=selection,
+        prefill_cap=layer_token_cap(group, engine.kind, max_num_batched_tokens=engine.max_num_batched_tokens),
+        decode_cap=layer_token_cap(group, engine.kind, max_num_batched_tokens=1),
+        kv_heads_per_rank=kv_heads_per_rank(group, scenario.tensor_parallel_size),
+    )

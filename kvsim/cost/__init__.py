@@ -1,0 +1,1 @@
+"""Work to seconds: rates, priors, and the price of a step. No clock."""

@@ -1,0 +1,100 @@
+"""What kernels reach of a datasheet's peak before calibration: cited central values with bands."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import lru_cache
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from kvsim.data_files import data_dir
+from kvsim.documents import load_yaml, validate
+from kvsim.specs.base import Spec
+from kvsim.specs.device import DeviceSpec
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Edge(StrEnum):
+    """Which edge of every prior's band a pricing takes."""
+
+    CENTRAL = "central"
+    OPTIMISTIC = "optimistic"
+    PESSIMISTIC = "pessimistic"
+
+
+class Prior(Spec):
+    """A value, its band and the measurements behind it."""
+
+    value: Positive
+    low: Positive
+    high: Positive
+    source: str
+    per_query_head: bool = False
+    """The kernel unpacks once per query head instead of once per KV head."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low <= self.value <= self.high:
+            msg = "low <= value <= high must hold"
+            raise ValueError(msg)
+        return self
+
+    def cost(self, edge: Edge) -> float:
+        """Value at ``edge`` where more means slower (a duration, an operation count)."""
+        return {Edge.CENTRAL: self.value, Edge.OPTIMISTIC: self.low, Edge.PESSIMISTIC: self.high}[edge]
+
+    def efficiency(self, edge: Edge) -> float:
+        """Value at ``edge`` where more means faster."""
+        return {Edge.CENTRAL: self.value, Edge.OPTIMISTIC: self.high, Edge.PESSIMISTIC: self.low}[edge]
+
+
+PriorTable = dict[str, Prior]
+
+
+class Priors(Spec):
+    """All priors; each table is looked up by architecture, then device class, then ``default``."""
+
+    schema_version: int
+    name: str
+    streaming_efficiency: PriorTable
+    weight_streaming_efficiency: PriorTable
+    matmul_efficiency: PriorTable
+    prefill_attention_efficiency: PriorTable
+    prefill_attention_half_tokens: PriorTable
+    attention_launch_s: PriorTable
+    attention_per_sequence_s: PriorTable
+    gemm_launch_s: PriorTable
+    elementwise_launch_s: PriorTable
+    uncaptured_launch_s: PriorTable
+    vector_efficiency: PriorTable
+    tensor_to_vector_ratio: PriorTable
+    all_reduce_latency_s: PriorTable
+    link_efficiency: PriorTable
+    unpack_ops_per_element: dict[str, PriorTable]
+    usable_memory_fraction: PriorTable
+    runtime_memory_bytes: PriorTable
+    power_fraction: PriorTable
+
+
+def device_class(device: DeviceSpec) -> str:
+    """Class of a device in the prior tables."""
+    if device.kind == "gpu":
+        return "gpu-hbm" if device.memory_kind.upper().startswith("HBM") else "gpu-gddr"
+    return device.kind
+
+
+def look_up(table: PriorTable, device: DeviceSpec) -> Prior:
+    """The most specific prior for ``device``."""
+    for key in (device.architecture, device_class(device)):
+        if key in table:
+            return table[key]
+    return table["default"]
+
+
+@lru_cache(maxsize=4)
+def load_priors(name: str = "datasheet") -> Priors:
+    """Read ``calibration/priors/<name>.yaml``."""
+    path = data_dir("calibration/priors") / f"{name}.yaml"
+    return validate(Priors, load_yaml(path), path.name)

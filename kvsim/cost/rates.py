@@ -1,0 +1,84 @@
+"""Rates and floors of one device at one edge of the priors: everything the estimator divides by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvsim.cost.priors import Edge, Prior, Priors, PriorTable, look_up
+from kvsim.specs.base import Dtype
+from kvsim.specs.device import DeviceSpec
+
+
+@dataclass(frozen=True)
+class Rates:
+    """SI rates of one device (bytes/s, FLOP/s) and floors (s), efficiencies applied."""
+
+    device: DeviceSpec
+    priors: Priors
+    edge: Edge
+    stream_bytes_per_s: float
+    weight_bytes_per_s: float
+    matmul_efficiency: float
+    attention_flops_per_s: float
+    attention_half_tokens: float
+    attention_launch_s: float
+    attention_per_sequence_s: float
+    gemm_launch_s: float
+    elementwise_launch_s: float
+    uncaptured_launch_s: float
+    lane_ops_per_s: float
+    """Vector lane operations per second at peak (FP32 FLOPS / 2)."""
+    vector_flops_per_s: float
+    all_reduce_latency_s: float
+    link_bytes_per_s: float | None
+
+    def matmul_flops_per_s(self, dtype: Dtype) -> float:
+        """Achievable dense rate; a dtype without a native path computes at half precision (weight-only)."""
+        peak = self.device.dense_flops_per_s(dtype) or self.device.dense_half_flops_per_s
+        return peak * self.matmul_efficiency
+
+    def unpack_prior(self, family: str) -> Prior:
+        """Prior of the operations per element of an unpack family."""
+        return look_up(self.priors.unpack_ops_per_element[family], self.device)
+
+    def unpack_elements_per_s(self, family: str) -> float:
+        """Elements of ``family`` that decode attention can unpack per second."""
+        return self.lane_ops_per_s / self.unpack_prior(family).cost(self.edge)
+
+
+def build_rates(device: DeviceSpec, priors: Priors, edge: Edge) -> Rates:
+    """Apply the priors of ``edge`` to a device's datasheet."""
+
+    def efficiency(table: PriorTable) -> float:
+        return look_up(table, device).efficiency(edge)
+
+    def cost(table: PriorTable) -> float:
+        return look_up(table, device).cost(edge)
+
+    bandwidth = device.bandwidth_bytes_per_s
+    if device.vector_flops is not None:
+        vector_peak = device.vector_flops.value
+    else:
+        vector_peak = device.dense_half_flops_per_s / cost(priors.tensor_to_vector_ratio)
+    # Cards without a link of their own talk over PCIe.
+    link_fact = device.scale_up_link or device.host_link
+    link = link_fact.value * efficiency(priors.link_efficiency) if link_fact else None
+    return Rates(
+        device=device,
+        priors=priors,
+        edge=edge,
+        stream_bytes_per_s=bandwidth * efficiency(priors.streaming_efficiency),
+        weight_bytes_per_s=bandwidth * efficiency(priors.weight_streaming_efficiency),
+        matmul_efficiency=efficiency(priors.matmul_efficiency),
+        attention_flops_per_s=device.dense_half_flops_per_s * efficiency(priors.prefill_attention_efficiency),
+        attention_half_tokens=cost(priors.prefill_attention_half_tokens),
+        attention_launch_s=cost(priors.attention_launch_s),
+        attention_per_sequence_s=cost(priors.attention_per_sequence_s),
+        gemm_launch_s=cost(priors.gemm_launch_s),
+        elementwise_launch_s=cost(priors.elementwise_launch_s),
+        uncaptured_launch_s=cost(priors.uncaptured_launch_s),
+        lane_ops_per_s=vector_peak / 2.0,
+        vector_flops_per_s=vector_peak * efficiency(priors.vector_efficiency),
+        all_reduce_latency_s=cost(priors.all_reduce_latency_s),
+        link_bytes_per_s=link,
+    )

@@ -1,0 +1,333 @@
+"""What one sequence adds to a decode step, and to the pool, over its life.
+
+Token counts are piecewise linear in generated tokens, and a token's price is constant, so a sequence's share of a
+decode step is piecewise linear too. In integer picoseconds its sums are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from kvsim.compression.base import LayerView, TokenCurve, growing
+from kvsim.cost.estimator import attention_seconds_per_token, smooth_maximum, streaming_seconds
+from kvsim.cost.rates import Rates
+from kvsim.deployment import Deployment, LayerClass
+from kvsim.ops import OpCall
+from kvsim.specs.base import DTYPE_BITS
+from kvsim.specs.model import LayerKind, ModelSpec
+from kvsim.units import seconds_to_ticks
+
+FEMTO = 1000
+"""Per-token prices are kept in femtoseconds while they are multiplied by tokens, then rounded to ticks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Ticks that a sequence adds to decode step ``start_step`` + i: ``ticks`` + i·``slope_ticks``.
+
+    ``unpack_*`` is the part that only exists because of the compression.
+    """
+
+    start_step: int
+    ticks: int
+    slope_ticks: int
+    unpack_ticks: int
+    unpack_slope_ticks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Resident tokens of some layers over decode steps, and the bytes of one block of them on one rank."""
+
+    curve: TokenCurve
+    block_bytes: int
+
+
+@dataclass(frozen=True)
+class SequenceProfile:
+    """One sequence from its first decode step on."""
+
+    segments: tuple[Segment, ...]
+    growths: tuple[Growth, ...]
+    fixed_bytes: int
+    """Bytes per sequence whatever its length: residual window, recurrent state."""
+    compress_ticks: int
+    """Work at the end of prefill: score, select, compact."""
+
+    @cached_property
+    def bends(self) -> tuple[int, ...]:
+        """Decode steps at which the sequence's price or its growth changes."""
+        points = {segment.start_step for segment in self.segments[1:]}
+        for growth in self.growths:
+            points.update(growth.curve.breakpoints)
+        return tuple(sorted(points))
+
+    def resident_bytes(self, steps: int, block_size: int) -> int:
+        """Bytes held on one rank after ``steps`` decode steps."""
+        blocks = sum(-(-growth.curve(steps) // block_size) * growth.block_bytes for growth in self.growths)
+        return blocks + self.fixed_bytes
+
+    def unpack_total_ticks(self, steps: int) -> int:
+        """Ticks of the first ``steps`` decode steps that are due to the compression."""
+        total = 0
+        for index, segment in enumerate(self.segments):
+            following = self.segments[index + 1].start_step if index + 1 < len(self.segments) else steps
+            count = min(steps, following) - segment.start_step
+            if count > 0:
+                total += count * segment.unpack_ticks + segment.unpack_slope_ticks * (count * (count - 1) // 2)
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenPrice:
+    """Femtoseconds per token and step of one layer, whole and due to unpacking."""
+
+    whole: int
+    unpack: int
+
+
+class SequenceModel:
+    """Prices sequences of one deployment on one rank."""
+
+    def __init__(self, deployment: Deployment, rates: Rates) -> None:
+        self._deployment = deployment
+        self._rates = rates
+        self._profiles: dict[int, SequenceProfile] = {}
+
+    @cached_property
+    def is_affine(self) -> bool:
+        """Whether every token costs the same for ever, so that a sequence needs no breakpoints."""
+        return all(
+            layer_class.selection is not None
+            and layer_class.selection.kind == "keep_all"
+            and layer_class.encoding.residual_tokens == 0
+            for layer_class in self._deployment.layer_classes
+        )
+
+    @cached_property
+    def _affine_price(self) -> tuple[int, int]:
+        """Femtoseconds per token and step over all layers: (whole, due to unpacking)."""
+        whole = unpack = 0
+        for layer_class, (encoded, _) in zip(self._deployment.layer_classes, self._prices, strict=True):
+            layers = sum(size for _, size in layer_class.bands)
+            whole += layers * encoded.whole
+            unpack += layers * encoded.unpack
+        return whole, unpack
+
+    @property
+    def token_ticks(self) -> int:
+        """Ticks per attended token and step where every token costs the same."""
+        return max(1, _ticks(self._affine_price[0]))
+
+    @property
+    def unpack_share(self) -> float:
+        """Part of ``token_ticks`` that is due to the compression."""
+        whole, unpack = self._affine_price
+        return unpack / whole if whole else 0.0
+
+    def profile(self, prompt_tokens: int) -> SequenceProfile:
+        """The life of a sequence with ``prompt_tokens`` processed before its first decode step."""
+        found = self._profiles.get(prompt_tokens)
+        if found is None:
+            found = self._profiles[prompt_tokens] = self._build(prompt_tokens)
+        return found
+
+    def _build(self, prompt_tokens: int) -> SequenceProfile:
+        priced: defaultdict[TokenCurve, list[int]] = defaultdict(lambda: [0, 0])
+        growths: defaultdict[TokenCurve, float] = defaultdict(float)
+        fixed_bytes = float(self._deployment.state_bytes_per_sequence)
+        compress_s = 0.0
+        for layer_class, prices in zip(self._deployment.layer_classes, self._prices, strict=True):
+            for view, layers in layer_class.bands:
+                attended = layer_class.attended_tokens(prompt_tokens, view)
+                self._add_attended(priced, attended, layer_class, prices, layers)
+                resident = layer_class.resident_tokens(prompt_tokens, view)
+                growths[resident] += layers * layer_bytes_per_token(layer_class, self._deployment.model)
+                fixed_bytes += layers * residual_bytes(layer_class, self._deployment.model)
+                self._add_scanned(priced, prompt_tokens, layer_class, view, layers)
+                compress_s += layers * self._compress_seconds(prompt_tokens, layer_class, view)
+        return SequenceProfile(
+            segments=_merge(priced),
+            growths=self._blocks(growths),
+            fixed_bytes=math.ceil(fixed_bytes),
+            compress_ticks=seconds_to_ticks(compress_s),
+        )
+
+    def _add_attended(
+        self,
+        priced: defaultdict[TokenCurve, list[int]],
+        attended: TokenCurve,
+        layer_class: LayerClass,
+        prices: tuple[_TokenPrice, _TokenPrice],
+        layers: int,
+    ) -> None:
+        encoded, native = prices
+        _add(priced, attended, layers * encoded.whole, layers * encoded.unpack)
+        window = layer_class.encoding.residual_tokens
+        if window:
+            # The newest tokens are still native: swap their price.
+            recent = clip(attended, window)
+            _add(priced, recent, layers * (native.whole - encoded.whole), layers * (native.unpack - encoded.unpack))
+
+    def _add_scanned(
+        self,
+        priced: defaultdict[TokenCurve, list[int]],
+        prompt_tokens: int,
+        layer_class: LayerClass,
+        view: LayerView,
+        layers: int,
+    ) -> None:
+        if layer_class.group.kind is LayerKind.INDEXED:
+            _add(priced, growing(prompt_tokens), layers * self._index_price(layer_class), 0)
+        if layer_class.selection is None:
+            return
+        scanned = layer_class.selection.scanned_tokens(prompt_tokens, view)
+        if scanned is not None:
+            scan = layers * self._scan_price(layer_class)
+            _add(priced, scanned, scan, scan)
+
+    def _compress_seconds(self, prompt_tokens: int, layer_class: LayerClass, view: LayerView) -> float:
+        if layer_class.selection is None:
+            return 0.0
+        ops = layer_class.selection.prefill_ops(prompt_tokens, view, self._deployment.model)
+        return ops_seconds(ops, self._deployment.tensor_parallel_size, self._rates)
+
+    def _blocks(self, growths: dict[TokenCurve, float]) -> tuple[Growth, ...]:
+        block_size = self._deployment.engine.block_size
+        return tuple(
+            Growth(curve, math.ceil(bytes_per_token * block_size))
+            for curve, bytes_per_token in growths.items()
+            if bytes_per_token > 0
+        )
+
+    @cached_property
+    def _prices(self) -> tuple[tuple[_TokenPrice, _TokenPrice], ...]:
+        return tuple((self._token_price(c, native=False), self._token_price(c, native=True)) for c in self.classes)
+
+    @property
+    def classes(self) -> tuple[LayerClass, ...]:
+        """Layer classes of the deployment."""
+        return self._deployment.layer_classes
+
+    def _token_price(self, layer_class: LayerClass, *, native: bool) -> _TokenPrice:
+        group, model, encoding = layer_class.group, self._deployment.model, layer_class.encoding
+        native_bytes = group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
+        stored = native_bytes if native else encoding.bytes_per_token(group, model.dtype).total_bytes
+        heads = model.num_attention_heads / self._deployment.tensor_parallel_size
+        value_dim = group.v_head_dim or group.k_head_dim
+        score_flops = 0.0
+        if layer_class.selection is not None:
+            score_flops = layer_class.selection.decode_score_flops_per_token(group, model)
+        extra = 0.0 if native else encoding.attention_flops_per_token(group, model)
+        whole_s, unpack_s = attention_seconds_per_token(
+            stored_bytes=stored * layer_class.rank_share,
+            elements=group.kv_elements_per_token * layer_class.rank_share,
+            flops=2.0 * heads * (group.k_head_dim + value_dim),
+            extra_flops=extra / self._deployment.tensor_parallel_size,
+            family=None if native else encoding.unpack_family,
+            group_size=heads / layer_class.kv_heads_per_rank,
+            compute=model.dtype if native else encoding.attention_dtype(model, self._deployment.device),
+            rates=self._rates,
+        )
+        score_s = score_flops / self._deployment.tensor_parallel_size / self._rates.vector_flops_per_s
+        return _TokenPrice(_femto(whole_s + score_s), _femto(unpack_s + score_s))
+
+    def _scan_price(self, layer_class: LayerClass) -> int:
+        moved_s = scan_bytes(layer_class, self._deployment.model) / self._rates.stream_bytes_per_s
+        if layer_class.selection is None:
+            return _femto(moved_s)
+        flops = layer_class.selection.scan_flops_per_token(layer_class.group, self._deployment.model)
+        scored_s = flops / self._deployment.tensor_parallel_size / self._rates.vector_flops_per_s
+        return _femto(smooth_maximum(moved_s, scored_s))
+
+    def _index_price(self, layer_class: LayerClass) -> int:
+        return _femto(index_key_bytes(layer_class) / self._rates.stream_bytes_per_s)
+
+
+def ops_seconds(ops: Iterable[OpCall], tensor_parallel_size: int, rates: Rates) -> float:
+    """Time of a sequence of kernels on one rank: launches in full, work shared by the ranks."""
+    return sum(
+        call.count
+        * (call.work.launches * rates.elementwise_launch_s + streaming_seconds(call.work, rates) / tensor_parallel_size)
+        for call in ops
+    )
+
+
+def scan_bytes(layer_class: LayerClass, model: ModelSpec) -> float:
+    """Page metadata of one token in one layer on one rank."""
+    if layer_class.selection is None:
+        return 0.0
+    element_bytes = DTYPE_BITS[model.dtype] / 8
+    return layer_class.selection.scan_bytes_per_token(layer_class.group, element_bytes) * layer_class.rank_share
+
+
+def layer_bytes_per_token(layer_class: LayerClass, model: ModelSpec) -> float:
+    """Bytes of one resident token in one layer on one rank: encoded KV, page metadata, indexer key."""
+    stored = layer_class.encoding.bytes_per_token(layer_class.group, model.dtype).total_bytes
+    return stored * layer_class.rank_share + scan_bytes(layer_class, model) + index_key_bytes(layer_class)
+
+
+def residual_bytes(layer_class: LayerClass, model: ModelSpec) -> float:
+    """Bytes of the native window beside an encoded cache, one layer of one sequence on one rank."""
+    native = layer_class.group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
+    return layer_class.encoding.residual_tokens * native * layer_class.rank_share
+
+
+def index_key_bytes(layer_class: LayerClass) -> float:
+    """Indexer key of one token in one layer: fp8 values and one fp32 scale (vLLM's DSA cache), replicated."""
+    dim = layer_class.group.index_head_dim
+    return dim + 4.0 if dim else 0.0
+
+
+def clip(curve: TokenCurve, cap_tokens: int) -> TokenCurve:
+    """min(curve, cap) for a curve that never falls."""
+    pieces: list[tuple[int, int, int]] = []
+    for start, value, slope in curve.segments:
+        if value >= cap_tokens:
+            pieces.append((start, cap_tokens, 0))
+            break
+        pieces.append((start, value, slope))
+        if slope > 0:
+            reach = start + -(-(cap_tokens - value) // slope)
+            following = next((s[0] for s in curve.segments if s[0] > start), None)
+            if following is None or reach < following:
+                pieces.append((reach, cap_tokens, 0))
+                break
+    return TokenCurve(tuple(pieces))
+
+
+def _femto(seconds: float) -> int:
+    return round(seconds * 1e15)
+
+
+def _add(priced: defaultdict[TokenCurve, list[int]], curve: TokenCurve, whole: int, unpack: int) -> None:
+    entry = priced[curve]
+    entry[0] += whole
+    entry[1] += unpack
+
+
+def _merge(priced: dict[TokenCurve, list[int]]) -> tuple[Segment, ...]:
+    """Sum the priced curves. Decode step j attends to the tokens after j + 1 were generated."""
+    starts = {0}
+    for curve in priced:
+        starts.update(max(0, point - 1) for point in curve.breakpoints)
+    segments = []
+    for start in sorted(starts):
+        value = slope = unpack = unpack_slope = 0
+        for curve, (whole_price, unpack_price) in priced.items():
+            tokens = curve(start + 1)
+            rise = curve(start + 2) - tokens
+            value += tokens * whole_price
+            slope += rise * whole_price
+            unpack += tokens * unpack_price
+            unpack_slope += rise * unpack_price
+        segments.append(Segment(start, _ticks(value), _ticks(slope), _ticks(unpack), _ticks(unpack_slope)))
+    return tuple(segments)
+
+
+def _ticks(femtoseconds: int) -> int:
+    return round(femtoseconds / FEMTO)

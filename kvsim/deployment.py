@@ -1,0 +1,91 @@
+"""A scenario with every name replaced by what it stands for, checked for pairs that cannot go together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from kvsim.compression import Compression
+from kvsim.compression.base import KvEncoding, LayerView, TokenCurve, TokenSelection, growing
+from kvsim.cost.priors import Priors
+from kvsim.specs.device import DeviceSpec
+from kvsim.specs.engine import EngineSpec
+from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
+from kvsim.specs.price import Price
+
+
+@dataclass(frozen=True)
+class LayerClass:
+    """Layers that share an attention shape and an encoding."""
+
+    group: LayerGroup
+    encoding: KvEncoding
+    bands: tuple[tuple[LayerView, int], ...]
+    """One layer of each band that the selection treats alike, and how many layers the band has."""
+    selection: TokenSelection | None
+    """The token selection, on full-attention layers; None where the layer's own kind decides what it reads."""
+    prefill_cap: int | None
+    """Most tokens that one layer holds while a prompt is processed, by its kind and the engine's allocator; None is
+    unbounded."""
+    decode_cap: int | None
+    """The same once the sequence decodes."""
+    kv_heads_per_rank: int
+
+    @property
+    def rank_share(self) -> float:
+        """KV of one tensor-parallel rank as a share of the whole layer's."""
+        return self.kv_heads_per_rank / self.group.num_kv_heads
+
+    def attended_tokens(self, prompt_tokens: int, view: LayerView) -> TokenCurve:
+        """Tokens read by a decode step over generated tokens."""
+        if self.selection is not None:
+            return self.selection.attended_tokens(prompt_tokens, view)
+        return growing(prompt_tokens, _attention_cap(self.group))
+
+    def resident_tokens(self, prompt_tokens: int, view: LayerView) -> TokenCurve:
+        """Tokens held over generated tokens."""
+        if self.selection is not None:
+            return self.selection.resident_tokens(prompt_tokens, view)
+        return growing(prompt_tokens, self.decode_cap)
+
+    def prefill_resident_tokens(self, processed_tokens: int, view: LayerView) -> int:
+        """Tokens held once ``processed_tokens`` of the prompt are in."""
+        if self.selection is not None:
+            return self.selection.prefill_resident_tokens(processed_tokens, view)
+        return processed_tokens if self.prefill_cap is None else min(processed_tokens, self.prefill_cap)
+
+
+def layer_bands(views: tuple[LayerView, ...], selection: TokenSelection | None) -> tuple[tuple[LayerView, int], ...]:
+    """Group layers that a selection treats alike: (first layer of the band, layers in it)."""
+    bands = [selection.layer_band(view) if selection is not None else 0 for view in views]
+    sizes = Counter(bands)
+    return tuple((views[bands.index(band)], size) for band, size in sizes.items())
+
+
+def _attention_cap(group: LayerGroup) -> int | None:
+    """Most tokens one step can read: the window, or an indexer's top-k.
+
+    Chunked attention reads between one token and a whole chunk; the whole chunk is used, an upper bound.
+    """
+    if group.kind is LayerKind.INDEXED:
+        return group.index_topk
+    return group.window_tokens
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Everything the cost model and the simulator need; no names left to look up."""
+
+    model: ModelSpec
+    device: DeviceSpec
+    engine: EngineSpec
+    compression: Compression
+    tensor_parallel_size: int
+    replicas: int
+    layer_classes: tuple[LayerClass, ...]
+    state_bytes_per_sequence: int
+    """Per rank: linear-attention state."""
+    priors: Priors
+    price: Price | None
+    prefix_caching: bool
+    notes: tuple[str, ...]

@@ -1,0 +1,68 @@
+"""The KV pool in blocks: what a block costs, what a prompt holds while it is processed, how long a sequence may be."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+from kvsim.compression.base import LayerView
+from kvsim.cost.sequence import layer_bytes_per_token, residual_bytes
+from kvsim.deployment import Deployment, LayerClass
+
+_PROBE_TOKENS = 2**40
+"""A length no prompt reaches: whatever a layer still holds of it is its cap."""
+
+
+def prefill_growths(deployment: Deployment) -> tuple[tuple[tuple[int | None, int], ...], int]:
+    """((most tokens held or None, bytes of a block), ...) while a prompt is processed, and fixed bytes per sequence.
+
+    Layers with the same cap share one block table entry. Bytes are those of one tensor-parallel rank.
+    """
+    per_token: defaultdict[int | None, float] = defaultdict(float)
+    fixed = float(deployment.state_bytes_per_sequence)
+    for layer_class in deployment.layer_classes:
+        for view, layers in layer_class.bands:
+            cap = _prefill_cap(layer_class, view)
+            per_token[cap] += layers * layer_bytes_per_token(layer_class, deployment.model)
+            fixed += layers * residual_bytes(layer_class, deployment.model)
+    block_size = deployment.engine.block_size
+    growths = tuple(
+        (cap, math.ceil(size_bytes * block_size))
+        for cap, size_bytes in sorted(per_token.items(), key=lambda item: (item[0] is not None, item[0] or 0))
+        if size_bytes > 0
+    )
+    return growths, math.ceil(fixed)
+
+
+def _prefill_cap(layer_class: LayerClass, view: LayerView) -> int | None:
+    held = layer_class.prefill_resident_tokens(_PROBE_TOKENS, view)
+    return None if held == _PROBE_TOKENS else held
+
+
+def block_bytes(deployment: Deployment) -> int:
+    """Bytes of one block of a sequence that grows in every layer, on one rank: the engine's page over all layers."""
+    growths, _ = prefill_growths(deployment)
+    return sum(size for _, size in growths)
+
+
+def prompt_bytes(deployment: Deployment, tokens: int) -> int:
+    """Bytes held on one rank once ``tokens`` of a prompt are in."""
+    growths, fixed = prefill_growths(deployment)
+    return fixed + sum(
+        -(-(tokens if cap is None else min(tokens, cap)) // deployment.engine.block_size) * size
+        for cap, size in growths
+    )
+
+
+def longest_prompt(deployment: Deployment, pool_bytes: int, limit_tokens: int) -> int:
+    """Most tokens of one sequence that the pool holds uncompressed by selection, at most ``limit_tokens``."""
+    if prompt_bytes(deployment, limit_tokens) <= pool_bytes:
+        return limit_tokens
+    low, high = 0, limit_tokens
+    while low < high:
+        middle = (low + high + 1) // 2
+        if prompt_bytes(deployment, middle) <= pool_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
