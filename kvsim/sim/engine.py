@@ -1,0 +1,367 @@
+"""One replica on the clock: continuous batching as a SimPy process.
+
+An event is a scheduler step, never a token. Steps that only decode and repeat until something can change (a sequence
+ends, a request arrives, the pool runs dry, a token curve bends) are taken as one run whose length is summed in closed
+form on the integer clock, which equals stepping through them exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Generator
+from typing import Any
+
+import simpy
+
+from kvsim.cost.sequence import SequenceProfile
+from kvsim.cost.step import StepModel, StepTables
+from kvsim.errors import InvariantViolation
+from kvsim.sim.arrivals import NEVER, ArrivalSource
+from kvsim.sim.batch import DecodeBatch, SequenceState
+from kvsim.sim.recorder import ReplicaRecord, RequestLog
+from kvsim.sim.resources import Demand, SharedDevice
+from kvsim.sim.scheduler import Chunk, PrefixSharing, Scheduler, SchedulerLimits
+from kvsim.units import TICKS_PER_SECOND
+
+Clocked = Generator[simpy.Event, Any, None]
+ClockedAnswer = Generator[simpy.Event, Any, bool]
+
+
+class ReplicaEngine:
+    """Plays a scheduler's steps on the clock and writes down what happened."""
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        source: ArrivalSource,
+        lengths: tuple[list[int], list[int]],
+        log: RequestLog,
+        step: StepModel,
+        tables: StepTables,
+        limits: SchedulerLimits,
+        sharing: PrefixSharing | None,
+        *,
+        token_ticks: int,
+        coalesce: bool,
+    ) -> None:
+        self.env = env
+        self.now = 0
+        """The clock at the latest step boundary, in ticks."""
+        self.source = source
+        self.log = log
+        self.step = step
+        self.tables = tables
+        self.coalesce = coalesce
+        self.record = ReplicaRecord(min_free_bytes=limits.pool_bytes)
+        self.generated = [0] * len(lengths[0])
+        self.batch = DecodeBatch(limits.block_size, limits.prefill_growths[0][1], token_ticks)
+        self.scheduler = Scheduler(limits, self.batch, lengths, self.generated, log, self.record, sharing)
+        self.device = SharedDevice(env)
+        self.decode_steps = [0] * (limits.max_num_seqs + 1)
+        """Decode steps taken at each batch size."""
+        self.variable_total = 0
+        """Ticks of all decode steps above the batches' fixed parts."""
+        self._dynamic = source.is_dynamic
+        self._runs_ahead = coalesce and step.deployment.engine.compression_stream == "inline"
+        self._side_stream = step.deployment.engine.compression_stream == "side"
+        self._compacting: list[tuple[simpy.Event, SequenceState, int, int]] = []
+        self._late: list[int] = []
+        """Ticks that sequences just compacted have waited for their next token."""
+        self._attention_memo: dict[tuple[int, int], tuple[int, int]] = {}
+
+    @property
+    def waiting(self) -> deque[int]:
+        """Requests that the router left here and the scheduler has not admitted."""
+        return self.scheduler.waiting
+
+    @property
+    def load(self) -> int:
+        """Requests running and waiting, for the router."""
+        partial = self.scheduler.partial is not None
+        return len(self.scheduler.waiting) + self.batch.size + partial + len(self._compacting)
+
+    # --- the clock --------------------------------------------------------------------------------------------------
+
+    def run(self) -> Clocked:  # noqa: C901, PLR0912 - the hot loop; calls would cost more than they explain
+        """Serve until nothing can arrive any more.
+
+        The clock is advanced only where the outside can matter: up to the next arrival a replica's steps follow from
+        its own state, so they are taken ahead of the clock and paid for in one event.
+        """
+        env, source, scheduler, batch = self.env, self.source, self.scheduler, self.batch
+        while True:
+            if source.next_ticks <= self.now:
+                source.deliver(self.now)
+            if self._compacting:
+                self._join_compacted()
+            if scheduler.waiting or scheduler.partial is not None:
+                chunks = scheduler.schedule(self.now, len(self._compacting))
+                if scheduler.rejected:
+                    self._settle_rejected()
+                if chunks:
+                    ticks, ending = self._begin_mixed(chunks)
+                    if self._compacting:
+                        yield self._occupy(ticks)
+                        ticks = self._contended(ticks)
+                    self.now += ticks
+                    if self.now >= source.next_ticks or not self._runs_ahead:
+                        yield env.timeout(self.now - int(env.now))
+                    self._end_mixed(chunks, ending, ticks)
+                    continue
+            if batch.size:
+                if self._compacting or self._late:
+                    yield from self._shared_step()
+                    continue
+                steps, ticks = self._plan_run()
+                if not steps:
+                    scheduler.make_room(self.now)
+                    continue
+                self.now += ticks
+                if self.now >= source.next_ticks or not self._runs_ahead:
+                    yield env.timeout(self.now - int(env.now))
+                self._advance(steps)
+                continue
+            if not (yield from self._idle()):
+                return
+
+    def _idle(self) -> ClockedAnswer:
+        """Wait for a compaction, an arrival or a release; False where none can come."""
+        source = self.source
+        if self._compacting:
+            yield self.env.any_of(self._wake_events())
+        elif self.scheduler.waiting:
+            msg = f"request {self.scheduler.waiting[0]} waits although the replica is idle"
+            raise InvariantViolation(msg)
+        elif source.next_ticks < NEVER:
+            yield self.env.timeout(source.next_ticks - int(self.env.now))
+        elif self._dynamic and source.outstanding:
+            yield source.released
+        else:
+            yield self.env.timeout(self.now - int(self.env.now))
+            return False
+        self.now = int(self.env.now)
+        return True
+
+    def _settle_rejected(self) -> None:
+        if self._dynamic:
+            for index in self.scheduler.rejected:
+                self.source.settle(index, self.now)
+        self.scheduler.rejected.clear()
+
+    # --- decode runs ------------------------------------------------------------------------------------------------
+
+    def _plan_run(self) -> tuple[int, int]:
+        """Take steps until something can change: (steps, ticks), written down; no steps where the pool is dry."""
+        batch, scheduler = self.batch, self.scheduler
+        size, slope = batch.size, batch.slope
+        first = self.tables.step[size] + batch.variable
+        steps = batch.finishing[0][0] - batch.counter if self.coalesce else 1
+        if not batch.token_ticks:
+            bend = batch.steps_until_bend()
+            if bend is not None and bend < steps:
+                steps = bend
+        if batch.growth_total * (steps // batch.block_size + 1) > scheduler.free:
+            steps = min(steps, batch.steps_until_dry(scheduler.free))
+            if not steps:
+                return 0, 0
+        rise = slope * (steps * (steps - 1) // 2)
+        ticks = steps * first + rise
+        # A new arrival changes nothing while an earlier one is still held back.
+        gap = self.source.next_ticks - self.now
+        if ticks > gap and not scheduler.waiting:
+            steps = steps_to_cover(gap, first, slope)
+            rise = slope * (steps * (steps - 1) // 2)
+            ticks = steps * first + rise
+        self.decode_steps[size] += steps
+        self.variable_total += steps * batch.variable + rise
+        self.record.runs.append((steps, size, first, slope))
+        return steps, ticks
+
+    def _advance(self, steps: int) -> None:
+        """Every decoding sequence has gained ``steps`` tokens: account for blocks, let the finished go."""
+        batch = self.batch
+        due = batch.advance(steps)
+        if due:
+            self.scheduler.take(due)
+        if batch.finishing[0][0] <= batch.counter:
+            self._finish_due()
+
+    def _finish_due(self) -> None:
+        batch, scheduler = self.batch, self.scheduler
+        sequence = batch.pop_finished()
+        while sequence is not None:
+            if scheduler.sharing is not None:
+                scheduler.register_output(sequence)
+            scheduler.give_back(sequence, batch.remove(sequence))
+            self._complete(sequence.index)
+            sequence = batch.pop_finished()
+
+    def _complete(self, index: int) -> None:
+        self.log.finished[index] = self.now
+        if self._dynamic:
+            self.source.settle(index, self.now)
+
+    # --- prompts ----------------------------------------------------------------------------------------------------
+
+    def _begin_mixed(self, chunks: list[Chunk]) -> tuple[int, list[SequenceState]]:
+        """Write down one step of all decoding sequences and some prompts: (ticks, prompts that it completes)."""
+        batch, tables = self.batch, self.tables
+        tokens = compress = 0
+        ending = []
+        for sequence, chunk in chunks:
+            tokens += chunk
+            if sequence.done + chunk == sequence.target:
+                ending.append(sequence)
+                if not batch.token_ticks:
+                    profile = sequence.profile = self.step.sequences.profile(sequence.target)
+                    compress += profile.compress_ticks
+        ticks = self._prefill_ticks(chunks, tokens, len(ending), 0 if self._side_stream else compress)
+        size = batch.size
+        if size:
+            self.decode_steps[size] += 1
+            self.variable_total += batch.variable
+            ticks += tables.step[size] + batch.variable
+        return ticks, ending
+
+    def _end_mixed(self, chunks: list[Chunk], ending: list[SequenceState], lasted: int) -> None:
+        batch, scheduler = self.batch, self.scheduler
+        for sequence, chunk in chunks:
+            sequence.done += chunk
+        if batch.size:
+            self._record_step(batch.size, lasted)
+            self._advance(1)
+        for sequence in ending:
+            if sequence is scheduler.partial:
+                scheduler.partial = None
+            if scheduler.sharing is not None:
+                scheduler.register_prompt(sequence)
+            left = self._emit(sequence.index)
+            profile = sequence.profile
+            if self._side_stream and profile is not None and profile.compress_ticks and left:
+                self._compact_aside(sequence, profile, left)
+            else:
+                self._join(sequence, left)
+
+    def _prefill_ticks(self, chunks: list[Chunk], tokens: int, ending: int, compress: int) -> int:
+        """What the chunks add to a step: the difference of the tables, attention, and encoding the new tokens."""
+        tables, size = self.tables, self.batch.size
+        compression = compress + tokens * tables.append_per_token
+        if not size:
+            compression += tables.append_launch
+        attention = 0
+        memo = self._attention_memo
+        for sequence, chunk in chunks:
+            key = (chunk, sequence.done)
+            found = memo.get(key)
+            if found is None:
+                seconds, unpack_s = self.step.prefill_attention_seconds(chunk, sequence.done)
+                found = memo[key] = (round(seconds * TICKS_PER_SECOND), round(unpack_s * TICKS_PER_SECOND))
+            attention += found[0]
+            compression += found[1]
+        self.record.prompts.append((size, tokens, ending, attention, compression))
+        base, head = tables.base, tables.head
+        return base[size + tokens] - base[size] + head[size + ending] - head[size] + attention + compression
+
+    def _emit(self, index: int) -> int:
+        """A prompt is in, so its token comes out now; tokens still to come."""
+        generated = self.generated[index] = self.generated[index] + 1
+        if generated == 1:
+            self.log.first_token[index] = self.now
+        else:
+            self.record.gaps.append(self.now - self.scheduler.last_token.pop(index))
+        return self.scheduler.output[index] - generated
+
+    def _join(self, sequence: SequenceState, left: int) -> None:
+        """Decode from the next step on, ``left`` tokens more."""
+        scheduler, batch = self.scheduler, self.batch
+        if left == 0:
+            scheduler.give_back(sequence, sequence.held)
+            self._complete(sequence.index)
+            return
+        # From here on, what grows is counted by the batch; ``held`` keeps the rest.
+        profile = sequence.profile
+        shared = scheduler.shared_bytes(sequence) if sequence.pinned else 0
+        if profile is None:
+            sequence.held = scheduler.limits.fixed_bytes - shared
+        else:
+            kept = profile.resident_bytes(0, batch.block_size) - shared
+            scheduler.free += sequence.held - kept
+            sequence.held = profile.fixed_bytes - shared
+        batch.join(sequence, left)
+
+    # --- sharing the device -----------------------------------------------------------------------------------------
+
+    def _occupy(self, ticks: int) -> simpy.Event:
+        """The engine's step as an activity that shares the device with compaction."""
+        size = self.batch.size
+        decode = self.tables.step[size] + self.batch.variable if size else 0
+        demand = Demand(hbm=decode / ticks, compute=(ticks - decode) / ticks)
+        return self.device.start(ticks, demand, "step").done
+
+    def _contended(self, alone: int) -> int:
+        """How long the step just taken lasted on the shared device."""
+        lasted = int(self.env.now) - self.now
+        self.record.contention_ticks += lasted - alone
+        return lasted
+
+    def _shared_step(self) -> Clocked:
+        """One decode step that may share the device, or ends the wait of sequences that were compacted aside."""
+        batch = self.batch
+        size, ticks = batch.size, self.tables.step[batch.size] + batch.variable
+        self.decode_steps[size] += 1
+        self.variable_total += batch.variable
+        yield self._occupy(ticks)
+        ticks = self._contended(ticks)
+        self.now += ticks
+        self._record_step(size, ticks)
+        self._advance(1)
+
+    def _record_step(self, size: int, lasted: int) -> None:
+        """One step's gaps; a sequence that waited for its compaction counts that wait as part of its gap."""
+        late = self._late
+        self.record.runs.append((1, size - len(late), lasted, 0))
+        if late:
+            self.record.gaps += [waited + lasted for waited in late]
+            late.clear()
+
+    def _compact_aside(self, sequence: SequenceState, profile: SequenceProfile, left: int) -> None:
+        """Score and compact on a side stream; the sequence decodes once its cache is compact."""
+        self.record.aside_ticks += profile.compress_ticks
+        activity = self.device.start(profile.compress_ticks, Demand(hbm=1.0), "compact")
+        self._compacting.append((activity.done, sequence, left, self.now))
+
+    def _join_compacted(self) -> None:
+        still = []
+        for entry in self._compacting:
+            done, sequence, left, since = entry
+            if done.processed:
+                self._join(sequence, left)
+                self._late.append(self.now - since)
+            else:
+                still.append(entry)
+        self._compacting = still
+
+    def _wake_events(self) -> list[simpy.Event]:
+        """What can end an idle wait beside a compaction: that compaction, or the next arrival."""
+        events = [entry[0] for entry in self._compacting]
+        if self.source.next_ticks < NEVER:
+            events.append(self.env.timeout(self.source.next_ticks - self.now))
+        return events
+
+
+def steps_to_cover(gap: int, first: int, slope: int) -> int:
+    """Smallest k >= 1 with k·first + slope·k·(k-1)/2 >= gap, all in ticks."""
+    if slope:
+        linear = first - slope / 2
+        steps = max(1, math.ceil((math.sqrt(linear * linear + 2.0 * slope * gap) - linear) / slope))
+    else:
+        steps = max(1, -(-gap // first))
+    total = steps * first + slope * (steps * (steps - 1) // 2)
+    while total < gap:
+        total += first + slope * steps
+        steps += 1
+    while steps > 1 and total - first - slope * (steps - 1) >= gap:
+        steps -= 1
+        total -= first + slope * steps
+    return steps

@@ -1,0 +1,70 @@
+"""What a run leaves behind: one row per request, one per run of equal decode steps, and where the time went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Run = tuple[int, int, int, int]
+"""(steps, sequences, ticks of the first step, growth per step): every sequence waits each step's length once."""
+
+PromptStep = tuple[int, int, int, int, int]
+"""(decoding sequences, prompt tokens, prompts completed, attention ticks, compression ticks) of one step."""
+
+
+@dataclass
+class PhaseTicks:
+    """Busy ticks of one phase by component."""
+
+    weights: int = 0
+    attention: int = 0
+    compression: int = 0
+    communication: int = 0
+    overhead: int = 0
+
+    @property
+    def total(self) -> int:
+        """All components together."""
+        return self.weights + self.attention + self.compression + self.communication + self.overhead
+
+
+@dataclass
+class ReplicaRecord:
+    """Tallies of one replica."""
+
+    runs: list[Run] = field(default_factory=list)
+    gaps: list[int] = field(default_factory=list)
+    """Single inter-token gaps that span a preemption or a compaction."""
+    prompts: list[PromptStep] = field(default_factory=list)
+    aside_ticks: int = 0
+    """Compression that ran on a side stream."""
+    prefill: PhaseTicks = field(default_factory=PhaseTicks)
+    decode: PhaseTicks = field(default_factory=PhaseTicks)
+    contention_ticks: int = 0
+    """Time lost to sharing the device with side activities."""
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    max_running: int = 0
+    max_waiting: int = 0
+    min_free_bytes: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Engine steps taken."""
+        return sum(run[0] for run in self.runs) + sum(1 for step in self.prompts if not step[0])
+
+    @property
+    def prefilled_tokens(self) -> int:
+        """Prompt tokens processed, recomputed ones included."""
+        return sum(step[1] for step in self.prompts)
+
+
+@dataclass
+class RequestLog:
+    """Per request, in ticks; -1 where it did not happen."""
+
+    arrived: list[int]
+    scheduled: list[int]
+    first_token: list[int]
+    finished: list[int]
+    rejected: list[bool]

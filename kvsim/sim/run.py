@@ -1,0 +1,211 @@
+"""Play a deployment under a list of requests: build the replicas, run the clock, check the invariants."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import simpy
+
+from kvsim.cost.priors import Edge
+from kvsim.cost.rates import build_rates
+from kvsim.cost.step import StepModel, StepTables, build_tables
+from kvsim.deployment import Deployment
+from kvsim.errors import InvariantViolation
+from kvsim.memory import MemoryPlan
+from kvsim.pool import prefill_growths
+from kvsim.requests import RequestTable
+from kvsim.sim.arrivals import ArrivalSource
+from kvsim.sim.engine import ReplicaEngine
+from kvsim.sim.prefix_cache import PrefixCache
+from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
+from kvsim.sim.scheduler import PrefixSharing, SchedulerLimits
+
+PROGRESS_SLICES = 50
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Everything a report needs of one run. Times in ticks."""
+
+    log: RequestLog
+    records: tuple[ReplicaRecord, ...]
+    end_ticks: int
+    pool_bytes: int
+
+
+def run_requests(
+    deployment: Deployment,
+    requests: RequestTable,
+    plan: MemoryPlan,
+    max_model_len: int,
+    *,
+    routing: Literal["round_robin", "least_loaded"] = "round_robin",
+    edge: Edge = Edge.CENTRAL,
+    coalesce: bool = True,
+    progress: Callable[[float], None] | None = None,
+) -> RunResult:
+    """Simulate every request to its end; raise InvariantViolation if anything is lost on the way."""
+    env = simpy.Environment(initial_time=0)
+    step = StepModel(deployment, build_rates(deployment.device, deployment.priors, edge))
+    engine = deployment.engine
+    tables = build_tables(step, engine.max_num_batched_tokens, engine.max_num_seqs)
+    source = ArrivalSource(env, requests, routing)
+    count = len(requests)
+    log = RequestLog(source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count)
+    lengths = (requests.prompt_tokens.tolist(), requests.output_tokens.tolist())
+    limits = _limits(deployment, plan, max_model_len)
+    replicas = []
+    for _ in range(deployment.replicas):
+        replica = ReplicaEngine(
+            env,
+            source,
+            lengths,
+            log,
+            step,
+            tables,
+            limits,
+            _prefix_sharing(deployment, requests, limits),
+            token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
+            coalesce=coalesce and _foreseeable(deployment, source),
+        )
+        replicas.append(replica)
+        env.process(replica.run())
+    source.replicas.extend(replicas)
+    _play(env, requests, progress)
+    for replica in replicas:
+        _split_prompt_time(replica.record, tables)
+        _split_decode_time(replica, tables, step)
+        _check_replica(replica)
+    _check_requests(log, requests)
+    return RunResult(log, tuple(replica.record for replica in replicas), int(env.now), limits.pool_bytes)
+
+
+def _foreseeable(deployment: Deployment, source: ArrivalSource) -> bool:
+    """Whether a replica can know the next arrival: not when another replica's completions release requests."""
+    return deployment.replicas == 1 or not source.is_dynamic
+
+
+def _play(env: simpy.Environment, requests: RequestTable, progress: Callable[[float], None] | None) -> None:
+    """Run the clock. The cycle collector is paused: the loop makes no cycles, and its scans cost a tenth of the run."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        if progress is None or not len(requests):
+            env.run()
+            return
+        last = int(requests.arrival_ticks.max())
+        for part in range(1, PROGRESS_SLICES):
+            until = last * part // PROGRESS_SLICES
+            if until > env.now:
+                env.run(until=until)
+            progress(part / PROGRESS_SLICES)
+        env.run()
+        progress(1.0)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> SchedulerLimits:
+    engine = deployment.engine
+    growths, fixed_bytes = prefill_growths(deployment)
+    return SchedulerLimits(
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        block_size=engine.block_size,
+        pool_bytes=plan.num_blocks * plan.block_bytes,
+        chunked_prefill=engine.enable_chunked_prefill,
+        prefill_growths=growths,
+        fixed_bytes=fixed_bytes,
+    )
+
+
+def _prefix_sharing(deployment: Deployment, requests: RequestTable, limits: SchedulerLimits) -> PrefixSharing | None:
+    """A prefix cache, where the workload shares prefixes and the deployment can reuse them."""
+    if requests.prefix_hashes is None or not deployment.prefix_caching:
+        return None
+    unit_tokens = requests.hash_block_tokens
+    # Windowed layers keep their own blocks: only what grows with the prompt can be shared.
+    growing = sum(block_bytes for cap, block_bytes in limits.prefill_growths if cap is None)
+    unit_bytes = unit_tokens // limits.block_size * growing
+    if unit_tokens % limits.block_size or not unit_bytes:
+        return None
+    hashes = requests.prefix_hashes
+    if requests.output_hashes is not None:
+        hashes = tuple(a + b for a, b in zip(hashes, requests.output_hashes, strict=True))
+    return PrefixSharing(PrefixCache(unit_bytes), hashes, unit_tokens)
+
+
+def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
+    """Divide what prompts added to steps by component: differences of the tables the steps were priced from."""
+    if not record.prompts:
+        return
+    size, tokens, ending, attention, compression = np.array(record.prompts, dtype=np.int64).T
+
+    def added(table: list[int], extra: npt.NDArray[np.int64]) -> int:
+        values = np.array(table, dtype=np.int64)
+        return int((values[size + extra] - values[size]).sum())
+
+    record.prefill = PhaseTicks(
+        weights=added(tables.weights, tokens) + added(tables.head, ending),
+        attention=int(attention.sum()),
+        compression=int(compression.sum()) + record.aside_ticks,
+        communication=added(tables.communication, tokens),
+        overhead=added(tables.overhead, tokens),
+    )
+
+
+def _split_decode_time(replica: ReplicaEngine, tables: StepTables, step: StepModel) -> None:
+    """Divide the decode steps' time by component from the counts per batch size."""
+    decode = PhaseTicks()
+    for sequences, steps in enumerate(replica.decode_steps):
+        if steps:
+            decode.weights += steps * (tables.weights[sequences] + tables.head[sequences])
+            decode.communication += steps * tables.communication[sequences]
+            decode.overhead += steps * tables.overhead[sequences]
+            decode.attention += steps * tables.attention_fixed[sequences]
+            decode.compression += steps * tables.compression_fixed[sequences]
+    if replica.batch.token_ticks:
+        unpack = math.floor(replica.variable_total * step.sequences.unpack_share)
+    else:
+        unpack = replica.batch.unpack_total
+    decode.compression += unpack
+    decode.attention += replica.variable_total - unpack
+    replica.record.decode = decode
+
+
+def _check_replica(replica: ReplicaEngine) -> None:
+    """Blocks and sequences are conserved: an idle replica has every byte back and nothing left to do."""
+    scheduler, batch = replica.scheduler, replica.batch
+    left = {
+        "sequences": batch.size,
+        "waiting requests": len(scheduler.waiting),
+        "missing pool bytes": scheduler.limits.pool_bytes - scheduler.free,
+        "ticks of decode work": batch.variable,
+        "bytes of pending growth": batch.growth_total,
+    }
+    wrong = {name: amount for name, amount in left.items() if amount}
+    if wrong:
+        msg = f"a replica ended with {wrong}"
+        raise InvariantViolation(msg)
+
+
+def _check_requests(log: RequestLog, requests: RequestTable) -> None:
+    """Every request ended exactly one way, and its life ran forward."""
+    for index in range(len(requests)):
+        arrived, scheduled = log.arrived[index], log.scheduled[index]
+        first, finished = log.first_token[index], log.finished[index]
+        if log.rejected[index]:
+            if finished >= 0:
+                msg = f"request {index} was rejected and finished"
+                raise InvariantViolation(msg)
+        elif not 0 <= arrived <= scheduled <= first <= finished:
+            msg = f"request {index} ran backwards: {arrived=} {scheduled=} {first=} {finished=}"
+            raise InvariantViolation(msg)

@@ -1,0 +1,247 @@
+"""vLLM V1's scheduler on one replica: who gets tokens in the next step, and who must give blocks back. No clock here.
+
+Running sequences come first, one token each, then the prompt in progress, then the waiting queue in order of arrival,
+under the token budget, the seats and the pool. Where the pool is short the latest arrival is preempted and recomputed.
+Sources: vLLM V1 ``Scheduler.schedule``, ``KVCacheManager.allocate_slots`` and ``get_computed_blocks``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvsim.errors import InvariantViolation
+from kvsim.sim.batch import DecodeBatch, SequenceState
+from kvsim.sim.prefix_cache import PrefixCache
+from kvsim.sim.recorder import ReplicaRecord, RequestLog
+
+Chunk = tuple[SequenceState, int]
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """Limits of one replica, and what a prompt holds while it is processed. Bytes are of one tensor-parallel rank."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    pool_bytes: int
+    chunked_prefill: bool
+    prefill_growths: tuple[tuple[int | None, int], ...]
+    """(most tokens held or None, bytes of a block) per kind of layer."""
+    fixed_bytes: int
+    """Bytes per sequence whatever its length."""
+
+
+@dataclass(frozen=True)
+class PrefixSharing:
+    """A replica's prefix cache, the hashes of every request's tokens, and how many tokens a hash stands for."""
+
+    cache: PrefixCache
+    hashes: Sequence[tuple[int, ...]]
+    unit_tokens: int
+
+
+class Scheduler:
+    """Waiting queue, the prompt in progress and the block pool of one replica."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        batch: DecodeBatch,
+        lengths: tuple[list[int], list[int]],
+        generated: list[int],
+        log: RequestLog,
+        record: ReplicaRecord,
+        sharing: PrefixSharing | None,
+    ) -> None:
+        self.limits = limits
+        self.batch = batch
+        self.prompt, self.output = lengths
+        self.generated = generated
+        """Tokens out so far, per request."""
+        self.log = log
+        self.record = record
+        self.sharing = sharing
+        self.waiting: deque[int] = deque()
+        self.partial: SequenceState | None = None
+        self.free = limits.pool_bytes
+        self.rejected: list[int] = []
+        """Requests refused since the engine last looked."""
+        self.last_token: dict[int, int] = {}
+        """When preempted requests got their latest token, in ticks."""
+
+    # --- the pool ---------------------------------------------------------------------------------------------------
+
+    def take(self, size_bytes: int) -> None:
+        """Hand out bytes; cached units that nobody uses make way."""
+        self.free -= size_bytes
+        self.record.min_free_bytes = min(self.record.min_free_bytes, self.free)
+        if self.sharing is not None:
+            self.sharing.cache.evict_until(self.free)
+
+    def give_back(self, sequence: SequenceState, held_bytes: int) -> None:
+        """Return a sequence's own bytes, and let go of the units that it shares."""
+        self.free += held_bytes
+        if self.sharing is not None and sequence.pinned:
+            cache = self.sharing.cache
+            self.free += cache.unpin(sequence.pinned) * cache.unit_bytes
+
+    def prefill_bytes(self, tokens: int) -> int:
+        """Bytes held once ``tokens`` of a prompt are in."""
+        size, held = self.limits.block_size, self.limits.fixed_bytes
+        for cap, block_bytes in self.limits.prefill_growths:
+            kept = tokens if cap is None or tokens < cap else cap
+            held += -(-kept // size) * block_bytes
+        return held
+
+    def shared_bytes(self, sequence: SequenceState) -> int:
+        """Bytes of the units that the sequence shares."""
+        if self.sharing is None:
+            return 0
+        return len(sequence.pinned) * self.sharing.cache.unit_bytes
+
+    # --- preemption -------------------------------------------------------------------------------------------------
+
+    def make_room(self, now_ticks: int) -> bool:
+        """Preempt the latest arrivals until the next token of all others fits; True if any was."""
+        batch = self.batch
+        preempted = False
+        while batch.due_bytes() > self.free:
+            self.preempt_latest(now_ticks)
+            preempted = True
+        batch.drop_dead()
+        return preempted
+
+    def preempt_latest(self, now_ticks: int) -> None:
+        """Take all blocks from the latest arrival and queue it first."""
+        batch = self.batch
+        if self.partial is not None:
+            sequence, self.partial = self.partial, None
+            self.record.recomputed_tokens += sequence.done
+            self.give_back(sequence, sequence.held)
+        elif batch.active:
+            sequence = batch.active[next(reversed(batch.active))]
+            index = sequence.index
+            self.generated[index] += batch.counter - sequence.joined
+            self.last_token[index] = now_ticks
+            self.record.recomputed_tokens += self.prompt[index] + self.generated[index] - 1
+            self.give_back(sequence, batch.remove(sequence))
+        else:
+            msg = "the pool is exhausted although nothing runs"
+            raise InvariantViolation(msg)
+        self.record.preemptions += 1
+        self.waiting.appendleft(sequence.index)
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def schedule(self, now_ticks: int, seats_taken: int) -> list[Chunk]:
+        """Prompt chunks of the next step. ``seats_taken`` sequences are neither decoding nor prefilling."""
+        batch, limits = self.batch, self.limits
+        reserved = batch.due_bytes()
+        preempted = reserved > self.free and self.make_room(now_ticks)
+        if preempted:
+            reserved = batch.due_bytes()
+        budget = limits.max_num_batched_tokens - batch.size
+        chunks: list[Chunk] = []
+        partial = self.partial
+        if partial is not None and budget > 0:
+            chunk = min(partial.target - partial.done, budget)
+            need = self.prefill_bytes(partial.done + chunk) - partial.held - self.shared_bytes(partial)
+            if need + reserved > self.free:
+                self.preempt_latest(now_ticks)
+                return chunks
+            partial.held += need
+            self.take(need)
+            chunks.append((partial, chunk))
+            budget -= chunk
+        if not preempted and self.waiting:
+            self._admit(chunks, budget, reserved, now_ticks, batch.size + seats_taken + (self.partial is not None))
+        return chunks
+
+    def _admit(self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int) -> None:
+        waiting, limits, log, record = self.waiting, self.limits, self.log, self.record
+        record.max_waiting = max(record.max_waiting, len(waiting))
+        while waiting and budget > 0 and running < limits.max_num_seqs:
+            index = waiting[0]
+            target = self.prompt[index] + self.generated[index]
+            if self.prompt[index] + self.output[index] > limits.max_model_len:
+                waiting.popleft()
+                log.rejected[index] = True
+                self.rejected.append(index)
+                continue
+            sequence = SequenceState(index, target)
+            pinned_bytes = self._match_prefix(sequence) if self.sharing is not None else 0
+            chunk = target - sequence.done
+            if chunk > budget:
+                if not limits.chunked_prefill:
+                    break
+                chunk = budget
+            need = self.prefill_bytes(sequence.done + chunk)
+            if sequence.pinned:
+                need -= self.shared_bytes(sequence)
+            if need + pinned_bytes + reserved > self.free:
+                break
+            waiting.popleft()
+            if sequence.pinned:
+                self._pin_prefix(sequence, pinned_bytes)
+            sequence.held = need
+            self.take(need)
+            if log.scheduled[index] < 0:
+                log.scheduled[index] = now_ticks
+                record.cached_prompt_tokens += sequence.done
+            chunks.append((sequence, chunk))
+            budget -= chunk
+            running += 1
+            if sequence.done + chunk < target:
+                self.partial = sequence
+                break
+        record.max_running = max(record.max_running, running)
+
+    # --- prefix sharing ---------------------------------------------------------------------------------------------
+
+    def _match_prefix(self, sequence: SequenceState) -> int:
+        """Find the cached prefix; bytes that pinning it takes from the free ones."""
+        sharing = self.sharing
+        if sharing is None:
+            return 0
+        own = sharing.hashes[sequence.index]
+        # At least one prompt token must be computed to sample from.
+        units = sharing.cache.match(own, (sequence.target - 1) // sharing.unit_tokens)
+        sequence.pinned = own[:units]
+        sequence.done = units * sharing.unit_tokens
+        return sharing.cache.unused_among(sequence.pinned) * sharing.cache.unit_bytes
+
+    def _pin_prefix(self, sequence: SequenceState, pinned_bytes: int) -> None:
+        if self.sharing is not None:
+            self.sharing.cache.pin(sequence.pinned)
+            self.free -= pinned_bytes
+
+    def register_prompt(self, sequence: SequenceState) -> None:
+        """Make a processed prompt's blocks findable; from a unit that another added first, they stay private."""
+        sharing = self.sharing
+        if sharing is None:
+            return
+        own = sharing.hashes[sequence.index]
+        self._share(sharing, sequence, own[len(sequence.pinned) : self.prompt[sequence.index] // sharing.unit_tokens])
+
+    def register_output(self, sequence: SequenceState) -> None:
+        """Blocks that an answer completed become findable too, for the conversation's next turn."""
+        sharing = self.sharing
+        if sharing is None:
+            return
+        known = self.prompt[sequence.index] // sharing.unit_tokens
+        if len(sequence.pinned) >= known:
+            self._share(sharing, sequence, sharing.hashes[sequence.index][known:])
+
+    @staticmethod
+    def _share(sharing: PrefixSharing, sequence: SequenceState, values: Sequence[int]) -> None:
+        pinned = list(sequence.pinned)
+        for value in values:
+            if not sharing.cache.insert(value):
+                break
+            pinned.append(value)
+        sequence.held -= (len(pinned) - len(sequence.pinned)) * sharing.cache.unit_bytes
+        sequence.pinned = pinned
