@@ -1,0 +1,170 @@
+"""Capacity and the four separate effects of a compression, in closed form at a stated batch and context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvsim.closed_form import decode_split, prefill_split, total_seconds
+from kvsim.compression import Compression
+from kvsim.compression.base import LayerView
+from kvsim.cost.priors import Edge
+from kvsim.cost.rates import build_rates
+from kvsim.cost.sequence import layer_bytes_per_token
+from kvsim.cost.step import StepModel
+from kvsim.deployment import Deployment, LayerClass, layer_bands
+from kvsim.memory import MemoryPlan
+from kvsim.report import Effects, Figure, KvCapacity
+from kvsim.requests import UNSCHEDULED, RequestTable
+from kvsim.scenario import Scenario
+from kvsim.specs.base import DTYPE_BITS, Basis
+from kvsim.specs.model import LayerKind
+from kvsim.units import TICKS_PER_SECOND
+
+
+@dataclass(frozen=True)
+class LoadShape:
+    """A workload's means. ``request_rate`` is None for a closed loop of ``concurrency`` clients."""
+
+    prompt_tokens: int
+    output_tokens: int
+    request_rate: float | None
+    concurrency: int | None
+
+
+def load_shape(requests: RequestTable) -> LoadShape:
+    """Mean lengths, and the arrival rate of an open loop or the clients of a closed one."""
+    prompt = max(1, round(float(np.mean(requests.prompt_tokens))))
+    output = max(1, round(float(np.mean(requests.output_tokens))))
+    waiting = requests.arrival_ticks == UNSCHEDULED
+    starts = requests.arrival_ticks[~waiting]
+    if waiting.any():
+        return LoadShape(prompt, output, None, len(starts))
+    span_s = float(starts.max() - starts.min()) / TICKS_PER_SECOND
+    if span_s <= 0:
+        return LoadShape(prompt, output, None, len(starts))
+    return LoadShape(prompt, output, (len(starts) - 1) / span_s, None)
+
+
+def sequence_tokens(load: LoadShape) -> int:
+    """Tokens of the mean request at its end."""
+    return load.prompt_tokens + load.output_tokens
+
+
+def uncompressed(deployment: Deployment) -> Deployment:
+    """The same deployment with the model's own KV cache."""
+    native = Compression()
+    classes = []
+    for group in deployment.model.kv_groups:
+        like = next(c for c in deployment.layer_classes if c.group is group)
+        selection = native.selection if group.kind is LayerKind.FULL else None
+        views = tuple(LayerView(index, deployment.model.num_layers, group) for index in group.layers)
+        classes.append(
+            LayerClass(
+                group=group,
+                encoding=native.encoding,
+                bands=layer_bands(views, selection),
+                selection=selection,
+                prefill_cap=like.prefill_cap,
+                decode_cap=like.decode_cap,
+                kv_heads_per_rank=like.kv_heads_per_rank,
+            )
+        )
+    return Deployment(
+        model=deployment.model,
+        device=deployment.device,
+        engine=deployment.engine,
+        compression=native,
+        tensor_parallel_size=deployment.tensor_parallel_size,
+        replicas=deployment.replicas,
+        layer_classes=tuple(classes),
+        state_bytes_per_sequence=deployment.state_bytes_per_sequence,
+        priors=deployment.priors,
+        price=deployment.price,
+        prefix_caching=deployment.prefix_caching,
+        notes=deployment.notes,
+    )
+
+
+def capacity(
+    deployment: Deployment, plan: MemoryPlan, load: LoadShape, peak_kv_utilization: float | None
+) -> KvCapacity:
+    """KV of the mean sequence, and how many of them the pool of one replica holds."""
+    native = uncompressed(deployment)
+    ranks = deployment.tensor_parallel_size
+    held = resident_bytes(deployment, load)
+    plain = resident_bytes(native, load)
+    pool_bytes = plan.num_blocks * plan.block_bytes
+    per_token = sum(
+        size * layer_bytes_per_token(layer_class, deployment.model)
+        for layer_class in deployment.layer_classes
+        for _, size in layer_class.bands
+    )
+    native_per_token = sum(
+        group.num_layers * group.kv_elements_per_token * DTYPE_BITS[deployment.model.dtype] / 8
+        for group in deployment.model.kv_groups
+    )
+    tokens = sequence_tokens(load)
+    return KvCapacity(
+        kv_bytes_per_token=per_token * ranks,
+        native_kv_bytes_per_token=native_per_token,
+        fold=plain / held if held else 1.0,
+        compression_ratio=1.0 - held / plain if plain else 0.0,
+        block_size=deployment.engine.block_size,
+        num_blocks=plan.num_blocks,
+        capacity_tokens=plan.num_blocks * deployment.engine.block_size,
+        sequence_tokens=tokens,
+        sequence_kv_bytes=float(held * ranks),
+        max_concurrency=pool_bytes / held if held else float("inf"),
+        peak_kv_utilization=peak_kv_utilization,
+        basis=Basis.LITERATURE,
+    )
+
+
+def resident_bytes(deployment: Deployment, load: LoadShape) -> int:
+    """Bytes on one rank of the mean sequence at its end."""
+    step = _step(deployment, Edge.CENTRAL)
+    profile = step.sequences.profile(load.prompt_tokens)
+    return profile.resident_bytes(max(0, load.output_tokens - 1), deployment.engine.block_size)
+
+
+def effects(scenario: Scenario, deployment: Deployment, plan: MemoryPlan, load: LoadShape, batch: int) -> Effects:
+    """Prefill tax, decode gain and capacity gain against the uncompressed cache, each with its band.
+
+    The band prices the compression at its cheapest and its dearest, everything else alike.
+    """
+    native = uncompressed(deployment)
+    batch = max(1, batch)
+    generated = load.output_tokens // 2
+    tax, gain = [], []
+    for edge in (Edge.CENTRAL, Edge.OPTIMISTIC, Edge.PESSIMISTIC) if scenario.bands else (Edge.CENTRAL,):
+        mine, plain = _step(deployment, edge), _step(native, edge)
+        tax.append(
+            total_seconds(prefill_split(mine, load.prompt_tokens))
+            / total_seconds(prefill_split(plain, load.prompt_tokens))
+        )
+        gain.append(
+            total_seconds(decode_split(plain, batch, load.prompt_tokens, generated))
+            / total_seconds(decode_split(mine, batch, load.prompt_tokens, generated))
+        )
+    basis = Basis.DATASHEET if deployment.compression.encoding.is_native else Basis.LITERATURE
+    held, unheld = resident_bytes(deployment, load), resident_bytes(native, load)
+    return Effects(
+        prefill_tax=_spread(tax, basis),
+        decode_gain=_spread(gain, basis),
+        capacity_gain=Figure(value=unheld / held if held else 1.0, basis=Basis.DATASHEET),
+        queueing_effect=Figure(value=None),
+        reference_batch=batch,
+        reference_context_tokens=load.prompt_tokens + generated,
+    )
+
+
+def _spread(values: list[float], basis: Basis) -> Figure:
+    if len(values) == 1:
+        return Figure(value=values[0], basis=basis)
+    return Figure(value=values[0], low=min(values), high=max(values), basis=basis)
+
+
+def _step(deployment: Deployment, edge: Edge) -> StepModel:
+    return StepModel(deployment, build_rates(deployment.device, deployment.priors, edge))

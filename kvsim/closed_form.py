@@ -1,0 +1,154 @@
+"""Closed forms over the step model: one prompt's prefill, one decode step, the steady state of a load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvsim.cost.step import StepModel
+from kvsim.ops import Component
+from kvsim.units import TICKS_PER_SECOND
+
+Split = dict[Component, float]
+"""Seconds by component."""
+
+
+def total_seconds(split: Mapping[Component, float]) -> float:
+    """Sum over components."""
+    return sum(split.values())
+
+
+def prefill_split(step: StepModel, prompt_tokens: int) -> Split:
+    """Seconds by component of one prompt alone, in chunks of the token budget, up to its first token."""
+    budget = step.deployment.engine.max_num_batched_tokens
+    split = dict.fromkeys(Component, 0.0)
+    done = 0
+    while done < prompt_tokens:
+        chunk = min(budget, prompt_tokens - done)
+        _add_tokens(split, step, chunk)
+        attention_s, unpack_s = step.prefill_attention_seconds(chunk, done)
+        split[Component.ATTENTION] += attention_s
+        split[Component.COMPRESSION] += unpack_s + step.append_launch_s + chunk * step.append_s_per_token
+        done += chunk
+    split[Component.WEIGHTS] += float(step.head_seconds(1)[0])
+    split[Component.COMPRESSION] += step.sequences.profile(prompt_tokens).compress_ticks / TICKS_PER_SECOND
+    return split
+
+
+def decode_split(step: StepModel, batch: int, prompt_tokens: int, generated_tokens: int) -> Split:
+    """Seconds by component of one decode step of ``batch`` equal sequences."""
+    split = dict.fromkeys(Component, 0.0)
+    _add_tokens(split, step, batch)
+    split[Component.WEIGHTS] += float(step.head_seconds(batch)[0])
+    attention_s, compression_s = step.decode_fixed_seconds(batch)
+    segment_ticks, unpack_ticks = variable_ticks(step, prompt_tokens, generated_tokens)
+    split[Component.ATTENTION] += float(attention_s[0]) + batch * (segment_ticks - unpack_ticks) / TICKS_PER_SECOND
+    split[Component.COMPRESSION] += float(compression_s[0]) + batch * unpack_ticks / TICKS_PER_SECOND
+    return split
+
+
+def variable_ticks(step: StepModel, prompt_tokens: int, generated_tokens: int) -> tuple[int, int]:
+    """Ticks that one sequence adds to a decode step: (whole, part due to the compression)."""
+    found = None
+    for segment in step.sequences.profile(prompt_tokens).segments:
+        if segment.start_step > generated_tokens:
+            break
+        found = segment
+    if found is None:
+        return 0, 0
+    steps = generated_tokens - found.start_step
+    return found.ticks + steps * found.slope_ticks, found.unpack_ticks + steps * found.unpack_slope_ticks
+
+
+def _add_tokens(split: Split, step: StepModel, tokens: int) -> None:
+    terms = step.token_terms(tokens)
+    split[Component.WEIGHTS] += float(terms.weights_s[0])
+    split[Component.COMMUNICATION] += float(terms.communication_s[0])
+    split[Component.OVERHEAD] += float(terms.overhead_s[0])
+
+
+@dataclass(frozen=True)
+class SteadyState:
+    """Mean-field balance of one replica: no queueing, every request at the mean lengths."""
+
+    batch: float
+    step_s: float
+    """One decode step."""
+    decode_token_s: float
+    """Mean time between tokens of a sequence, prefill of others included."""
+    prefill_s: float
+    request_rate: float
+    saturated: bool
+    utilization: float
+
+
+def steady_state(
+    step: StepModel, prompt_tokens: int, output_tokens: int, request_rate: float | None, max_batch: float
+) -> SteadyState:
+    """Balance a replica at ``request_rate`` (None: always ``max_batch`` requests, a closed loop).
+
+    With n sequences decoding, a step takes t(n); requests leave at rate n / (output · t(n) / (1 - r·prefill)).
+    Open loop: n grows until that equals the arrival rate r; beyond ``max_batch`` the replica is saturated.
+    """
+    prefill_s = total_seconds(prefill_split(step, prompt_tokens))
+    steps = max(output_tokens - 1, 0)
+    table = _StepTimes(step, prompt_tokens, steps // 2)
+    capacity_rate = _completion_rate(table, max_batch, steps, prefill_s)
+    if request_rate is None or request_rate >= capacity_rate:
+        return _balance(table, max_batch, steps, prefill_s, capacity_rate, saturated=request_rate is not None)
+    low, high = 0.0, max_batch
+    for _ in range(40):
+        middle = (low + high) / 2
+        if _completion_rate(table, middle, steps, prefill_s) < request_rate:
+            low = middle
+        else:
+            high = middle
+    return _balance(table, high, steps, prefill_s, request_rate, saturated=False)
+
+
+class _StepTimes:
+    """Decode step time over batch size, linear between two priced batches (the padded sizes beside it)."""
+
+    def __init__(self, step: StepModel, prompt_tokens: int, generated_tokens: int) -> None:
+        self._step = step
+        self._lengths = (prompt_tokens, generated_tokens)
+        self._memo: dict[int, float] = {}
+
+    def __call__(self, batch: float) -> float:
+        whole = max(1, int(batch))
+        part = batch - whole
+        first = self._at(whole)
+        return first if part <= 0 else first + part * (self._at(whole + 1) - first)
+
+    def _at(self, batch: int) -> float:
+        if batch not in self._memo:
+            self._memo[batch] = total_seconds(decode_split(self._step, batch, *self._lengths))
+        return self._memo[batch]
+
+
+def _completion_rate(table: _StepTimes, batch: float, steps: int, prefill_s: float) -> float:
+    """Requests per second that ``batch`` slots complete: each request takes its prefill and its share of steps."""
+    if batch <= 0:
+        return 0.0
+    return 1.0 / (prefill_s + steps * table(batch) / batch)
+
+
+def _balance(
+    table: _StepTimes, batch: float, steps: int, prefill_s: float, rate: float, *, saturated: bool
+) -> SteadyState:
+    step_s = table(batch)
+    prefill_share = min(rate * prefill_s, 0.999)
+    utilization = (
+        min(1.0, rate * prefill_s + rate * steps * step_s / batch)
+        if batch >= 1
+        else min(1.0, rate * (prefill_s + steps * step_s))
+    )
+    return SteadyState(
+        batch=batch,
+        step_s=step_s,
+        decode_token_s=step_s / (1.0 - prefill_share),
+        prefill_s=prefill_s,
+        request_rate=rate,
+        saturated=saturated,
+        utilization=utilization,
+    )

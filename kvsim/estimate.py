@@ -1,0 +1,100 @@
+"""The analytic answer: every request at the mean lengths, a steady state, no queue."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvsim.analysis import LoadShape
+from kvsim.closed_form import Split, SteadyState, decode_split, prefill_split, steady_state
+from kvsim.cost.priors import Edge
+from kvsim.cost.rates import build_rates
+from kvsim.cost.step import StepModel
+from kvsim.deployment import Deployment
+from kvsim.energy import PhaseSeconds
+from kvsim.memory import MemoryPlan
+from kvsim.report import Counts
+from kvsim.requests import RequestTable
+from kvsim.statistics import Distribution
+from kvsim.summary import Outcome
+
+REFERENCE_S = 3600.0
+"""The estimate speaks of one hour of steady state."""
+
+
+def estimate_outcomes(
+    deployment: Deployment, plan: MemoryPlan, load: LoadShape, edges: tuple[Edge, ...]
+) -> tuple[tuple[Outcome, ...], float]:
+    """One outcome per edge, and the central batch."""
+    results = []
+    batches = []
+    for edge in edges:
+        step = StepModel(deployment, build_rates(deployment.device, deployment.priors, edge))
+        profile = step.sequences.profile(load.prompt_tokens)
+        held = profile.resident_bytes(max(0, load.output_tokens - 1), deployment.engine.block_size)
+        pool_bytes = plan.num_blocks * plan.block_bytes
+        fits = max(1.0, pool_bytes / max(held, 1))
+        slots = min(float(deployment.engine.max_num_seqs), fits)
+        rate = load.request_rate / deployment.replicas if load.request_rate is not None else None
+        if load.concurrency is not None:
+            slots = min(slots, max(1.0, load.concurrency / deployment.replicas))
+        state = steady_state(step, load.prompt_tokens, load.output_tokens, rate, slots)
+        results.append(_outcome(step, state, load, deployment.replicas, edge))
+        batches.append(state.batch)
+    return tuple(results), batches[0]
+
+
+def _outcome(step: StepModel, state: SteadyState, load: LoadShape, replicas: int, edge: Edge) -> Outcome:
+    completed = state.request_rate * replicas * REFERENCE_S
+    steps = max(0, load.output_tokens - 1)
+    # A new prompt waits for the rest of the running step, half of one on average where the engine is busy.
+    ttft_s = state.prefill_s + 0.5 * state.utilization * state.step_s
+    decode_s = steps * state.decode_token_s
+    prefill = _scaled(prefill_split(step, load.prompt_tokens), completed)
+    batch = max(1, round(state.batch))
+    per_step = decode_split(step, batch, load.prompt_tokens, steps // 2)
+    total = sum(per_step.values())
+    share = completed * steps * state.step_s / max(state.batch, 1.0) / total if total else 0.0
+    decode = _scaled(per_step, share)
+    busy_prefill, busy_decode = sum(prefill.values()), sum(decode.values())
+    idle_s = max(0.0, REFERENCE_S * replicas - busy_prefill - busy_decode)
+    return Outcome(
+        edge=edge,
+        duration_s=REFERENCE_S,
+        queue_delay_mean_s=None,
+        ttft=_mean_only(ttft_s),
+        tpot=_mean_only(state.decode_token_s if steps else None),
+        itl=_mean_only(state.decode_token_s if steps else None),
+        e2el=_mean_only(ttft_s + decode_s),
+        completed=round(completed),
+        good=None,
+        input_tokens=round(completed * load.prompt_tokens),
+        output_tokens=round(completed * load.output_tokens),
+        phases=PhaseSeconds(busy_prefill, busy_decode, idle_s),
+        prefill=prefill,
+        decode=decode,
+    )
+
+
+def _scaled(split: Split, factor: float) -> Split:
+    return {component: seconds * factor for component, seconds in split.items()}
+
+
+def _mean_only(mean_s: float | None) -> Distribution:
+    return Distribution(0 if mean_s is None else 1, mean_s, None, None, None, None, None)
+
+
+def estimate_counts(requests: RequestTable, batch: float) -> Counts:
+    """The workload's totals; nothing was played, so there are no steps, waits or preemptions to report."""
+    return Counts(
+        num_prompts=len(requests),
+        completed=len(requests),
+        rejected=0,
+        total_input_tokens=int(np.sum(requests.prompt_tokens)),
+        total_output_tokens=int(np.sum(requests.output_tokens)),
+        cached_prompt_tokens=0,
+        recomputed_tokens=0,
+        preemptions=0,
+        engine_steps=0,
+        max_concurrent_requests=max(1, round(batch)),
+        max_waiting_requests=0,
+    )

@@ -1,0 +1,317 @@
+"""The one path: scenario to report, by simulation or in closed form, alone or strategy beside strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from kvsim import __version__
+from kvsim.analysis import LoadShape, capacity, effects, load_shape
+from kvsim.catalog import resolve
+from kvsim.compression import parse_compression
+from kvsim.cost.priors import Edge
+from kvsim.deployment import Deployment
+from kvsim.errors import InfeasibleScenario, KvsimError, RequestDoesNotFit
+from kvsim.explain import Explanation, Term, explain_deployment
+from kvsim.memory import MemoryPlan, plan_memory, waterfall
+from kvsim.pool import block_bytes, longest_prompt
+from kvsim.quality import published_quality
+from kvsim.report import Counts, Figure, Provenance, Report
+from kvsim.requests import RequestTable
+from kvsim.scenario import Scenario
+from kvsim.specs.workload import WorkloadSpec
+from kvsim.summary import (
+    Outcome,
+    band,
+    cost,
+    counts,
+    coverage,
+    energy,
+    latency,
+    outcome,
+    throughput,
+    time_split,
+    weakest_basis,
+)
+from kvsim.workload_catalog import load_workload
+from kvsim.workloads import build_requests
+
+Progress = Callable[[float], None]
+EDGES = (Edge.CENTRAL, Edge.OPTIMISTIC, Edge.PESSIMISTIC)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One strategy of a comparison: its report, or why there is none."""
+
+    strategy: str
+    report: Report | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A scenario ready to run."""
+
+    scenario: Scenario
+    deployment: Deployment
+    requests: RequestTable
+    plan: MemoryPlan
+    max_model_len: int
+    notes: tuple[str, ...]
+
+    @property
+    def load(self) -> LoadShape:
+        """Mean lengths and rate of the workload."""
+        return load_shape(self.requests)
+
+
+def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Progress | None = None) -> Report:
+    """Play ``scenario`` request by request.
+
+    Raises a ScenarioError for wrong input and an InfeasibleScenario where nothing fits. ``progress`` is called with
+    the share done, from 0 to 1.
+    """
+    from kvsim.sim.run import run_requests
+
+    prepared = prepare(scenario, base_dir=base_dir)
+    results = []
+    edges = EDGES if scenario.bands else EDGES[:1]
+    for position, edge in enumerate(edges):
+        result = run_requests(
+            prepared.deployment,
+            prepared.requests,
+            _plan_at(prepared, edge),
+            prepared.max_model_len,
+            routing=scenario.routing,
+            edge=edge,
+            progress=_part(progress, position, len(edges)),
+        )
+        results.append((result, outcome(result, prepared.requests, scenario.slo, edge)))
+    central = results[0][0]
+    outcomes = tuple(one for _, one in results)
+    if not outcomes[0].completed:
+        msg = (
+            f"no request completed: all {len(prepared.requests)} need more than the {prepared.max_model_len} tokens "
+            "that one sequence may hold here"
+        )
+        raise RequestDoesNotFit(msg)
+    used = 1.0 - min(record.min_free_bytes for record in central.records) / central.pool_bytes
+    batch = _mean_batch(outcomes[0], prepared)
+    return assemble(prepared, outcomes, "simulation", counts(central, prepared.requests), used, batch)
+
+
+def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
+    """Answer ``scenario`` in closed form: mean lengths, steady state, no queue. Percentiles are unknown."""
+    from kvsim.estimate import estimate_counts, estimate_outcomes
+
+    prepared = prepare(scenario, base_dir=base_dir)
+    if prepared.max_model_len < prepared.load.prompt_tokens + prepared.load.output_tokens:
+        msg = (
+            f"the mean request of {prepared.load.prompt_tokens} + {prepared.load.output_tokens} tokens exceeds the "
+            f"{prepared.max_model_len} tokens that one sequence may hold here"
+        )
+        raise RequestDoesNotFit(msg)
+    outcomes, batch = estimate_outcomes(
+        prepared.deployment, prepared.plan, prepared.load, EDGES if scenario.bands else EDGES[:1]
+    )
+    return assemble(prepared, outcomes, "estimate", estimate_counts(prepared.requests, batch), None, round(batch))
+
+
+def compare(
+    scenario: Scenario,
+    strategies: Sequence[str],
+    *,
+    base_dir: Path | None = None,
+    method: Literal["simulation", "estimate"] = "simulation",
+    progress: Progress | None = None,
+) -> tuple[Comparison, ...]:
+    """Run ``scenario`` under each strategy, on the same requests; a strategy that cannot run says why.
+
+    With ``native`` among the strategies, the others' queueing effect is filled in.
+    """
+    compressions = [parse_compression(name) for name in strategies]
+    rows: list[Comparison] = []
+    for position, (name, compression) in enumerate(zip(strategies, compressions, strict=True)):
+        one = scenario.model_copy(update={"compression": compression})
+        try:
+            if method == "estimate":
+                report = estimate(one, base_dir=base_dir)
+            else:
+                report = simulate(one, base_dir=base_dir, progress=_part(progress, position, len(strategies)))
+        except KvsimError as error:
+            rows.append(Comparison(name, None, str(error)))
+            continue
+        rows.append(Comparison(name, report, None))
+    return _with_queueing_effect(tuple(rows))
+
+
+def explain(scenario: Scenario, *, base_dir: Path | None = None) -> Explanation:
+    """List every term of memory, one prefill and one decode step of ``scenario`` at its workload's mean lengths."""
+    from kvsim.estimate import estimate_outcomes
+
+    prepared = prepare(scenario, base_dir=base_dir)
+    load = prepared.load
+    _, batch = estimate_outcomes(prepared.deployment, prepared.plan, load, EDGES[:1])
+    return explain_deployment(
+        prepared.deployment, prepared.plan, load.prompt_tokens, load.output_tokens // 2, max(1, round(batch))
+    )
+
+
+def _with_queueing_effect(rows: tuple[Comparison, ...]) -> tuple[Comparison, ...]:
+    native = next((r.report for r in rows if r.report is not None and r.report.strategy == "native"), None)
+    if native is None or native.queue_delay_mean_s.value is None:
+        return rows
+    base_s = native.queue_delay_mean_s.value
+    filled = []
+    for row in rows:
+        report = row.report
+        if report is not None and report.queue_delay_mean_s.value:
+            basis = report.queue_delay_mean_s.basis
+            figure = Figure(value=base_s / report.queue_delay_mean_s.value, basis=basis)
+            report = report.model_copy(
+                update={"effects": report.effects.model_copy(update={"queueing_effect": figure})}
+            )
+        filled.append(Comparison(row.strategy, report, row.reason))
+    return tuple(filled)
+
+
+def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
+    """Resolve names, build the requests, divide the memory."""
+    deployment = resolve(scenario, base_dir=base_dir)
+    workload = load_workload(scenario.workload) if isinstance(scenario.workload, str) else scenario.workload
+    requests = _requests(workload, scenario.seed, base_dir)
+    plan = plan_memory(deployment, block_bytes(deployment))
+    limit = scenario.engine.max_model_len or deployment.model.max_position_embeddings
+    fits = longest_prompt(deployment, plan.num_blocks * plan.block_bytes, limit)
+    notes = list(deployment.notes) + list(requests.notes)
+    if scenario.engine.max_model_len is not None and fits < scenario.engine.max_model_len:
+        msg = (
+            f"engine.max_model_len: one sequence of {scenario.engine.max_model_len} tokens does not fit the KV pool; "
+            f"the longest that fits is {fits}"
+        )
+        raise RequestDoesNotFit(msg)
+    if fits < limit:
+        notes.append(f"the KV pool holds one sequence of {fits} tokens, less than the model's {limit}")
+    if not scenario.engine.enable_chunked_prefill:
+        fits = min(fits, scenario.engine.max_num_batched_tokens)
+    longest = int((requests.prompt_tokens + requests.output_tokens).max())
+    if longest > fits:
+        notes.append(f"requests longer than {fits} tokens (the longest has {longest}) are rejected, and counted")
+    return Prepared(scenario, deployment, requests, plan, fits, tuple(notes))
+
+
+@lru_cache(maxsize=8)
+def _requests(workload: WorkloadSpec, seed: int, base_dir: Path | None) -> RequestTable:
+    return build_requests(workload, seed=seed, base_dir=base_dir)
+
+
+def _plan_at(prepared: Prepared, edge: Edge) -> MemoryPlan:
+    """The pool at an edge of the memory priors; the central one where even one sequence would not fit."""
+    try:
+        plan = plan_memory(prepared.deployment, prepared.plan.block_bytes, edge)
+    except InfeasibleScenario:
+        return prepared.plan
+    pool_bytes = plan.num_blocks * plan.block_bytes
+    if longest_prompt(prepared.deployment, pool_bytes, prepared.max_model_len) < prepared.max_model_len:
+        return prepared.plan
+    return plan
+
+
+def _part(progress: Progress | None, position: int, parts: int) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda share: progress((position + share) / parts)
+
+
+def _mean_batch(one: Outcome, prepared: Prepared) -> int:
+    """Sequences decoding at once, averaged over decode time: the batch that the effects are stated at."""
+    decode_s = sum(one.decode.values())
+    mean = one.itl.mean_s
+    if not decode_s or not mean:
+        return 1
+    sequences = one.itl.count * mean / (decode_s + sum(one.prefill.values()))
+    return max(1, min(round(sequences), prepared.deployment.engine.max_num_seqs))
+
+
+def assemble(
+    prepared: Prepared,
+    outcomes: tuple[Outcome, ...],
+    method: Literal["simulation", "estimate"],
+    tally: Counts,
+    peak_kv_utilization: float | None,
+    batch: int,
+) -> Report:
+    """Put a report together from outcomes at the edges."""
+    deployment, load = prepared.deployment, prepared.load
+    shares = time_split(outcomes[0])
+    basis = weakest_basis(shares)
+    return Report(
+        method=method,
+        strategy=prepared.scenario.compression.name,
+        scenario=prepared.scenario,
+        kv=capacity(deployment, prepared.plan, load, peak_kv_utilization),
+        memory=waterfall(prepared.plan, deployment),
+        duration_s=band(outcomes, lambda one: one.duration_s, basis),
+        queue_delay_mean_s=band(outcomes, lambda one: one.queue_delay_mean_s, basis),
+        latency=latency(outcomes, basis),
+        throughput=throughput(outcomes, basis),
+        counts=tally,
+        time_split=shares,
+        bottleneck=_bottleneck(outcomes[0], peak_kv_utilization),
+        effects=effects(prepared.scenario, deployment, prepared.plan, load, batch),
+        cost=cost(deployment, outcomes, basis),
+        energy=energy(deployment, outcomes),
+        quality=published_quality(prepared.scenario.compression),
+        coverage=coverage(shares),
+        provenance=_provenance(prepared),
+    )
+
+
+_BOTTLENECKS = {
+    ("prefill", "weights"): "compute of prompts",
+    ("prefill", "attention"): "attention over prompts",
+    ("decode", "weights"): "streaming of weights",
+    ("decode", "attention"): "streaming of KV cache",
+    ("prefill", "compression"): "compressing prompts",
+    ("decode", "compression"): "unpacking of KV cache",
+    ("prefill", "communication"): "collectives",
+    ("decode", "communication"): "collectives",
+    ("prefill", "overhead"): "kernel launches",
+    ("decode", "overhead"): "kernel launches",
+}
+FULL_POOL = 0.98
+IDLE_ENGINE = 0.6
+
+
+def _bottleneck(one: Outcome, peak_kv_utilization: float | None) -> str:
+    """What holds the run back: an empty queue, a full pool, or the largest part of the busy time."""
+    times = {("prefill", c.value): s for c, s in one.prefill.items()}
+    times |= {("decode", c.value): s for c, s in one.decode.items()}
+    largest = _BOTTLENECKS[max(times, key=lambda key: times[key])]
+    if peak_kv_utilization is not None and peak_kv_utilization > FULL_POOL:
+        return f"KV capacity, then {largest}"
+    busy = one.phases.busy_s / one.phases.total_s if one.phases.total_s else 0.0
+    if busy < IDLE_ENGINE:
+        return f"load (engine busy {busy:.0%}), then {largest}"
+    return largest
+
+
+def _provenance(prepared: Prepared) -> Provenance:
+    deployment = prepared.deployment
+    return Provenance(
+        kvsim_version=__version__,
+        scenario_sha256=prepared.scenario.fingerprint(),
+        calibration=deployment.priors.name,
+        device=deployment.device.name,
+        model=deployment.model.name,
+        model_source=deployment.model.source,
+        workload_source=prepared.requests.source,
+        notes=prepared.notes,
+    )
+
+
+__all__ = ["Comparison", "Explanation", "Prepared", "Term", "compare", "estimate", "explain", "prepare", "simulate"]

@@ -1,0 +1,93 @@
+"""Distributions of a run: latencies of requests, and the pooled gaps between tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvsim.sim.recorder import Run
+
+FloatArray = npt.NDArray[np.float64]
+QUANTILES = (0.5, 0.9, 0.95, 0.99)
+MIN_SAMPLES_FOR_P99 = 100
+EXPANDED_STEPS = 5_000_000
+"""Above this many steps a run of steps stands as its two end halves instead of step by step."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Moments and quantiles in seconds; None where there are too few samples."""
+
+    count: int
+    mean_s: float | None
+    std_s: float | None
+    median_s: float | None
+    p90_s: float | None
+    p95_s: float | None
+    p99_s: float | None
+
+
+EMPTY = Distribution(0, None, None, None, None, None, None)
+
+
+def of_samples(samples_s: FloatArray) -> Distribution:
+    """Distribution of equally weighted samples, quantiles by linear interpolation."""
+    if not len(samples_s):
+        return EMPTY
+    median, p90, p95, p99 = np.quantile(samples_s, QUANTILES)
+    enough = len(samples_s) >= MIN_SAMPLES_FOR_P99
+    return Distribution(
+        len(samples_s),
+        float(samples_s.mean()),
+        float(samples_s.std()),
+        float(median),
+        float(p90),
+        float(p95),
+        float(p99) if enough else None,
+    )
+
+
+def of_gaps(runs: list[Run], gaps_ticks: list[int], ticks_per_second: int) -> Distribution:
+    """Pooled inter-token gaps: each step of a run counts once per sequence.
+
+    Quantiles interpolate linearly between order statistics of the pooled sample, as numpy does.
+    """
+    values, weights = _expand(runs, gaps_ticks)
+    count = int(weights.sum())
+    if count == 0:
+        return EMPTY
+    order = np.argsort(values, kind="stable")
+    values, cumulative = values[order] / ticks_per_second, np.cumsum(weights[order])
+    weights = weights[order]
+    mean = float((values * weights).sum() / count)
+    variance = float((weights * (values - mean) ** 2).sum() / count)
+    median, p90, p95, p99 = (_weighted_quantile(values, cumulative, q) for q in QUANTILES)
+    return Distribution(count, mean, variance**0.5, median, p90, p95, p99 if count >= MIN_SAMPLES_FOR_P99 else None)
+
+
+def _expand(runs: list[Run], gaps_ticks: list[int]) -> tuple[FloatArray, npt.NDArray[np.int64]]:
+    table = np.array(runs, dtype=np.float64).reshape(-1, 4)
+    steps = table[:, 0].astype(np.int64)
+    sequences, first, slope = table[:, 1], table[:, 2], table[:, 3]
+    if int(steps.sum()) > EXPANDED_STEPS:
+        # A run's gaps rise evenly: two points at a quarter and three quarters keep its mean and spread.
+        half = steps / 2
+        values = np.concatenate([first + slope * (steps - 1) / 4, first + slope * 3 * (steps - 1) / 4])
+        weights = np.concatenate([np.floor(half) * sequences, (steps - np.floor(half)) * sequences])
+    else:
+        offsets = np.arange(int(steps.sum())) - np.repeat(np.cumsum(steps) - steps, steps)
+        values = np.repeat(first, steps) + np.repeat(slope, steps) * offsets
+        weights = np.repeat(sequences, steps)
+    values = np.concatenate([values, np.asarray(gaps_ticks, dtype=np.float64)])
+    weights = np.concatenate([weights, np.ones(len(gaps_ticks))])
+    return values, weights.astype(np.int64)
+
+
+def _weighted_quantile(values: FloatArray, cumulative: npt.NDArray[np.int64], quantile: float) -> float:
+    rank = quantile * (int(cumulative[-1]) - 1)
+    below = int(np.floor(rank))
+    low = float(values[int(np.searchsorted(cumulative, below + 1))])
+    high = float(values[min(int(np.searchsorted(cumulative, below + 2)), len(values) - 1)])
+    return low + (high - low) * (rank - below)

@@ -1,0 +1,275 @@
+"""From what a run left behind to a report: three runs (central, optimistic, pessimistic) become figures with bands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvsim.cost.priors import Edge
+from kvsim.deployment import Deployment
+from kvsim.energy import PhaseSeconds, energy_joules
+from kvsim.ops import Component
+from kvsim.report import (
+    BasisShare,
+    Cost,
+    Counts,
+    Energy,
+    Figure,
+    Latency,
+    LatencyStats,
+    Throughput,
+    TimeShare,
+)
+from kvsim.requests import RequestTable
+from kvsim.scenario import Slo
+from kvsim.sim.recorder import PhaseTicks
+from kvsim.sim.run import RunResult
+from kvsim.specs.base import Basis
+from kvsim.statistics import Distribution, of_gaps, of_samples
+from kvsim.units import MEGA, SECONDS_PER_HOUR, TICKS_PER_SECOND
+
+COMPONENT_BASIS: Mapping[Component, Basis] = {
+    Component.WEIGHTS: Basis.DATASHEET,
+    Component.ATTENTION: Basis.DATASHEET,
+    Component.COMPRESSION: Basis.LITERATURE,
+    Component.COMMUNICATION: Basis.DATASHEET,
+    Component.OVERHEAD: Basis.DATASHEET,
+}
+"""Before calibration: rates come from datasheets, unpack costs from published kernels."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Numbers of one run at one edge, in seconds and tokens."""
+
+    edge: Edge
+    duration_s: float
+    queue_delay_mean_s: float | None
+    ttft: Distribution
+    tpot: Distribution
+    itl: Distribution
+    e2el: Distribution
+    completed: int
+    good: int | None
+    input_tokens: int
+    output_tokens: int
+    phases: PhaseSeconds
+    prefill: Mapping[Component, float]
+    decode: Mapping[Component, float]
+
+
+def outcome(result: RunResult, requests: RequestTable, slo: Slo, edge: Edge) -> Outcome:
+    """Reduce one run to its numbers."""
+    finished = np.asarray(result.log.finished, dtype=np.float64)
+    done = finished >= 0
+    arrived = np.asarray(result.log.arrived, dtype=np.float64)[done]
+    first = np.asarray(result.log.first_token, dtype=np.float64)[done]
+    scheduled = np.asarray(result.log.scheduled, dtype=np.float64)[done]
+    finished = finished[done]
+    generated = requests.output_tokens[done]
+    ttft_s = (first - arrived) / TICKS_PER_SECOND
+    e2el_s = (finished - arrived) / TICKS_PER_SECOND
+    several = generated > 1
+    tpot_s = np.zeros_like(ttft_s)
+    tpot_s[several] = (e2el_s - ttft_s)[several] / (generated[several] - 1)
+    runs = [run for record in result.records for run in record.runs]
+    gaps = [gap for record in result.records for gap in record.gaps]
+    prefill = _components([record.prefill for record in result.records])
+    decode = _components([record.decode for record in result.records])
+    contention_s = sum(record.contention_ticks for record in result.records) / TICKS_PER_SECOND
+    duration_s = result.end_ticks / TICKS_PER_SECOND
+    busy_prefill, busy_decode = sum(prefill.values()), sum(decode.values()) + contention_s
+    return Outcome(
+        edge=edge,
+        duration_s=duration_s,
+        queue_delay_mean_s=float((scheduled - arrived).mean() / TICKS_PER_SECOND) if len(arrived) else None,
+        ttft=of_samples(ttft_s),
+        tpot=of_samples(tpot_s[several]),
+        itl=of_gaps(runs, gaps, TICKS_PER_SECOND),
+        e2el=of_samples(e2el_s),
+        completed=int(done.sum()),
+        good=_good(slo, ttft_s, tpot_s, e2el_s),
+        input_tokens=int(requests.prompt_tokens[done].sum()),
+        output_tokens=int(generated.sum()),
+        phases=PhaseSeconds(
+            busy_prefill, busy_decode, max(0.0, duration_s * len(result.records) - busy_prefill - busy_decode)
+        ),
+        prefill=prefill,
+        decode=decode,
+    )
+
+
+def _good(slo: Slo, ttft_s: np.ndarray, tpot_s: np.ndarray, e2el_s: np.ndarray) -> int | None:
+    """Requests that meet every objective set; a one-token request has a TPOT of 0 (vLLM bench)."""
+    if not slo.is_set:
+        return None
+    met = np.ones(len(ttft_s), dtype=bool)
+    for limit_s, values_s in ((slo.ttft_s, ttft_s), (slo.tpot_s, tpot_s), (slo.e2el_s, e2el_s)):
+        if limit_s is not None:
+            met &= values_s <= limit_s
+    return int(met.sum())
+
+
+def _components(phases: list[PhaseTicks]) -> dict[Component, float]:
+    return {
+        component: sum(getattr(phase, component.value) for phase in phases) / TICKS_PER_SECOND
+        for component in Component
+    }
+
+
+def band(outcomes: tuple[Outcome, ...], read: Callable[[Outcome], float | None], basis: Basis | None) -> Figure:
+    """Figure of one number over the edges: the central value, and the span of all of them."""
+    values = [read(one) for one in outcomes]
+    known = [value for value in values if value is not None]
+    if values[0] is None:
+        return Figure(value=None)
+    if len(outcomes) == 1:
+        return Figure(value=values[0], basis=basis)
+    return Figure(value=values[0], low=min(known), high=max(known), basis=basis)
+
+
+def latency(outcomes: tuple[Outcome, ...], basis: Basis) -> Latency:
+    """The four latencies of vLLM bench."""
+
+    def stats(read: Callable[[Outcome], Distribution]) -> LatencyStats:
+        def figure(field: str) -> Figure:
+            return band(outcomes, lambda one: getattr(read(one), field), basis)
+
+        return LatencyStats(
+            count=read(outcomes[0]).count,
+            mean_s=figure("mean_s"),
+            median_s=figure("median_s"),
+            std_s=figure("std_s"),
+            p90_s=figure("p90_s"),
+            p95_s=figure("p95_s"),
+            p99_s=figure("p99_s"),
+        )
+
+    return Latency(
+        ttft=stats(lambda one: one.ttft),
+        tpot=stats(lambda one: one.tpot),
+        itl=stats(lambda one: one.itl),
+        e2el=stats(lambda one: one.e2el),
+    )
+
+
+def throughput(outcomes: tuple[Outcome, ...], basis: Basis) -> Throughput:
+    """Rates over the run."""
+
+    def rate(read: Callable[[Outcome], float | None]) -> Figure:
+        return band(outcomes, lambda one: _ratio(read(one), one.duration_s), basis)
+
+    return Throughput(
+        request_throughput=rate(lambda one: one.completed),
+        output_throughput=rate(lambda one: one.output_tokens),
+        total_token_throughput=rate(lambda one: one.input_tokens + one.output_tokens),
+        request_goodput=rate(lambda one: one.good),
+        slo_attainment=band(outcomes, lambda one: _ratio(one.good, one.completed), basis),
+    )
+
+
+def _ratio(value: float | None, over: float) -> float | None:
+    return value / over if value is not None and over > 0 else None
+
+
+def counts(result: RunResult, requests: RequestTable) -> Counts:
+    """What happened, summed over replicas."""
+    records = result.records
+    rejected = sum(result.log.rejected)
+    done = np.asarray(result.log.finished) >= 0
+    return Counts(
+        num_prompts=len(requests),
+        completed=len(requests) - rejected,
+        rejected=rejected,
+        total_input_tokens=int(requests.prompt_tokens[done].sum()),
+        total_output_tokens=int(requests.output_tokens[done].sum()),
+        cached_prompt_tokens=sum(record.cached_prompt_tokens for record in records),
+        recomputed_tokens=sum(record.recomputed_tokens for record in records),
+        preemptions=sum(record.preemptions for record in records),
+        engine_steps=sum(record.steps for record in records),
+        max_concurrent_requests=max(record.max_running for record in records),
+        max_waiting_requests=max(record.max_waiting for record in records),
+    )
+
+
+def time_split(one: Outcome) -> tuple[TimeShare, ...]:
+    """Busy time by component."""
+    total_s = sum(one.prefill.values()) + sum(one.decode.values())
+    return tuple(
+        TimeShare(
+            component=component,
+            prefill_s=one.prefill[component],
+            decode_s=one.decode[component],
+            share=(one.prefill[component] + one.decode[component]) / total_s if total_s else 0.0,
+            basis=COMPONENT_BASIS[component],
+        )
+        for component in Component
+    )
+
+
+def coverage(shares: tuple[TimeShare, ...]) -> tuple[BasisShare, ...]:
+    """Share of busy time by basis."""
+    present = {share.basis for share in shares}
+    return tuple(
+        BasisShare(basis=basis, share=sum(share.share for share in shares if share.basis is basis))
+        for basis in Basis
+        if basis in present
+    )
+
+
+def weakest_basis(shares: tuple[TimeShare, ...]) -> Basis:
+    """The least certain basis that any of the time rests on."""
+    order = list(Basis)
+    return max((share.basis for share in shares if share.share > 0), key=order.index, default=Basis.DATASHEET)
+
+
+def cost(deployment: Deployment, outcomes: tuple[Outcome, ...], basis: Basis) -> Cost:
+    """Dollars of the run. Input and output tokens share the bill by the engine time of their phase."""
+    devices = deployment.tensor_parallel_size * deployment.replicas
+    usd_per_hour = deployment.price.usd_per_device_hour * devices if deployment.price else None
+
+    def usd(one: Outcome) -> float | None:
+        return usd_per_hour * one.duration_s / SECONDS_PER_HOUR if usd_per_hour is not None else None
+
+    def per_million(one: Outcome, share: float, tokens: int) -> float | None:
+        bill = usd(one)
+        return bill * share / tokens * MEGA if bill is not None and tokens else None
+
+    def prefill_share(one: Outcome) -> float:
+        return one.phases.prefill_s / one.phases.busy_s if one.phases.busy_s else 0.0
+
+    def figure(read: Callable[[Outcome], float | None]) -> Figure:
+        return band(outcomes, read, basis)
+
+    first = outcomes[0]
+    return Cost(
+        price=deployment.price,
+        usd_per_hour=Figure(value=usd_per_hour, basis=Basis.LITERATURE if usd_per_hour is not None else None),
+        usd_per_million_input_tokens=figure(lambda one: per_million(one, prefill_share(one), one.input_tokens)),
+        usd_per_million_output_tokens=figure(lambda one: per_million(one, 1 - prefill_share(one), one.output_tokens)),
+        usd_per_million_total_tokens=figure(lambda one: per_million(one, 1.0, one.input_tokens + one.output_tokens)),
+        tokens_per_usd=figure(lambda one: _inverse(per_million(one, 1.0, one.input_tokens + one.output_tokens))),
+        engine_utilization=first.phases.busy_s / first.phases.total_s if first.phases.total_s else None,
+    )
+
+
+def _inverse(usd_per_million: float | None) -> float | None:
+    return MEGA / usd_per_million if usd_per_million else None
+
+
+def energy(deployment: Deployment, outcomes: tuple[Outcome, ...]) -> Energy:
+    """Joules per token of the devices alone."""
+
+    def joules(one: Outcome) -> float | None:
+        return energy_joules(deployment, one.phases, one.edge)
+
+    def figure(read: Callable[[Outcome], float | None]) -> Figure:
+        return band(outcomes, read, Basis.LITERATURE)
+
+    return Energy(
+        joules_per_output_token=figure(lambda one: _ratio(joules(one), one.output_tokens)),
+        joules_per_total_token=figure(lambda one: _ratio(joules(one), one.input_tokens + one.output_tokens)),
+        mean_power_w=figure(lambda one: _ratio(joules(one), one.duration_s)),
+    )
