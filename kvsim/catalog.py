@@ -24,12 +24,6 @@ def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
     model = load_model(scenario.model, base_dir=base_dir)
     notes = [device.notice] if device.notice else []
     _check(scenario, model, device.spec)
-    prefix_caching = scenario.engine.enable_prefix_caching
-    if prefix_caching and scenario.compression.selection.evicts:
-        prefix_caching = False
-        notes.append(
-            f"prefix caching is off: {scenario.compression.name} evicts tokens, so a cached prompt cannot be reused"
-        )
     price = scenario.price or default_price(device.spec.name)
     return Deployment(
         model=model,
@@ -42,7 +36,7 @@ def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
         state_bytes_per_sequence=-(-state_bytes_per_sequence(model) // scenario.tensor_parallel_size),
         priors=load_priors(),
         price=price,
-        prefix_caching=prefix_caching,
+        prefix_caching=scenario.engine.enable_prefix_caching and not scenario.compression.selection.evicts,
         notes=tuple(notes),
     )
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvsim.compression import Compression
 from kvsim.compression.base import KvEncoding, LayerView, TokenCurve, TokenSelection, growing
-from kvsim.cost.priors import Priors
 from kvsim.specs.device import DeviceSpec
 from kvsim.specs.engine import EngineSpec
 from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
 from kvsim.specs.price import Price
+
+if TYPE_CHECKING:
+    from kvsim.cost.priors import Priors
 
 
 @dataclass(frozen=True)

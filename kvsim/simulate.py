@@ -50,6 +50,8 @@ class Comparison:
     strategy: str
     report: Report | None
     reason: str | None
+    error: KvsimError | None = None
+    """What ``reason`` is the text of."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def compare(
             else:
                 report = simulate(one, base_dir=base_dir, progress=_part(progress, position, len(strategies)))
         except KvsimError as error:
-            rows.append(Comparison(name, None, str(error)))
+            rows.append(Comparison(name, None, str(error), error))
             continue
         rows.append(Comparison(name, report, None))
     return _with_queueing_effect(tuple(rows))
@@ -175,7 +177,7 @@ def _with_queueing_effect(rows: tuple[Comparison, ...]) -> tuple[Comparison, ...
             report = report.model_copy(
                 update={"effects": report.effects.model_copy(update={"queueing_effect": figure})}
             )
-        filled.append(Comparison(row.strategy, report, row.reason))
+        filled.append(Comparison(row.strategy, report, row.reason, row.error))
     return tuple(filled)
 
 
@@ -188,6 +190,10 @@ def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
     limit = scenario.engine.max_model_len or deployment.model.max_position_embeddings
     fits = longest_prompt(deployment, plan.num_blocks * plan.block_bytes, limit)
     notes = list(deployment.notes) + list(requests.notes)
+    if requests.prefix_hashes is not None and scenario.engine.enable_prefix_caching and not deployment.prefix_caching:
+        notes.append(
+            f"prefix caching is off: {scenario.compression.name} evicts tokens, so a cached prompt cannot be reused"
+        )
     if scenario.engine.max_model_len is not None and fits < scenario.engine.max_model_len:
         msg = (
             f"engine.max_model_len: one sequence of {scenario.engine.max_model_len} tokens does not fit the KV pool; "

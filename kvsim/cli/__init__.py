@@ -1,0 +1,62 @@
+"""The command line: parse, call, print. Results go to stdout, everything else to stderr.
+
+Nothing heavy is imported here: ``kvsim --help`` has to answer at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvsim.cli.boundary import BoundaryGroup
+from kvsim.cli.compare import compare_command
+from kvsim.cli.dashboard import dashboard_command
+from kvsim.cli.explain import explain_command
+from kvsim.cli.flags import ScenarioCommand
+from kvsim.cli.listing import list_app
+from kvsim.cli.single import estimate_command, simulate_command
+from kvsim.cli.sweep import sweep_command
+
+EPILOG = (
+    "Exit status: 0 done, 2 wrong input, 3 infeasible (or an SLO missed, with --fail-on-slo), "
+    "4 a calibration is missing or not to be trusted, 130 interrupted."
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from kvsim import __version__
+
+        typer.echo(f"kvsim {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """Say which KV-cache compression, on which hardware, at what throughput, latency, memory, cost and energy."""
+
+
+def build_app() -> typer.Typer:
+    """Put the commands together."""
+    app = typer.Typer(
+        name="kvsim", cls=BoundaryGroup, no_args_is_help=True, pretty_exceptions_enable=False, epilog=EPILOG,
+        add_completion=False, context_settings={"help_option_names": ["-h", "--help"]},
+    )  # fmt: skip
+    app.callback()(_root)
+    app.command("simulate", cls=ScenarioCommand)(simulate_command)
+    app.command("estimate", cls=ScenarioCommand)(estimate_command)
+    app.command("compare", cls=ScenarioCommand)(compare_command)
+    app.command("sweep")(sweep_command)
+    app.command("explain", cls=ScenarioCommand)(explain_command)
+    app.command("dashboard")(dashboard_command)
+    app.add_typer(list_app, name="list")
+    return app
+
+
+def main() -> None:
+    """Entry point ``kvsim``."""
+    build_app()()

@@ -1,0 +1,162 @@
+"""``kvsim compare``: strategies side by side on the same requests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from kvsim.cli.console import (
+    MIN_WIDTH_FOR_BANDS,
+    print_json,
+    print_notes,
+    print_result,
+    progress_bar,
+    stdout_width,
+    timed,
+)
+from kvsim.cli.flags import ScenarioFlags, read_scenario, takes_scenario
+from kvsim.errors import InfeasibleScenario, InvalidSpec
+
+if TYPE_CHECKING:
+    from kvsim.scenario import Scenario
+    from kvsim.simulate import Comparison
+
+Results = list[tuple["Scenario", tuple["Comparison", ...]]]
+DEFAULT_STRATEGIES = (
+    "native,fp8,fp8_per_token_head,int4_per_token_head,kivi-4,kivi-2,turboquant_4bit_nc,turboquant_3bit_nc,"
+    "snapkv,snapkv+fp8,streaming_llm,quest"
+)
+_COMMA_OUTSIDE_PARENTHESES = re.compile(r",(?![^()]*\))")
+
+
+@takes_scenario
+def compare_command(
+    flags: ScenarioFlags,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option("--also", metavar="SCENARIO.yaml", help="A further scenario for the same strategies. Repeatable."),
+    ] = None,
+    strategies: Annotated[
+        str, typer.Option("--strategies", "-s", help="Names with commas between them, or all.")
+    ] = DEFAULT_STRATEGIES,
+    use_estimate: Annotated[
+        bool, typer.Option("--estimate", help="Closed form without a queue instead of a simulation.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also write one row per strategy: .parquet or .csv.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with picture and table: .html.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also write the picture: .png (picture extra).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """Compare strategies on the same requests; those that cannot run are listed with the reason."""
+    cases = [(read_scenario(one), one.base_dir) for one in (flags, *(replace(flags, file=path) for path in also or ()))]
+    names = parse_strategies(strategies)
+    _check_outputs(out, html, png, as_json=as_json, as_markdown=as_markdown)
+    method: Literal["simulation", "estimate"] = "estimate" if use_estimate else "simulation"
+    results = _compare_all(cases, names, method)
+    _write_files(results, method, out, html, png)
+    _show(results, as_json=as_json, as_markdown=as_markdown)
+    everything = [comparison for _, comparisons in results for comparison in comparisons]
+    if all(comparison.report is None for comparison in everything):
+        msg = f"none of the {len(everything)} strategies can run: {everything[0].reason}"
+        raise InfeasibleScenario(msg)
+
+
+def _compare_all(
+    cases: list[tuple[Scenario, Path]], names: tuple[str, ...], method: Literal["simulation", "estimate"]
+) -> Results:
+    from kvsim.simulate import compare
+
+    results = []
+    with timed(f"compared {len(names)} strategies on {len(cases)} scenario(s)"), progress_bar("comparing") as progress:
+        for position, (scenario, base_dir) in enumerate(cases):
+            part = None
+            if progress is not None:
+                part = partial(_advance, progress, position, len(cases))
+            results.append((scenario, compare(scenario, names, base_dir=base_dir, method=method, progress=part)))
+    return results
+
+
+def _advance(progress: Callable[[float], None], position: int, parts: int, share: float) -> None:
+    progress((position + share) / parts)
+
+
+def parse_strategies(text: str) -> tuple[str, ...]:
+    """Split names at commas outside parentheses; raise UnknownName or InvalidSpec before any work is done."""
+    from kvsim.compression import STRATEGIES, parse_compression
+
+    names = tuple(name.strip() for name in _COMMA_OUTSIDE_PARENTHESES.split(text) if name.strip())
+    if names == ("all",):
+        return tuple(STRATEGIES)
+    if not names:
+        msg = "--strategies: no name given, such as native,fp8,kivi-2"
+        raise InvalidSpec(msg)
+    for name in names:
+        parse_compression(name)
+    return tuple(dict.fromkeys(names))
+
+
+def _check_outputs(out: Path | None, html: Path | None, png: Path | None, *, as_json: bool, as_markdown: bool) -> None:
+    from kvsim.documents import check_output_path
+
+    if as_json and as_markdown:
+        msg = "--json and --markdown exclude each other"
+        raise InvalidSpec(msg)
+    for path, suffixes in ((out, (".parquet", ".csv")), (html, (".html",)), (png, (".png",))):
+        if path is not None:
+            check_output_path(path, suffixes)
+
+
+def _title(scenario: Scenario) -> str:
+    from kvsim.batch.rows import workload_label
+
+    devices = scenario.tensor_parallel_size * scenario.replicas
+    return f"{scenario.model} on {devices} x {scenario.device}, workload {workload_label(scenario)}"
+
+
+def _write_files(results: Results, method: str, out: Path | None, html: Path | None, png: Path | None) -> None:
+    if out is not None:
+        from kvsim.batch import write_results
+        from kvsim.batch.rows import comparison_rows, to_frame
+
+        rows = [row for scenario, comparisons in results for row in comparison_rows(comparisons, scenario, method)]
+        write_results(to_frame(rows), out)
+    if html is not None or png is not None:
+        from kvsim.rendering import write_gallery
+
+        write_gallery([(_title(scenario), comparisons) for scenario, comparisons in results], html, png)
+
+
+def _show(results: Results, *, as_json: bool, as_markdown: bool) -> None:
+    from kvsim.rendering.cells import shared_notes
+
+    if as_json:
+        for _, comparisons in results:
+            print_notes(shared_notes(comparisons))
+        print_json(
+            [
+                {"strategy": c.strategy, "reason": c.reason, "report": c.report and c.report.model_dump(mode="json")}
+                for _, comparisons in results
+                for c in comparisons
+            ]
+        )
+        return
+    for scenario, comparisons in results:
+        print_notes(shared_notes(comparisons))
+        if as_markdown:
+            from kvsim.rendering import comparison_markdown
+
+            typer.echo(comparison_markdown(comparisons), nl=False)
+        else:
+            from kvsim.rendering.terminal import comparison_table
+
+            show_bands = stdout_width() >= MIN_WIDTH_FOR_BANDS
+            print_result(comparison_table(comparisons, _title(scenario), show_bands=show_bands))

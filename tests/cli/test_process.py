@@ -1,0 +1,88 @@
+"""The command line as a real process: streams, statuses, start-up time, pipes and signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-m", "kvsim", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )  # fmt: skip
+
+
+def run(*arguments):
+    with start(*arguments) as process:
+        stdout, stderr = process.communicate(timeout=60)
+    return process.returncode, stdout, stderr
+
+
+def test_user_errors_have_no_traceback(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("model: llama-3.1-8b\ndevice: h100-sxm\nworkload: {kind: trace, format: azur, path: x}\n")
+    status, stdout, stderr = run("simulate", path)
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith(f"error: {path}: workload.format: 'azur' is not allowed")
+    assert "Traceback" not in stderr
+
+
+def test_unknown_options_are_status_2():
+    status, stdout, _ = run("simulate", "--no-such-flag")
+    assert (status, stdout) == (2, "")
+
+
+def test_missing_app_extra_is_explained():
+    block = (
+        "import sys\nsys.modules['streamlit'] = None\n"
+        "from kvsim.cli import main\nsys.argv = ['kvsim', 'dashboard']\nmain()"
+    )
+    finished = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert "pip install 'kvsim[app]'" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_help_imports_nothing_heavy():
+    script = (
+        "import sys\nfrom kvsim.cli import build_app\nbuild_app()\n"
+        "print([m for m in ('numpy', 'polars', 'simpy', 'pydantic', 'yaml', 'scipy', 'altair') if m in sys.modules])"
+    )
+    finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
+
+
+def test_a_closed_pipe_is_no_error():
+    with start("list", "devices", "--json") as process:
+        process.stdout.close()
+        stderr = process.stderr.read()
+        process.wait(timeout=60)
+    assert process.returncode == 141
+    assert stderr == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_ends_the_workers_and_leaves_no_file(tmp_path):
+    plan = tmp_path / "sweep.yaml"
+    rates = list(range(1, 400))
+    plan.write_text(
+        "base: {model: llama-3.1-8b, device: h100-sxm, workload: azure-conv}\n"
+        f"grid: {{workload.arrivals.request_rate: {rates}, workload.num_prompts: [20000]}}\n"
+    )
+    out = tmp_path / "out.parquet"
+    process = start("sweep", plan, "-o", out, "--workers", "2", start_new_session=True)
+    time.sleep(3)
+    assert process.poll() is None, process.stderr.read()
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == [plan]

@@ -1,0 +1,94 @@
+"""What a person reads when a scenario is wrong."""
+
+import pytest
+
+from kvsim.documents import validate
+from kvsim.errors import InvalidSpec
+from kvsim.field_paths import check_dotted_key, dotted_keys
+from kvsim.scenario import Scenario
+
+SMALLEST = {"model": "llama-3.1-8b", "device": "h100-sxm", "workload": "chat"}
+
+
+def message(**changes: object) -> str:
+    with pytest.raises(InvalidSpec) as caught:
+        validate(Scenario, SMALLEST | changes, "s.yaml", require_units=True)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"workload": {"kind": "trace", "format": "azur", "path": "x"}},
+            "s.yaml: workload.format: 'azur' is not allowed; allowed: azure, mooncake, burstgpt, vllm_bench, sharegpt, "
+            "columns; did you mean 'azure'?",
+        ),
+        (
+            {"workload": {"kind": "trce"}},
+            "s.yaml: workload.kind: 'trce' is not allowed; allowed: synthetic, trace; did you mean 'trace'?",
+        ),
+        ({"engine": {"max_num_seq": 1}}, "s.yaml: engine.max_num_seq: unknown key; did you mean 'max_num_seqs'?"),
+        ({"max_num_seqs": 1}, "s.yaml: max_num_seqs: unknown key; did you mean 'engine.max_num_seqs'?"),
+        ({"engine": {"block_size": 5}}, "s.yaml: engine.block_size: 5 is not allowed; allowed: 8, 16, 32, 64, 128"),
+        (
+            {"slo": {"ttft_s": 5}},
+            "s.yaml: slo.ttft_s: duration 5 has no unit; write it as a string such as '5 s' (got 5)",
+        ),
+        ({"engine": 3}, "s.yaml: engine: must be a mapping of keys and values (got 3)"),
+    ],
+)  # fmt: skip
+def test_one_line_names_the_key_and_what_is_allowed(changes, expected):
+    assert message(**changes) == expected
+
+
+def test_a_strategy_that_does_not_exist_names_the_file():
+    assert message(compression="fpp8").startswith("s.yaml: unknown strategy 'fpp8'; did you mean 'fp8'")
+
+
+def test_no_line_speaks_of_pydantic_unions():
+    text = message(
+        workload={"kind": "synthetic", "input_len": {"kind": "lognormal", "median": 3}, "arrivals": {"kind": "poison"}}
+    )
+    assert "workload.input_len.median: unknown key; did you mean 'median_tokens'?" in text
+    assert "workload.arrivals.kind: 'poison' is not allowed" in text
+    assert "tagged-union" not in text
+    assert "valid string" not in text
+
+
+def test_many_problems_are_counted_not_listed():
+    text = message(**{f"key{i}": i for i in range(30)})
+    assert len(text.splitlines()) == 9
+    assert text.endswith("and 22 more problems")
+
+
+def test_long_values_are_cut():
+    assert len(message(engine="x" * 10_000)) < 300
+
+
+@pytest.mark.parametrize(
+    "key", ["model", "engine.max_num_seqs", "workload.arrivals.request_rate", "slo.ttft_s", "compression.encoding.kind"]
+)
+def test_existing_keys_pass(key):
+    check_dotted_key(Scenario, key, "--set")
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("engin.max_num_seqs", "did you mean 'engine'?"),
+        ("engine.max_num_seq", "did you mean 'max_num_seqs'?"),
+        ("model.name", "nothing may be set below it"),
+        ("max_num_seqs", "did you mean 'engine.max_num_seqs'?"),
+    ],
+)
+def test_unknown_keys_are_refused_with_a_hint(key, hint):
+    with pytest.raises(InvalidSpec) as caught:
+        check_dotted_key(Scenario, key, "--set")
+    assert str(caught.value).startswith(f"--set: {key}: unknown key")
+    assert hint in str(caught.value)
+
+
+def test_every_listed_dotted_key_is_accepted():
+    for key in set(dotted_keys(Scenario)):
+        check_dotted_key(Scenario, key, "--set")
