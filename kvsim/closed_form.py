@@ -27,8 +27,8 @@ def prefill_split(step: StepModel, prompt_tokens: int) -> Split:
         chunk = min(budget, prompt_tokens - done)
         _add_tokens(split, step, chunk)
         attention_s, unpack_s = step.prefill_attention_seconds(chunk, done)
-        split[Component.ATTENTION] += attention_s
-        split[Component.COMPRESSION] += unpack_s + step.append_launch_s + chunk * step.append_s_per_token
+        split[Component.ATTENTION] += float(attention_s)
+        split[Component.COMPRESSION] += float(unpack_s) + step.append_launch_s + chunk * step.append_s_per_token
         done += chunk
     split[Component.WEIGHTS] += float(step.head_seconds(1)[0])
     split[Component.COMPRESSION] += step.sequences.profile(prompt_tokens).compress_ticks / TICKS_PER_SECOND

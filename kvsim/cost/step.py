@@ -139,17 +139,18 @@ class StepModel:
         moved_bytes = 2.0 * self.deployment.state_bytes_per_sequence * count
         return np.asarray(moved_bytes / self.rates.stream_bytes_per_s)
 
-    def prefill_attention_seconds(self, chunk_tokens: int, context_tokens: int) -> tuple[float, float]:
+    def prefill_attention_seconds(self, chunk_tokens: Numeric, context_tokens: int) -> tuple[Numeric, Numeric]:
         """(attention, unpacking) of one chunk of ``chunk_tokens`` after ``context_tokens`` already cached."""
         rates = self.rates
-        attention = unpack = 0.0
+        attention: Numeric = 0.0
+        unpack: Numeric = 0.0
         length = chunk_tokens + context_tokens
         slowdown = (length + rates.attention_half_tokens) / (length * rates.attention_flops_per_s)
         for term in self._prefill_terms:
             pairs = chunk_tokens * context_tokens + chunk_tokens * (chunk_tokens + 1) / 2
             read_tokens = context_tokens
             if term.window_tokens is not None:
-                pairs = min(pairs, chunk_tokens * float(term.window_tokens))
+                pairs = np.minimum(pairs, chunk_tokens * float(term.window_tokens))
                 read_tokens = min(context_tokens, term.window_tokens)
             attention += term.layers * (
                 rates.attention_launch_s + term.flops_per_pair * pairs * slowdown + read_tokens * term.context_read_s
@@ -232,6 +233,8 @@ class StepTables:
     overhead: list[int]
     attention_fixed: list[int]
     compression_fixed: list[int]
+    first_chunk: list[int]
+    """Prefill attention of a prompt's first chunk, by its tokens."""
     append_launch: int
     append_per_token: int
 
@@ -243,6 +246,7 @@ def build_tables(step: StepModel, max_tokens: int, max_sequences: int) -> StepTa
         _ticks(part) for part in (terms.weights_s, terms.communication_s, terms.overhead_s)
     )
     base = weights + communication + overhead
+    first_chunk, _ = step.prefill_attention_seconds(np.arange(1, max_tokens + 1, dtype=np.float64), 0)
     sequences = np.arange(max_sequences + 1, dtype=np.float64)
     attention, compression = step.decode_fixed_seconds(sequences)
     head = _ticks(step.head_seconds(sequences))
@@ -256,6 +260,7 @@ def build_tables(step: StepModel, max_tokens: int, max_sequences: int) -> StepTa
         overhead=overhead.tolist(),
         attention_fixed=attention_ticks.tolist(),
         compression_fixed=compression_ticks.tolist(),
+        first_chunk=[0, *_ticks(np.asarray(first_chunk)).tolist()],
         append_launch=round(step.append_launch_s * TICKS_PER_SECOND),
         append_per_token=round(step.append_s_per_token * TICKS_PER_SECOND),
     )

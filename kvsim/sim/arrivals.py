@@ -79,6 +79,9 @@ class ArrivalSource:
     def deliver(self, now_ticks: int) -> None:
         """Route every arrival up to ``now_ticks``."""
         queue, ticks = self._queue, self._ticks
+        if not self.is_dynamic and len(self.replicas) == 1:
+            self._deliver_to_only(now_ticks)
+            return
         while self.next_ticks <= now_ticks:
             if self._released and self._released[0][0] == self.next_ticks:
                 index = heapq.heappop(self._released)[1]
@@ -90,6 +93,16 @@ class ArrivalSource:
                 self.next_ticks = ticks[queue[self._next]] if self._next < len(queue) else NEVER
             else:
                 self.next_ticks = self._peek()
+
+    def _deliver_to_only(self, now_ticks: int) -> None:
+        """Nothing to route and nothing released: a slice of the queue."""
+        queue, ticks, position = self._queue, self._ticks, self._next
+        waiting = self.replicas[0].waiting
+        while position < len(queue) and ticks[queue[position]] <= now_ticks:
+            waiting.append(queue[position])
+            position += 1
+        self._next = position
+        self.next_ticks = ticks[queue[position]] if position < len(queue) else NEVER
 
     def _route(self, index: int) -> None:
         replicas = self.replicas

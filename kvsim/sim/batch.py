@@ -127,15 +127,6 @@ class DecodeBatch:
                 self._grow((sequence.joined + start - value) % size, -growth.block_bytes)
         return held
 
-    def pop_finished(self) -> SequenceState | None:
-        """Next sequence whose last token is out, or None."""
-        finishing = self.finishing
-        while finishing and finishing[0][0] <= self.counter:
-            sequence = heapq.heappop(finishing)[2]
-            if sequence.alive:
-                return sequence
-        return None
-
     def drop_dead(self) -> None:
         """Forget preempted sequences at the head of the finishing order."""
         finishing = self.finishing

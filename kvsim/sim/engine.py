@@ -7,6 +7,7 @@ form on the integer clock, which equals stepping through them exactly.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import deque
 from collections.abc import Generator
@@ -64,11 +65,13 @@ class ReplicaEngine:
         """Ticks of all decode steps above the batches' fixed parts."""
         self._dynamic = source.is_dynamic
         self._runs_ahead = coalesce and step.deployment.engine.compression_stream == "inline"
+        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None
+        """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
+        self._lone = SequenceState(-1, 0)
         self._side_stream = step.deployment.engine.compression_stream == "side"
         self._compacting: list[tuple[simpy.Event, SequenceState, int, int]] = []
         self._late: list[int] = []
         """Ticks that sequences just compacted have waited for their next token."""
-        self._attention_memo: dict[tuple[int, int], tuple[int, int]] = {}
 
     @property
     def waiting(self) -> deque[int]:
@@ -96,6 +99,12 @@ class ReplicaEngine:
             if self._compacting:
                 self._join_compacted()
             if scheduler.waiting or scheduler.partial is not None:
+                if self._plain and len(scheduler.waiting) == 1 and (ticks := self._begin_lone_prompt()):
+                    self.now += ticks
+                    if self.now >= source.next_ticks:
+                        yield env.timeout(self.now - int(env.now))
+                    self._end_lone_prompt(ticks)
+                    continue
                 chunks = scheduler.schedule(self.now, len(self._compacting))
                 if scheduler.rejected:
                     self._settle_rejected()
@@ -165,16 +174,13 @@ class ReplicaEngine:
             steps = min(steps, batch.steps_until_dry(scheduler.free))
             if not steps:
                 return 0, 0
-        rise = slope * (steps * (steps - 1) // 2)
-        ticks = steps * first + rise
+        ticks = steps * first + slope * (steps * (steps - 1) // 2)
         # A new arrival changes nothing while an earlier one is still held back.
         gap = self.source.next_ticks - self.now
         if ticks > gap and not scheduler.waiting:
-            steps = steps_to_cover(gap, first, slope)
-            rise = slope * (steps * (steps - 1) // 2)
-            ticks = steps * first + rise
+            steps, ticks = steps_to_cover(gap, first, slope)
         self.decode_steps[size] += steps
-        self.variable_total += steps * batch.variable + rise
+        self.variable_total += ticks - steps * self.tables.step[size]
         self.record.runs.append((steps, size, first, slope))
         return steps, ticks
 
@@ -183,19 +189,23 @@ class ReplicaEngine:
         batch = self.batch
         due = batch.advance(steps)
         if due:
-            self.scheduler.take(due)
+            scheduler = self.scheduler
+            scheduler.free -= due
+            if scheduler.sharing is not None:
+                scheduler.sharing.cache.evict_until(scheduler.free)
         if batch.finishing[0][0] <= batch.counter:
             self._finish_due()
 
     def _finish_due(self) -> None:
         batch, scheduler = self.batch, self.scheduler
-        sequence = batch.pop_finished()
-        while sequence is not None:
-            if scheduler.sharing is not None:
-                scheduler.register_output(sequence)
-            scheduler.give_back(sequence, batch.remove(sequence))
-            self._complete(sequence.index)
-            sequence = batch.pop_finished()
+        finishing, counter = batch.finishing, batch.counter
+        while finishing and finishing[0][0] <= counter:
+            sequence = heapq.heappop(finishing)[2]
+            if sequence.alive:
+                if scheduler.sharing is not None:
+                    scheduler.register_output(sequence)
+                scheduler.give_back(sequence, batch.remove(sequence))
+                self._complete(sequence.index)
 
     def _complete(self, index: int) -> None:
         self.log.finished[index] = self.now
@@ -229,7 +239,10 @@ class ReplicaEngine:
         for sequence, chunk in chunks:
             sequence.done += chunk
         if batch.size:
-            self._record_step(batch.size, lasted)
+            if self._late:
+                self._record_step(batch.size, lasted)
+            else:
+                self.record.runs.append((1, batch.size, lasted, 0))
             self._advance(1)
         for sequence in ending:
             if sequence is scheduler.partial:
@@ -250,18 +263,71 @@ class ReplicaEngine:
         if not size:
             compression += tables.append_launch
         attention = 0
-        memo = self._attention_memo
         for sequence, chunk in chunks:
-            key = (chunk, sequence.done)
-            found = memo.get(key)
-            if found is None:
+            if sequence.done == 0:
+                attention += tables.first_chunk[chunk]
+            else:
                 seconds, unpack_s = self.step.prefill_attention_seconds(chunk, sequence.done)
-                found = memo[key] = (round(seconds * TICKS_PER_SECOND), round(unpack_s * TICKS_PER_SECOND))
-            attention += found[0]
-            compression += found[1]
+                attention += round(float(seconds) * TICKS_PER_SECOND)
+                compression += round(float(unpack_s) * TICKS_PER_SECOND)
         self.record.prompts.append((size, tokens, ending, attention, compression))
         base, head = tables.base, tables.head
         return base[size + tokens] - base[size] + head[size + ending] - head[size] + attention + compression
+
+    def _begin_lone_prompt(self) -> int:
+        """Start the step of the one waiting request, the commonest of all, without a plan; its ticks.
+
+        0 where the prompt needs the scheduler: it was preempted before, does not fit the budget, the seats or the
+        pool, or another prompt is in progress. Equal to :meth:`_begin_mixed`, which steps one by one always takes.
+        """
+        scheduler, batch, tables, record = self.scheduler, self.batch, self.tables, self.record
+        limits, index, size = scheduler.limits, scheduler.waiting[0], batch.size
+        target = scheduler.prompt[index]
+        total = size + target
+        held = limits.fixed_bytes + -(-target // limits.block_size) * batch.block_bytes
+        if (
+            scheduler.partial is not None
+            or self.generated[index]
+            or total > limits.max_num_batched_tokens
+            or size >= limits.max_num_seqs
+            or target + scheduler.output[index] > limits.max_model_len
+            or held + batch.due_bytes() > scheduler.free
+        ):
+            return 0
+        scheduler.waiting.clear()
+        sequence = self._lone = SequenceState(index, target)
+        sequence.held = held
+        scheduler.free -= held
+        self.log.scheduled[index] = self.now
+        if size >= record.max_running:
+            record.max_running = size + 1
+        record.max_waiting = max(record.max_waiting, 1)
+        attention, compression = tables.first_chunk[target], target * tables.append_per_token
+        ticks = tables.base[total] - tables.base[size] + tables.head[size + 1] - tables.head[size]
+        if size:
+            self.decode_steps[size] += 1
+            self.variable_total += batch.variable
+            ticks += tables.step[size] + batch.variable
+        else:
+            compression += tables.append_launch
+        record.prompts.append((size, target, 1, attention, compression))
+        return ticks + attention + compression
+
+    def _end_lone_prompt(self, ticks: int) -> None:
+        batch, scheduler, sequence = self.batch, self.scheduler, self._lone
+        index = sequence.index
+        if batch.size:
+            self.record.runs.append((1, batch.size, ticks, 0))
+            self._advance(1)
+        self.log.first_token[index] = self.now
+        self.generated[index] = 1
+        left = scheduler.output[index] - 1
+        if left:
+            sequence.held = scheduler.limits.fixed_bytes
+            batch.join(sequence, left)
+        else:
+            scheduler.give_back(sequence, sequence.held)
+            self._complete(index)
 
     def _emit(self, index: int) -> int:
         """A prompt is in, so its token comes out now; tokens still to come."""
@@ -285,8 +351,7 @@ class ReplicaEngine:
         if profile is None:
             sequence.held = scheduler.limits.fixed_bytes - shared
         else:
-            kept = profile.resident_bytes(0, batch.block_size) - shared
-            scheduler.free += sequence.held - kept
+            scheduler.shrink(sequence, profile.resident_bytes(0, batch.block_size) - shared)
             sequence.held = profile.fixed_bytes - shared
         batch.join(sequence, left)
 
@@ -350,8 +415,8 @@ class ReplicaEngine:
         return events
 
 
-def steps_to_cover(gap: int, first: int, slope: int) -> int:
-    """Smallest k >= 1 with k·first + slope·k·(k-1)/2 >= gap, all in ticks."""
+def steps_to_cover(gap: int, first: int, slope: int) -> tuple[int, int]:
+    """Smallest k >= 1 with k·first + slope·k·(k-1)/2 >= gap, and that sum, all in ticks."""
     if slope:
         linear = first - slope / 2
         steps = max(1, math.ceil((math.sqrt(linear * linear + 2.0 * slope * gap) - linear) / slope))
@@ -364,4 +429,4 @@ def steps_to_cover(gap: int, first: int, slope: int) -> int:
     while steps > 1 and total - first - slope * (steps - 1) >= gap:
         steps -= 1
         total -= first + slope * steps
-    return steps
+    return steps, total

@@ -78,16 +78,26 @@ class Scheduler:
     def take(self, size_bytes: int) -> None:
         """Hand out bytes; cached units that nobody uses make way."""
         self.free -= size_bytes
-        self.record.min_free_bytes = min(self.record.min_free_bytes, self.free)
         if self.sharing is not None:
             self.sharing.cache.evict_until(self.free)
 
     def give_back(self, sequence: SequenceState, held_bytes: int) -> None:
         """Return a sequence's own bytes, and let go of the units that it shares."""
+        self._note_peak()
         self.free += held_bytes
         if self.sharing is not None and sequence.pinned:
             cache = self.sharing.cache
             self.free += cache.unpin(sequence.pinned) * cache.unit_bytes
+
+    def shrink(self, sequence: SequenceState, kept_bytes: int) -> None:
+        """Return what a prompt held beyond what its selection keeps."""
+        self._note_peak()
+        self.free += sequence.held - kept_bytes
+
+    def _note_peak(self) -> None:
+        """The pool is fullest just before something is returned."""
+        if self.free < self.record.min_free_bytes:
+            self.record.min_free_bytes = self.free
 
     def prefill_bytes(self, tokens: int) -> int:
         """Bytes held once ``tokens`` of a prompt are in."""

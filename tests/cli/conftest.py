@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import types
-from dataclasses import dataclass
 
 import pytest
 from typer.testing import CliRunner
@@ -12,14 +11,7 @@ from typer.testing import CliRunner
 from kvsim.cli import build_app
 from kvsim.compression import parse_compression
 from kvsim.errors import InfeasibleScenario
-from kvsim.report import Report
-
-
-@dataclass(frozen=True)
-class FakeComparison:
-    strategy: str
-    report: Report | None
-    reason: str | None
+from kvsim.simulate import Comparison
 
 
 @pytest.fixture
@@ -46,15 +38,15 @@ def fake_simulate(monkeypatch, make_report):
         for name in strategies:
             variant = scenario.model_copy(update={"compression": parse_compression(name)})
             try:
-                rows.append(FakeComparison(name, run(variant, base_dir=base_dir), None))
+                rows.append(Comparison(name, run(variant, base_dir=base_dir), None))
             except InfeasibleScenario as error:
-                rows.append(FakeComparison(name, None, str(error)))
+                rows.append(Comparison(name, None, str(error), error))
         return tuple(rows)
 
     module.simulate = run
     module.estimate = lambda scenario, *, base_dir=None: run(scenario, base_dir=base_dir)
     module.compare = compare
-    module.Comparison = FakeComparison
+    module.Comparison = Comparison
     monkeypatch.setitem(sys.modules, "kvsim.simulate", module)
     return module
 
@@ -82,7 +74,7 @@ def scenario_path(tmp_path):
 def comparisons(make_report):
     """Three strategies with awkward names, one of which cannot run."""
     return (
-        FakeComparison("native", make_report(strategy="native", notes=("read <a100> as a100-sxm",)), None),
-        FakeComparison("<script>alert(1)</script>", make_report(fold=4.0, priced=False, count=10), None),
-        FakeComparison("nvfp4", None, "no fp4 on <this> device"),
+        Comparison("native", make_report(strategy="native", notes=("read <a100> as a100-sxm",)), None),
+        Comparison("<script>alert(1)</script>", make_report(fold=4.0, priced=False, count=10), None),
+        Comparison("nvfp4", None, "no fp4 on <this> device"),
     )

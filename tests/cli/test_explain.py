@@ -35,7 +35,14 @@ def explained(fake_simulate):
 
 def test_terms_show_formula_band_and_source(invoke, explained, scenario_path):
     text = invoke("explain", scenario_path).stdout
-    for words in ("one step", "bytes / (bandwidth x eff[batch])", "1.25", "1.00-1.50", "config.json", "Note: a note"):
+    for words in (
+        "one step",
+        "bytes / (bandwidth x eff[batch])",
+        "1.25 s",
+        "1 s - 1.5 s",
+        "config.json",
+        "Note: a note",
+    ):
         assert words in text
 
 
