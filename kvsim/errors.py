@@ -11,6 +11,11 @@ class KvsimError(Exception):
 
     exit_code = 2
 
+    def locate(self, where: str) -> None:
+        """Put the file or field that is at fault before the message, once."""
+        if not str(self).startswith(f"{where}:"):
+            self.args = (f"{where}: {self}",)
+
 
 class ScenarioError(KvsimError):
     """The input is wrong and the user can fix it."""
@@ -70,4 +75,4 @@ class CalibrationError(KvsimError):
 
 
 class InvariantViolation(Exception):
-    """A bug in kvsim. Never caught, so it keeps its traceback."""
+    """A bug in kvsim. Never caught, so it keeps its traceback; a sweep keeps it as a row and ends with status 1."""

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from kvsim.errors import KvsimError
+from kvsim.errors import IncompatibleScenario, InvalidSpec, KvsimError, UnknownName
 
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+
+
+@contextmanager
+def naming_file(file: Path | None) -> Iterator[None]:
+    """Name the scenario file in errors about what it says."""
+    try:
+        yield
+    except (UnknownName, IncompatibleScenario, InvalidSpec) as error:
+        if file is not None:
+            error.locate(str(file))
+        raise
 
 
 class BoundaryGroup(TyperGroup):

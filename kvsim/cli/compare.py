@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from kvsim.cli.boundary import naming_file
 from kvsim.cli.console import (
     MIN_WIDTH_FOR_BANDS,
     print_json,
@@ -57,7 +58,8 @@ def compare_command(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
     """Compare strategies on the same requests; those that cannot run are listed with the reason."""
-    cases = [(read_scenario(one), one.base_dir) for one in (flags, *(replace(flags, file=path) for path in also or ()))]
+    asked = [flags, *(replace(flags, file=path) for path in also or ())]
+    cases = [(one, read_scenario(one)) for one in asked]
     names = parse_strategies(strategies)
     _check_outputs(out, html, png, as_json=as_json, as_markdown=as_markdown)
     method: Literal["simulation", "estimate"] = "estimate" if use_estimate else "simulation"
@@ -71,17 +73,17 @@ def compare_command(
 
 
 def _compare_all(
-    cases: list[tuple[Scenario, Path]], names: tuple[str, ...], method: Literal["simulation", "estimate"]
+    cases: list[tuple[ScenarioFlags, Scenario]], names: tuple[str, ...], method: Literal["simulation", "estimate"]
 ) -> Results:
     from kvsim.simulate import compare
 
     results = []
     with timed(f"compared {len(names)} strategies on {len(cases)} scenario(s)"), progress_bar("comparing") as progress:
-        for position, (scenario, base_dir) in enumerate(cases):
-            part = None
-            if progress is not None:
-                part = partial(_advance, progress, position, len(cases))
-            results.append((scenario, compare(scenario, names, base_dir=base_dir, method=method, progress=part)))
+        for position, (flags, scenario) in enumerate(cases):
+            part = partial(_advance, progress, position, len(cases)) if progress is not None else None
+            with naming_file(flags.file):
+                comparisons = compare(scenario, names, base_dir=flags.base_dir, method=method, progress=part)
+            results.append((scenario, comparisons))
     return results
 
 

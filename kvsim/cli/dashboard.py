@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,9 @@ def dashboard_command(
         "--server.address", ADDRESS, "--server.port", str(port),
         "--server.headless", "true" if headless else "false", "--browser.gatherUsageStats", "false",
     ]  # fmt: skip
+    if os.name == "posix":
+        # The server takes this process's place, so that a signal to kvsim stops it.
+        os.execv(sys.executable, command)  # noqa: S606 - fixed arguments, no shell
     status = subprocess.run(command, check=False).returncode  # noqa: S603 - fixed arguments, no shell
     raise typer.Exit(status)
 

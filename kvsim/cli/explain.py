@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kvsim.cli.boundary import naming_file
 from kvsim.cli.console import print_json, print_result
 from kvsim.cli.flags import ScenarioFlags, read_scenario, takes_scenario
 
@@ -20,7 +21,8 @@ def explain_command(
     scenario = read_scenario(flags)
     from kvsim.simulate import explain
 
-    explanation = explain(scenario, base_dir=flags.base_dir)
+    with naming_file(flags.file):
+        explanation = explain(scenario, base_dir=flags.base_dir)
     if as_json:
         print_json(asdict(explanation))
         return

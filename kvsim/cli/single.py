@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvsim.cli.boundary import naming_file
 from kvsim.cli.console import print_json, print_notes, print_result, progress_bar, timed
 from kvsim.cli.flags import ScenarioFlags, read_scenario, takes_scenario
 from kvsim.errors import InvalidSpec, SloMissed
@@ -43,7 +44,7 @@ def simulate_command(
         raise InvalidSpec(msg)
     from kvsim.simulate import simulate
 
-    with timed("simulated"), progress_bar("simulating") as progress:
+    with naming_file(flags.file), timed("simulated"), progress_bar("simulating") as progress:
         report = simulate(scenario, base_dir=flags.base_dir, progress=progress)
     _deliver(report, out, as_json=as_json, vllm_bench=vllm_bench)
     attainment = report.throughput.slo_attainment.value
@@ -62,7 +63,7 @@ def estimate_command(
     _check_outputs(out, as_json=as_json, vllm_bench=vllm_bench)
     from kvsim.simulate import estimate
 
-    with timed("estimated"):
+    with naming_file(flags.file), timed("estimated"):
         report = estimate(scenario, base_dir=flags.base_dir)
     _deliver(report, out, as_json=as_json, vllm_bench=vllm_bench)
 
