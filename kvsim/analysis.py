@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,6 @@ from kvsim.deployment import Deployment, LayerClass, layer_bands
 from kvsim.memory import MemoryPlan
 from kvsim.report import Effects, Figure, KvCapacity
 from kvsim.requests import UNSCHEDULED, RequestTable
-from kvsim.scenario import Scenario
 from kvsim.specs.base import DTYPE_BITS, Basis
 from kvsim.specs.model import LayerKind
 from kvsim.units import TICKS_PER_SECOND
@@ -47,6 +47,24 @@ def load_shape(requests: RequestTable) -> LoadShape:
     return LoadShape(prompt, output, (len(starts) - 1) / span_s, None)
 
 
+@dataclass(frozen=True)
+class EdgeModels:
+    """Step models of a deployment and of the same with the model's own KV cache, at each priced edge."""
+
+    mine: Mapping[Edge, StepModel]
+    native: Mapping[Edge, StepModel]
+
+
+def price_edges(deployment: Deployment, edges: Iterable[Edge]) -> EdgeModels:
+    """Build every step model that a report needs, once."""
+    rates = {edge: build_rates(deployment.device, deployment.priors, edge) for edge in edges}
+    mine = {edge: StepModel(deployment, at_edge) for edge, at_edge in rates.items()}
+    if deployment.compression == Compression():
+        return EdgeModels(mine, mine)
+    plain = uncompressed(deployment)
+    return EdgeModels(mine, {edge: StepModel(plain, at_edge) for edge, at_edge in rates.items()})
+
+
 def sequence_tokens(load: LoadShape) -> int:
     """Tokens of the mean request at its end."""
     return load.prompt_tokens + load.output_tokens
@@ -56,10 +74,11 @@ def uncompressed(deployment: Deployment) -> Deployment:
     """The same deployment with the model's own KV cache."""
     native = Compression()
     classes = []
+    num_layers = deployment.model.num_layers
     for group in deployment.model.kv_groups:
         like = next(c for c in deployment.layer_classes if c.group is group)
         selection = native.selection if group.kind is LayerKind.FULL else None
-        views = tuple(LayerView(index, deployment.model.num_layers, group) for index in group.layers)
+        views = tuple(LayerView(index, num_layers, group) for index in group.layers)
         classes.append(
             LayerClass(
                 group=group,
@@ -87,19 +106,17 @@ def uncompressed(deployment: Deployment) -> Deployment:
     )
 
 
-def capacity(
-    deployment: Deployment, plan: MemoryPlan, load: LoadShape, peak_kv_utilization: float | None
-) -> KvCapacity:
+def capacity(models: EdgeModels, plan: MemoryPlan, load: LoadShape, peak_kv_utilization: float | None) -> KvCapacity:
     """KV of the mean sequence, and how many of them the pool of one replica holds."""
-    native = uncompressed(deployment)
+    deployment = models.mine[Edge.CENTRAL].deployment
     ranks = deployment.tensor_parallel_size
-    held = resident_bytes(deployment, load)
-    plain = resident_bytes(native, load)
+    held = resident_bytes(models.mine[Edge.CENTRAL], load)
+    plain = resident_bytes(models.native[Edge.CENTRAL], load)
     pool_bytes = plan.num_blocks * plan.block_bytes
     per_token = sum(
-        size * layer_bytes_per_token(layer_class, deployment.model)
+        size * layer_bytes_per_token(layer_class, view, deployment.model)
         for layer_class in deployment.layer_classes
-        for _, size in layer_class.bands
+        for view, size in layer_class.bands
     )
     native_per_token = sum(
         group.num_layers * group.kv_elements_per_token * DTYPE_BITS[deployment.model.dtype] / 8
@@ -122,24 +139,22 @@ def capacity(
     )
 
 
-def resident_bytes(deployment: Deployment, load: LoadShape) -> int:
+def resident_bytes(step: StepModel, load: LoadShape) -> int:
     """Bytes on one rank of the mean sequence at its end."""
-    step = _step(deployment, Edge.CENTRAL)
     profile = step.sequences.profile(load.prompt_tokens)
-    return profile.resident_bytes(max(0, load.output_tokens - 1), deployment.engine.block_size)
+    return profile.resident_bytes(max(0, load.output_tokens - 1), step.deployment.engine.block_size)
 
 
-def effects(scenario: Scenario, deployment: Deployment, plan: MemoryPlan, load: LoadShape, batch: int) -> Effects:
+def effects(models: EdgeModels, load: LoadShape, batch: int) -> Effects:
     """Prefill tax, decode gain and capacity gain against the uncompressed cache, each with its band.
 
-    The band prices the compression at its cheapest and its dearest, everything else alike.
+    Both caches are priced at the same edge: what makes one slow makes the other slow.
     """
-    native = uncompressed(deployment)
     batch = max(1, batch)
     generated = load.output_tokens // 2
     tax, gain = [], []
-    for edge in (Edge.CENTRAL, Edge.OPTIMISTIC, Edge.PESSIMISTIC) if scenario.bands else (Edge.CENTRAL,):
-        mine, plain = _step(deployment, edge), _step(native, edge)
+    for edge, mine in models.mine.items():
+        plain = models.native[edge]
         tax.append(
             total_seconds(prefill_split(mine, load.prompt_tokens))
             / total_seconds(prefill_split(plain, load.prompt_tokens))
@@ -148,8 +163,10 @@ def effects(scenario: Scenario, deployment: Deployment, plan: MemoryPlan, load: 
             total_seconds(decode_split(plain, batch, load.prompt_tokens, generated))
             / total_seconds(decode_split(mine, batch, load.prompt_tokens, generated))
         )
+    central = models.mine[Edge.CENTRAL]
+    deployment = central.deployment
     basis = Basis.DATASHEET if deployment.compression.encoding.is_native else Basis.LITERATURE
-    held, unheld = resident_bytes(deployment, load), resident_bytes(native, load)
+    held, unheld = resident_bytes(central, load), resident_bytes(models.native[Edge.CENTRAL], load)
     return Effects(
         prefill_tax=_spread(tax, basis),
         decode_gain=_spread(gain, basis),
@@ -164,7 +181,3 @@ def _spread(values: list[float], basis: Basis) -> Figure:
     if len(values) == 1:
         return Figure(value=values[0], basis=basis)
     return Figure(value=values[0], low=min(values), high=max(values), basis=basis)
-
-
-def _step(deployment: Deployment, edge: Edge) -> StepModel:
-    return StepModel(deployment, build_rates(deployment.device, deployment.priors, edge))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kvsim.allocator import kv_heads_per_rank, layer_token_cap, state_bytes_per_sequence
 from kvsim.compression.base import KvEncoding, LayerView
 from kvsim.cost.priors import load_priors
 from kvsim.deployment import Deployment, LayerClass, layer_bands
-from kvsim.device_catalog import load_device
-from kvsim.errors import IncompatibleScenario, InvalidSpec
+from kvsim.device_catalog import ResolvedDevice, load_device
+from kvsim.errors import IncompatibleScenario, InvalidSpec, UnknownName
 from kvsim.model_catalog import load_model
 from kvsim.price_list import default_price
 from kvsim.scenario import Scenario
@@ -20,8 +22,7 @@ from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
 
 def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
     """Replace every name of ``scenario``; raise UnknownName, InvalidSpec or IncompatibleScenario."""
-    device = load_device(scenario.device)
-    model = load_model(scenario.model, base_dir=base_dir)
+    device, model = look_up(scenario, base_dir=base_dir)
     notes = [device.notice] if device.notice else []
     _check(scenario, model, device.spec)
     price = scenario.price or default_price(device.spec.name)
@@ -41,6 +42,25 @@ def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
     )
 
 
+def look_up(scenario: Scenario, *, base_dir: Path | None = None) -> tuple[ResolvedDevice, ModelSpec]:
+    """Find the scenario's device and model; raise UnknownName naming the field."""
+    with at_field("device"):
+        device = load_device(scenario.device)
+    with at_field("model"):
+        model = load_model(scenario.model, base_dir=base_dir)
+    return device, model
+
+
+@contextmanager
+def at_field(field: str) -> Iterator[None]:
+    """Name the scenario's field in an error about an unknown name."""
+    try:
+        yield
+    except UnknownName as error:
+        error.locate(field)
+        raise
+
+
 def _check(scenario: Scenario, model: ModelSpec, device: DeviceSpec) -> None:
     engine, ranks = scenario.engine, scenario.tensor_parallel_size
     if engine.max_num_batched_tokens < engine.max_num_seqs:
@@ -49,6 +69,12 @@ def _check(scenario: Scenario, model: ModelSpec, device: DeviceSpec) -> None:
             f"{engine.max_num_seqs}; every running sequence needs one token a step"
         )
         raise InvalidSpec(msg)
+    if engine.kv_offloading_size is not None and device.host_link is None:
+        msg = (
+            f"engine.kv_offloading_size: {device.name} has no figure for a host link (or shares the host's memory), so "
+            "copies cannot be priced; leave it out"
+        )
+        raise IncompatibleScenario(msg)
     if model.num_attention_heads % ranks:
         msg = (
             f"tensor_parallel_size: {ranks} does not divide the {model.num_attention_heads} attention heads of "

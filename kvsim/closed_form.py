@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ def prefill_split(step: StepModel, prompt_tokens: int) -> Split:
         split[Component.ATTENTION] += float(attention_s)
         split[Component.COMPRESSION] += float(unpack_s) + step.append_launch_s + chunk * step.append_s_per_token
         done += chunk
-    split[Component.WEIGHTS] += float(step.head_seconds(1)[0])
+    split[Component.WEIGHTS] += float(step.head_seconds(1))
     split[Component.COMPRESSION] += step.sequences.profile(prompt_tokens).compress_ticks / TICKS_PER_SECOND
     return split
 
@@ -39,11 +40,11 @@ def decode_split(step: StepModel, batch: int, prompt_tokens: int, generated_toke
     """Seconds by component of one decode step of ``batch`` equal sequences."""
     split = dict.fromkeys(Component, 0.0)
     _add_tokens(split, step, batch)
-    split[Component.WEIGHTS] += float(step.head_seconds(batch)[0])
+    split[Component.WEIGHTS] += float(step.head_seconds(batch))
     attention_s, compression_s = step.decode_fixed_seconds(batch)
     segment_ticks, unpack_ticks = variable_ticks(step, prompt_tokens, generated_tokens)
-    split[Component.ATTENTION] += float(attention_s[0]) + batch * (segment_ticks - unpack_ticks) / TICKS_PER_SECOND
-    split[Component.COMPRESSION] += float(compression_s[0]) + batch * unpack_ticks / TICKS_PER_SECOND
+    split[Component.ATTENTION] += float(attention_s) + batch * (segment_ticks - unpack_ticks) / TICKS_PER_SECOND
+    split[Component.COMPRESSION] += float(compression_s) + batch * unpack_ticks / TICKS_PER_SECOND
     return split
 
 
@@ -62,9 +63,9 @@ def variable_ticks(step: StepModel, prompt_tokens: int, generated_tokens: int) -
 
 def _add_tokens(split: Split, step: StepModel, tokens: int) -> None:
     terms = step.token_terms(tokens)
-    split[Component.WEIGHTS] += float(terms.weights_s[0])
-    split[Component.COMMUNICATION] += float(terms.communication_s[0])
-    split[Component.OVERHEAD] += float(terms.overhead_s[0])
+    split[Component.WEIGHTS] += float(terms.weights_s)
+    split[Component.COMMUNICATION] += float(terms.communication_s)
+    split[Component.OVERHEAD] += float(terms.overhead_s)
 
 
 @dataclass(frozen=True)
@@ -83,27 +84,44 @@ class SteadyState:
 
 
 def steady_state(
-    step: StepModel, prompt_tokens: int, output_tokens: int, request_rate: float | None, max_batch: float
+    step: StepModel,
+    prefill_s: float,
+    prompt_tokens: int,
+    output_tokens: int,
+    request_rate: float | None,
+    max_batch: float,
 ) -> SteadyState:
     """Balance a replica at ``request_rate`` (None: always ``max_batch`` requests, a closed loop).
 
     With n sequences decoding, a step takes t(n); requests leave at rate n / (output · t(n) / (1 - r·prefill)).
     Open loop: n grows until that equals the arrival rate r; beyond ``max_batch`` the replica is saturated.
     """
-    prefill_s = total_seconds(prefill_split(step, prompt_tokens))
     steps = max(output_tokens - 1, 0)
     table = _StepTimes(step, prompt_tokens, steps // 2)
     capacity_rate = _completion_rate(table, max_batch, steps, prefill_s)
     if request_rate is None or request_rate >= capacity_rate:
         return _balance(table, max_batch, steps, prefill_s, capacity_rate, saturated=request_rate is not None)
-    low, high = 0.0, max_batch
-    for _ in range(40):
-        middle = (low + high) / 2
-        if _completion_rate(table, middle, steps, prefill_s) < request_rate:
+    batch = _matching_batch(table, request_rate, steps, prefill_s, max_batch)
+    return _balance(table, batch, steps, prefill_s, request_rate, saturated=False)
+
+
+def _matching_batch(table: _StepTimes, request_rate: float, steps: int, prefill_s: float, max_batch: float) -> float:
+    """Batch whose completions match ``request_rate``, which ``max_batch`` exceeds: steps · t(n) = n · (1/r - prefill).
+
+    t is linear between whole batches, so the whole ones are bisected and the rest is solved.
+    """
+    spare_s = 1.0 / request_rate - prefill_s
+    if steps * table(1) <= spare_s:
+        return steps * table(1) / spare_s
+    low, high = 1, math.ceil(max_batch)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if steps * table(middle) > middle * spare_s:
             low = middle
         else:
             high = middle
-    return _balance(table, high, steps, prefill_s, request_rate, saturated=False)
+    slope_s = table(high) - table(low)
+    return steps * (table(low) - low * slope_s) / (spare_s - steps * slope_s)
 
 
 class _StepTimes:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from kvsim.analysis import LoadShape
-from kvsim.closed_form import Split, SteadyState, decode_split, prefill_split, steady_state
+from kvsim.analysis import LoadShape, resident_bytes
+from kvsim.closed_form import Split, SteadyState, decode_split, prefill_split, steady_state, total_seconds
 from kvsim.cost.priors import Edge
-from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
-from kvsim.deployment import Deployment
 from kvsim.energy import PhaseSeconds
 from kvsim.memory import MemoryPlan
 from kvsim.report import Counts
@@ -22,34 +22,35 @@ REFERENCE_S = 3600.0
 
 
 def estimate_outcomes(
-    deployment: Deployment, plan: MemoryPlan, load: LoadShape, edges: tuple[Edge, ...]
+    steps: Mapping[Edge, StepModel], plans: Mapping[Edge, MemoryPlan], load: LoadShape
 ) -> tuple[tuple[Outcome, ...], float]:
-    """One outcome per edge, and the central batch."""
+    """One outcome per edge, with the pool that the edge leaves, and the central batch."""
     results = []
     batches = []
-    for edge in edges:
-        step = StepModel(deployment, build_rates(deployment.device, deployment.priors, edge))
-        profile = step.sequences.profile(load.prompt_tokens)
-        held = profile.resident_bytes(max(0, load.output_tokens - 1), deployment.engine.block_size)
-        pool_bytes = plan.num_blocks * plan.block_bytes
+    for edge, step in steps.items():
+        deployment = step.deployment
+        held = resident_bytes(step, load)
+        pool_bytes = plans[edge].num_blocks * plans[edge].block_bytes
         fits = max(1.0, pool_bytes / max(held, 1))
         slots = min(float(deployment.engine.max_num_seqs), fits)
         rate = load.request_rate / deployment.replicas if load.request_rate is not None else None
         if load.concurrency is not None:
             slots = min(slots, max(1.0, load.concurrency / deployment.replicas))
-        state = steady_state(step, load.prompt_tokens, load.output_tokens, rate, slots)
-        results.append(_outcome(step, state, load, deployment.replicas, edge))
+        prompt = prefill_split(step, load.prompt_tokens)
+        state = steady_state(step, total_seconds(prompt), load.prompt_tokens, load.output_tokens, rate, slots)
+        results.append(_outcome(step, state, prompt, load, edge))
         batches.append(state.batch)
     return tuple(results), batches[0]
 
 
-def _outcome(step: StepModel, state: SteadyState, load: LoadShape, replicas: int, edge: Edge) -> Outcome:
+def _outcome(step: StepModel, state: SteadyState, prompt: Split, load: LoadShape, edge: Edge) -> Outcome:
+    replicas = step.deployment.replicas
     completed = state.request_rate * replicas * REFERENCE_S
     steps = max(0, load.output_tokens - 1)
     # A new prompt waits for the rest of the running step, half of one on average where the engine is busy.
     ttft_s = state.prefill_s + 0.5 * state.utilization * state.step_s
     decode_s = steps * state.decode_token_s
-    prefill = _scaled(prefill_split(step, load.prompt_tokens), completed)
+    prefill = _scaled(prompt, completed)
     batch = max(1, round(state.batch))
     per_step = decode_split(step, batch, load.prompt_tokens, steps // 2)
     total = sum(per_step.values())

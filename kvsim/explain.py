@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvsim.closed_form import prefill_split, variable_ticks
-from kvsim.cost.estimator import all_reduce_seconds, gemm_seconds
 from kvsim.cost.priors import Edge, PriorTable, look_up
 from kvsim.cost.rates import build_rates
-from kvsim.cost.shapes import Gemm, forward_gemms, lm_head
+from kvsim.cost.shapes import Gemm
 from kvsim.cost.step import StepModel
 from kvsim.deployment import Deployment
-from kvsim.memory import MemoryPlan, plan_memory, waterfall
+from kvsim.memory import MemoryPlan, plan_memory, runtime_prior, waterfall
 from kvsim.ops import Component
-from kvsim.specs.base import DTYPE_BITS, Basis, Dtype
+from kvsim.specs.base import Basis
 from kvsim.units import TICKS_PER_SECOND
 
 Phase = Literal["memory", "prefill", "decode"]
@@ -74,7 +73,7 @@ def _memory_terms(deployment: Deployment, plan: MemoryPlan) -> list[Term]:
     sources = {
         "system": _source(deployment, deployment.priors.usable_memory_fraction),
         "weights": deployment.model.source,
-        "engine": deployment.priors.runtime_memory_bytes["moe" if deployment.model.moe else "dense"].source,
+        "engine": runtime_prior(deployment).source,
         "kv_pool": "difference of the terms above",
         "free": "difference of the terms above",
     }
@@ -107,13 +106,13 @@ def _prefill_terms(deployment: Deployment, steps: list[StepModel], prompt_tokens
     splits = [prefill_split(step, prompt_tokens) for step in steps]
     priors = deployment.priors
     rows = {
-        Component.WEIGHTS: ("linear layers: launch + max(bytes moved, FLOPs)", priors.matmul_efficiency),
+        Component.WEIGHTS: ("linear layers: launch + smooth max(bytes moved/BW, FLOPs/rate)", priors.matmul_efficiency),
         Component.ATTENTION: (
             "2·heads·(k+v dim)·query-key pairs / (peak · plateau · n/(n + n_half)) + launch",
             priors.prefill_attention_efficiency,
         ),
         Component.COMPRESSION: ("quantise new tokens, unpack earlier chunks, score and compact", None),
-        Component.COMMUNICATION: ("2 all-reduces a layer: latency + 2(r-1)/r·bytes/link", priors.link_efficiency),
+        Component.COMMUNICATION: ("all-reduces x (latency + 2(r-1)/r·bytes/link)", _link_prior(deployment)),
         Component.OVERHEAD: ("4 elementwise kernels a layer: launch + bytes/bandwidth", priors.elementwise_launch_s),
     }
     terms = []
@@ -128,13 +127,8 @@ def _prefill_terms(deployment: Deployment, steps: list[StepModel], prompt_tokens
 def _decode_terms(
     deployment: Deployment, steps: list[StepModel], prompt_tokens: int, generated_tokens: int, batch: int
 ) -> list[Term]:
-    priors, ranks = deployment.priors, deployment.tensor_parallel_size
-    terms = []
-    for gemm in (*forward_gemms(deployment.model, ranks), lm_head(deployment.model, ranks)):
-        values = [_gemm(step, gemm, batch) for step in steps]
-        formula = f"{gemm.count} x (launch + max(weights+activations/BW, 2·{batch}·{gemm.k}·{gemm.n} FLOPs))"
-        source = _source(deployment, priors.weight_streaming_efficiency)
-        terms.append(_term("decode", gemm.name, formula, values, Basis.DATASHEET, source))
+    priors = deployment.priors
+    terms = _gemm_terms(deployment, steps, batch)
 
     def add(
         name: str, formula: str, read: Callable[[StepModel], float], basis: Basis, source: str, *, always: bool = True
@@ -147,12 +141,10 @@ def _decode_terms(
         whole, part = variable_ticks(step, prompt_tokens, generated_tokens)
         return batch * (part if unpack else whole - part) / TICKS_PER_SECOND
 
-    hidden_bytes = batch * deployment.model.hidden_size * DTYPE_BITS[deployment.model.dtype] / 8
-    layers = deployment.model.num_layers
     add(
         "attention floor",
         "layers x (launch + batch x per-sequence)",
-        lambda step: float(step.decode_fixed_seconds(batch)[0][0]),
+        lambda step: float(step.decode_fixed_seconds(batch)[0]),
         Basis.DATASHEET,
         _source(deployment, priors.attention_launch_s),
     )
@@ -174,36 +166,44 @@ def _decode_terms(
     add(
         "encoding new tokens",
         "quantise, rotate or project one token a sequence, and rotate queries",
-        lambda step: float(step.decode_fixed_seconds(batch)[1][0]),
+        lambda step: float(step.decode_fixed_seconds(batch)[1]),
         Basis.LITERATURE,
         _source(deployment, priors.vector_efficiency),
         always=False,
     )
     add(
         "all-reduce",
-        "2 x layers x (latency + 2(r-1)/r·bytes/link)",
-        lambda step: float(2 * layers * all_reduce_seconds(hidden_bytes, ranks, step.rates)),
+        "all-reduces a step x (latency + 2(r-1)/r·bytes/link)",
+        lambda step: float(step.token_terms(batch).communication_s),
         Basis.DATASHEET,
-        _source(deployment, priors.link_efficiency),
+        _source(deployment, _link_prior(deployment)),
         always=False,
     )
     add(
         "elementwise",
         "4 kernels a layer: launch + bytes/BW",
-        lambda step: float(step.token_terms(batch).overhead_s[0]),
+        lambda step: float(step.token_terms(batch).overhead_s),
         Basis.DATASHEET,
         _source(deployment, priors.elementwise_launch_s),
     )
     return terms
 
 
-def _gemm(step: StepModel, gemm: Gemm, batch: int) -> float:
-    model = step.deployment.model
-    if gemm.name == "lm_head":
-        return float(step.head_seconds(batch)[0])
-    compute = model.weight_dtype if step.rates.device.supports(model.weight_dtype) else Dtype.BF16
-    rows = float(step.padded(batch))
-    return float(gemm_seconds(gemm, rows, step.rates, weight_bits=model.weight_bits, compute=compute))
+def _gemm_terms(deployment: Deployment, steps: list[StepModel], batch: int) -> list[Term]:
+    """Linear layers, over the rows that a captured step really has, and the LM head over the sequences alone."""
+    source = _source(deployment, deployment.priors.weight_streaming_efficiency)
+    rows = int(steps[0].padded(batch))
+    terms = []
+    for index, gemm in enumerate(steps[0].gemms):
+        values = [float(step.gemms[index].seconds(rows)) for step in steps]
+        terms.append(_term("decode", gemm.gemm.name, _gemm_formula(gemm.gemm, rows), values, Basis.DATASHEET, source))
+    head = [float(step.head_seconds(batch)) for step in steps]
+    formula = _gemm_formula(steps[0].head.gemm, batch)
+    return [*terms, _term("decode", "lm_head", formula, head, Basis.DATASHEET, source)]
+
+
+def _gemm_formula(gemm: Gemm, rows: int) -> str:
+    return f"{gemm.count} x (launch + smooth max(weights+activations/BW, 2·{rows}·{gemm.k}·{gemm.n} FLOPs/rate))"
 
 
 def _term(phase: Phase, name: str, formula: str, values: list[float], basis: Basis, source: str) -> Term:
@@ -212,6 +212,11 @@ def _term(phase: Phase, name: str, formula: str, values: list[float], basis: Bas
 
 def _source(deployment: Deployment, table: PriorTable) -> str:
     return look_up(table, deployment.device).source
+
+
+def _link_prior(deployment: Deployment) -> PriorTable:
+    has_own_link = deployment.device.scale_up_link is not None
+    return deployment.priors.link_efficiency if has_own_link else deployment.priors.host_link_efficiency
 
 
 def _compression_source(deployment: Deployment) -> str:

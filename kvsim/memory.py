@@ -37,7 +37,7 @@ def plan_memory(deployment: Deployment, block_bytes: int, edge: Edge = Edge.CENT
     device, engine = deployment.device, deployment.engine
     usable = device.capacity_bytes * look_up(deployment.priors.usable_memory_fraction, device).efficiency(edge)
     weights = deployment.model.weight_bytes / deployment.tensor_parallel_size
-    runtime = _runtime_prior(deployment).cost(edge)
+    runtime = runtime_prior(deployment).cost(edge)
     budget = usable * engine.gpu_memory_utilization if engine.kind == "vllm" else usable
     pool = float(engine.kv_cache_memory_bytes or budget - weights - runtime)
     if engine.num_gpu_blocks_override is not None:
@@ -57,7 +57,8 @@ def plan_memory(deployment: Deployment, block_bytes: int, edge: Edge = Edge.CENT
     return MemoryPlan(device.capacity_bytes, usable, budget, weights, runtime, pool, block_bytes, blocks)
 
 
-def _runtime_prior(deployment: Deployment) -> Prior:
+def runtime_prior(deployment: Deployment) -> Prior:
+    """Memory of the engine itself, by engine and model kind."""
     table = deployment.priors.runtime_memory_bytes
     if deployment.engine.kind == "llamacpp":
         return table["single_stream"]

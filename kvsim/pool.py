@@ -23,7 +23,7 @@ def prefill_growths(deployment: Deployment) -> tuple[tuple[tuple[int | None, int
     for layer_class in deployment.layer_classes:
         for view, layers in layer_class.bands:
             cap = _prefill_cap(layer_class, view)
-            per_token[cap] += layers * layer_bytes_per_token(layer_class, deployment.model)
+            per_token[cap] += layers * layer_bytes_per_token(layer_class, view, deployment.model)
             fixed += layers * residual_bytes(layer_class, deployment.model)
     block_size = deployment.engine.block_size
     growths = tuple(

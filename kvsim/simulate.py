@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
 from kvsim import __version__
-from kvsim.analysis import LoadShape, capacity, effects, load_shape
-from kvsim.catalog import resolve
+from kvsim.analysis import EdgeModels, LoadShape, capacity, effects, load_shape, price_edges
+from kvsim.catalog import at_field, look_up, resolve
 from kvsim.compression import parse_compression
 from kvsim.cost.priors import Edge
 from kvsim.deployment import Deployment
@@ -65,7 +65,7 @@ class Prepared:
     max_model_len: int
     notes: tuple[str, ...]
 
-    @property
+    @cached_property
     def load(self) -> LoadShape:
         """Mean lengths and rate of the workload."""
         return load_shape(self.requests)
@@ -81,7 +81,7 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
 
     prepared = prepare(scenario, base_dir=base_dir)
     results = []
-    edges = EDGES if scenario.bands else EDGES[:1]
+    edges = _edges(scenario)
     for position, edge in enumerate(edges):
         result = run_requests(
             prepared.deployment,
@@ -103,7 +103,8 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
         raise RequestDoesNotFit(msg)
     used = 1.0 - min(record.min_free_bytes for record in central.records) / central.pool_bytes
     batch = _mean_batch(outcomes[0], prepared)
-    return assemble(prepared, outcomes, "simulation", counts(central, prepared.requests), used, batch)
+    models = price_edges(prepared.deployment, edges)
+    return assemble(prepared, models, outcomes, "simulation", counts(central, prepared.requests), used, batch)
 
 
 def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
@@ -117,10 +118,15 @@ def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
             f"{prepared.max_model_len} tokens that one sequence may hold here"
         )
         raise RequestDoesNotFit(msg)
-    outcomes, batch = estimate_outcomes(
-        prepared.deployment, prepared.plan, prepared.load, EDGES if scenario.bands else EDGES[:1]
-    )
-    return assemble(prepared, outcomes, "estimate", estimate_counts(prepared.requests, batch), None, round(batch))
+    models = price_edges(prepared.deployment, _edges(scenario))
+    plans = {edge: _plan_at(prepared, edge) for edge in models.mine}
+    outcomes, batch = estimate_outcomes(models.mine, plans, prepared.load)
+    tally = estimate_counts(prepared.requests, batch)
+    return assemble(prepared, models, outcomes, "estimate", tally, None, round(batch))
+
+
+def _edges(scenario: Scenario) -> tuple[Edge, ...]:
+    return EDGES if scenario.bands else EDGES[:1]
 
 
 def compare(
@@ -136,6 +142,9 @@ def compare(
     With ``native`` among the strategies, the others' queueing effect is filled in.
     """
     compressions = [parse_compression(name) for name in strategies]
+    # What no strategy can mend is an error of the whole comparison, not a row.
+    look_up(scenario, base_dir=base_dir)
+    _load_requests(scenario, base_dir)
     rows: list[Comparison] = []
     for position, (name, compression) in enumerate(zip(strategies, compressions, strict=True)):
         one = scenario.model_copy(update={"compression": compression})
@@ -157,7 +166,8 @@ def explain(scenario: Scenario, *, base_dir: Path | None = None) -> Explanation:
 
     prepared = prepare(scenario, base_dir=base_dir)
     load = prepared.load
-    _, batch = estimate_outcomes(prepared.deployment, prepared.plan, load, EDGES[:1])
+    steps = price_edges(prepared.deployment, EDGES[:1]).mine
+    _, batch = estimate_outcomes(steps, {Edge.CENTRAL: prepared.plan}, load)
     return explain_deployment(
         prepared.deployment, prepared.plan, load.prompt_tokens, load.output_tokens // 2, max(1, round(batch))
     )
@@ -184,8 +194,7 @@ def _with_queueing_effect(rows: tuple[Comparison, ...]) -> tuple[Comparison, ...
 def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
     """Resolve names, build the requests, divide the memory."""
     deployment = resolve(scenario, base_dir=base_dir)
-    workload = load_workload(scenario.workload) if isinstance(scenario.workload, str) else scenario.workload
-    requests = _requests(workload, scenario.seed, base_dir)
+    requests = _load_requests(scenario, base_dir)
     plan = plan_memory(deployment, block_bytes(deployment))
     limit = scenario.engine.max_model_len or deployment.model.max_position_embeddings
     fits = longest_prompt(deployment, plan.num_blocks * plan.block_bytes, limit)
@@ -194,6 +203,10 @@ def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
         notes.append(
             f"prefix caching is off: {scenario.compression.name} evicts tokens, so a cached prompt cannot be reused"
         )
+    if scenario.engine.kv_offloading_size is not None and (
+        requests.prefix_hashes is None or not deployment.prefix_caching
+    ):
+        notes.append("nothing is offloaded to the host: without prefix caching no request could hit a block there")
     if scenario.engine.max_model_len is not None and fits < scenario.engine.max_model_len:
         msg = (
             f"engine.max_model_len: one sequence of {scenario.engine.max_model_len} tokens does not fit the KV pool; "
@@ -208,6 +221,12 @@ def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
     if longest > fits:
         notes.append(f"requests longer than {fits} tokens (the longest has {longest}) are rejected, and counted")
     return Prepared(scenario, deployment, requests, plan, fits, tuple(notes))
+
+
+def _load_requests(scenario: Scenario, base_dir: Path | None) -> RequestTable:
+    with at_field("workload"):
+        workload = load_workload(scenario.workload) if isinstance(scenario.workload, str) else scenario.workload
+    return _requests(workload, scenario.seed, base_dir)
 
 
 @lru_cache(maxsize=8)
@@ -245,6 +264,7 @@ def _mean_batch(one: Outcome, prepared: Prepared) -> int:
 
 def assemble(
     prepared: Prepared,
+    models: EdgeModels,
     outcomes: tuple[Outcome, ...],
     method: Literal["simulation", "estimate"],
     tally: Counts,
@@ -259,7 +279,7 @@ def assemble(
         method=method,
         strategy=prepared.scenario.compression.name,
         scenario=prepared.scenario,
-        kv=capacity(deployment, prepared.plan, load, peak_kv_utilization),
+        kv=capacity(models, prepared.plan, load, peak_kv_utilization),
         memory=waterfall(prepared.plan, deployment),
         duration_s=band(outcomes, lambda one: one.duration_s, basis),
         queue_delay_mean_s=band(outcomes, lambda one: one.queue_delay_mean_s, basis),
@@ -268,7 +288,7 @@ def assemble(
         counts=tally,
         time_split=shares,
         bottleneck=_bottleneck(outcomes[0], peak_kv_utilization),
-        effects=effects(prepared.scenario, deployment, prepared.plan, load, batch),
+        effects=effects(models, load, batch),
         cost=cost(deployment, outcomes, basis),
         energy=energy(deployment, outcomes),
         quality=published_quality(prepared.scenario.compression),

@@ -6,6 +6,8 @@ efficiency depend on size: at batch 1 and 4k context a decode attention launch r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from kvsim.cost.rates import Rates
@@ -15,6 +17,9 @@ from kvsim.specs.base import Dtype
 
 SMOOTHNESS = 6.0
 """Exponent of the smooth maximum; FA3 fp8 on H100 and H200 together fit 6.3 (warp-specialised kernels overlap well)."""
+GEMM_SMOOTHNESS = 3.0
+"""The same for linear layers, which overlap less well at their ridge: among 2, 3, 4, 6 and the plain maximum, 3 has the
+least error over aiconfigurator's bf16 GEMM tables of H100 (6.2 %) and is never worse than 4 on A100, B200 and L40S."""
 
 
 def smooth_maximum(*terms_s: float) -> float:
@@ -25,12 +30,35 @@ def smooth_maximum(*terms_s: float) -> float:
     return float(largest * sum((term / largest) ** SMOOTHNESS for term in terms_s) ** (1.0 / SMOOTHNESS))
 
 
-def gemm_seconds(gemm: Gemm, rows: Numeric, rates: Rates, *, weight_bits: float, compute: Dtype) -> Numeric:
-    """All repetitions of a GEMM: launch + max(weights and activations moved, FLOPs)."""
-    activation_bytes = 2.0 * rows * (gemm.k + gemm.n) * max(1, gemm.experts_per_token)
-    moved_s = (gemm.weights_touched(rows) * weight_bits / 8.0 + activation_bytes) / rates.weight_bytes_per_s
-    computed_s = gemm.flops(rows) / rates.matmul_flops_per_s(compute)
-    return gemm.count * (rates.gemm_launch_s + np.maximum(moved_s, computed_s))
+@dataclass(frozen=True, slots=True)
+class PricedGemm:
+    """A matrix product at a device's rates: seconds for any number of rows."""
+
+    gemm: Gemm
+    launch_s: float
+    weights_s: float
+    """Reading one k x n matrix."""
+    activations_s_per_row: float
+    compute_s_per_row: float
+
+    def seconds(self, rows: Numeric) -> Numeric:
+        """All repetitions: launch + smooth maximum of weights and activations moved, and FLOPs."""
+        moved_s = self.weights_s * self.gemm.matrices_touched(rows) + rows * self.activations_s_per_row
+        computed_s = rows * self.compute_s_per_row
+        busy_s = (moved_s**GEMM_SMOOTHNESS + computed_s**GEMM_SMOOTHNESS) ** (1.0 / GEMM_SMOOTHNESS)
+        return self.gemm.count * (self.launch_s + busy_s)
+
+
+def price_gemm(gemm: Gemm, rates: Rates, *, weight_bits: float, compute: Dtype) -> PricedGemm:
+    """Price a product whose weights take ``weight_bits`` each and that multiplies in ``compute``."""
+    visits = max(1, gemm.experts_per_token)
+    return PricedGemm(
+        gemm=gemm,
+        launch_s=rates.gemm_launch_s,
+        weights_s=gemm.k * gemm.n * weight_bits / 8.0 / rates.weight_bytes_per_s,
+        activations_s_per_row=2.0 * (gemm.k + gemm.n) * visits / rates.weight_bytes_per_s,
+        compute_s_per_row=float(gemm.flops(1.0)) / rates.matmul_flops_per_s(compute),
+    )
 
 
 def streaming_seconds(work: Work, rates: Rates) -> float:
@@ -69,8 +97,35 @@ def attention_seconds_per_token(
     return whole_s, whole_s - plain_s
 
 
+def query_key_pairs(chunk_tokens: Numeric, context_tokens: int, window_tokens: int | None) -> Numeric:
+    """Keys that the queries of a chunk see in all: causally, and within the window."""
+    pairs = chunk_tokens * context_tokens + chunk_tokens * (chunk_tokens + 1) / 2
+    if window_tokens is None:
+        return pairs
+    reach = chunk_tokens + context_tokens - window_tokens
+    beyond = np.maximum(reach, 0.0) if isinstance(reach, np.ndarray) else max(reach, 0.0)
+    before = max(0, context_tokens - window_tokens)
+    return pairs - beyond * (beyond + 1) / 2 + before * (before + 1) / 2
+
+
+def prefill_attention_seconds(queries: Numeric, pairs: Numeric, flops_per_pair: float, rates: Rates) -> Numeric:
+    """One layer's attention over a chunk: launch + FLOPs at the plateau, for some keys more than are read.
+
+    Every query costs as much as half of ``attention_half_tokens`` keys extra: a causal prompt of n tokens then runs at
+    n / (n + half) of the plateau, and a window of w like a prompt of 2w, which has w keys per query on average
+    (aiconfigurator, H100, window 128: median +24 % on vLLM's FA3, -41 % on TensorRT-LLM).
+    """
+    charged = pairs + queries * rates.attention_half_tokens / 2.0
+    return rates.attention_launch_s + flops_per_pair * charged / rates.attention_flops_per_s
+
+
 def all_reduce_seconds(size_bytes: Numeric, ranks: int, rates: Rates) -> Numeric:
-    """Ring all-reduce: latency + 2·(n-1)/n of the message over one direction of the link."""
+    """Ring all-reduce: latency + 2·(n-1)/n of the message over one direction of the link.
+
+    Ranks without a link of their own share the host's: n/2 pairs talk over it at once.
+    """
     if ranks == 1 or rates.link_bytes_per_s is None:
         return size_bytes * 0.0
-    return rates.all_reduce_latency_s + 2.0 * (ranks - 1) / ranks * size_bytes / rates.link_bytes_per_s
+    pairs_on_link = ranks / 2.0 if rates.link_is_shared else 1.0
+    wire_bytes = 2.0 * (ranks - 1) / ranks * size_bytes
+    return rates.all_reduce_latency_s + wire_bytes * pairs_on_link / rates.link_bytes_per_s

@@ -72,6 +72,8 @@ class Priors(Spec):
     tensor_to_vector_ratio: PriorTable
     all_reduce_latency_s: PriorTable
     link_efficiency: PriorTable
+    host_link_efficiency: PriorTable
+    host_copy_efficiency: PriorTable
     unpack_ops_per_element: dict[str, PriorTable]
     usable_memory_fraction: PriorTable
     runtime_memory_bytes: PriorTable
@@ -85,12 +87,19 @@ def device_class(device: DeviceSpec) -> str:
     return device.kind
 
 
+def prior_keys(device: DeviceSpec) -> tuple[str, str, str]:
+    """Keys under which a prior of ``device`` may stand, the most specific first."""
+    return device.architecture, device_class(device), "default"
+
+
+def first_of(table: PriorTable, keys: tuple[str, ...]) -> Prior:
+    """The prior under the first of ``keys`` that the table has; every table has ``default``."""
+    return next(table[key] for key in keys if key in table)
+
+
 def look_up(table: PriorTable, device: DeviceSpec) -> Prior:
     """The most specific prior for ``device``."""
-    for key in (device.architecture, device_class(device)):
-        if key in table:
-            return table[key]
-    return table["default"]
+    return first_of(table, prior_keys(device))
 
 
 @lru_cache(maxsize=4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvsim.cost.priors import Edge, Prior, Priors, PriorTable, look_up
+from kvsim.cost.priors import Edge, Prior, Priors, PriorTable, first_of, look_up, prior_keys
 from kvsim.specs.base import Dtype
 from kvsim.specs.device import DeviceSpec
 
@@ -31,6 +31,8 @@ class Rates:
     vector_flops_per_s: float
     all_reduce_latency_s: float
     link_bytes_per_s: float | None
+    link_is_shared: bool
+    """The ranks have no link of their own and meet on the host's."""
 
     def matmul_flops_per_s(self, dtype: Dtype) -> float:
         """Achievable dense rate; a dtype without a native path computes at half precision (weight-only)."""
@@ -48,21 +50,25 @@ class Rates:
 
 def build_rates(device: DeviceSpec, priors: Priors, edge: Edge) -> Rates:
     """Apply the priors of ``edge`` to a device's datasheet."""
+    keys = prior_keys(device)
 
     def efficiency(table: PriorTable) -> float:
-        return look_up(table, device).efficiency(edge)
+        return first_of(table, keys).efficiency(edge)
 
     def cost(table: PriorTable) -> float:
-        return look_up(table, device).cost(edge)
+        return first_of(table, keys).cost(edge)
 
     bandwidth = device.bandwidth_bytes_per_s
     if device.vector_flops is not None:
         vector_peak = device.vector_flops.value
     else:
         vector_peak = device.dense_half_flops_per_s / cost(priors.tensor_to_vector_ratio)
-    # Cards without a link of their own talk over PCIe.
-    link_fact = device.scale_up_link or device.host_link
-    link = link_fact.value * efficiency(priors.link_efficiency) if link_fact else None
+    # Cards without a link of their own talk over the host's.
+    link = None
+    if device.scale_up_link is not None:
+        link = device.scale_up_link.value * efficiency(priors.link_efficiency)
+    elif device.host_link is not None:
+        link = device.host_link.value * efficiency(priors.host_link_efficiency)
     return Rates(
         device=device,
         priors=priors,
@@ -81,4 +87,5 @@ def build_rates(device: DeviceSpec, priors: Priors, edge: Edge) -> Rates:
         vector_flops_per_s=vector_peak * efficiency(priors.vector_efficiency),
         all_reduce_latency_s=cost(priors.all_reduce_latency_s),
         link_bytes_per_s=link,
+        link_is_shared=device.scale_up_link is None,
     )

@@ -146,16 +146,22 @@ class SequenceModel:
                 attended = layer_class.attended_tokens(prompt_tokens, view)
                 self._add_attended(priced, attended, layer_class, prices, layers)
                 resident = layer_class.resident_tokens(prompt_tokens, view)
-                growths[resident] += layers * layer_bytes_per_token(layer_class, self._deployment.model)
+                growths[resident] += layers * layer_bytes_per_token(layer_class, view, self._deployment.model)
                 fixed_bytes += layers * residual_bytes(layer_class, self._deployment.model)
                 self._add_scanned(priced, prompt_tokens, layer_class, view, layers)
                 compress_s += layers * self._compress_seconds(prompt_tokens, layer_class, view)
         return SequenceProfile(
-            segments=_merge(priced),
+            segments=self._affine_segments(prompt_tokens) if self.is_affine else _merge(priced),
             growths=self._blocks(growths),
             fixed_bytes=math.ceil(fixed_bytes),
             compress_ticks=seconds_to_ticks(compress_s),
         )
+
+    def _affine_segments(self, prompt_tokens: int) -> tuple[Segment, ...]:
+        """The one segment of a cache where every token costs the same, rounded as the simulator rounds it."""
+        price = self.token_ticks
+        ticks = price * (prompt_tokens + 1)
+        return (Segment(0, ticks, price, round(ticks * self.unpack_share), round(price * self.unpack_share)),)
 
     def _add_attended(
         self,
@@ -187,7 +193,7 @@ class SequenceModel:
             return
         scanned = layer_class.selection.scanned_tokens(prompt_tokens, view)
         if scanned is not None:
-            scan = layers * self._scan_price(layer_class)
+            scan = layers * self._scan_price(layer_class, view)
             _add(priced, scanned, scan, scan)
 
     def _compress_seconds(self, prompt_tokens: int, layer_class: LayerClass, view: LayerView) -> float:
@@ -206,7 +212,13 @@ class SequenceModel:
 
     @cached_property
     def _prices(self) -> tuple[tuple[_TokenPrice, _TokenPrice], ...]:
-        return tuple((self._token_price(c, native=False), self._token_price(c, native=True)) for c in self.classes)
+        """(encoded, native) of each layer class; without a native window only the first is ever used."""
+        prices = []
+        for layer_class in self.classes:
+            encoded = self._token_price(layer_class, native=False)
+            has_window = layer_class.encoding.residual_tokens > 0
+            prices.append((encoded, self._token_price(layer_class, native=True) if has_window else encoded))
+        return tuple(prices)
 
     @property
     def classes(self) -> tuple[LayerClass, ...]:
@@ -218,7 +230,7 @@ class SequenceModel:
         native_bytes = group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
         stored = native_bytes if native else encoding.bytes_per_token(group, model.dtype).total_bytes
         heads = model.num_attention_heads / self._deployment.tensor_parallel_size
-        value_dim = group.v_head_dim or group.k_head_dim
+        value_dim = model.mla.kv_lora_rank if group.is_latent and model.mla else group.v_head_dim or group.k_head_dim
         score_flops = 0.0
         if layer_class.selection is not None:
             score_flops = layer_class.selection.decode_score_flops_per_token(group, model)
@@ -236,8 +248,8 @@ class SequenceModel:
         score_s = score_flops / self._deployment.tensor_parallel_size / self._rates.vector_flops_per_s
         return _TokenPrice(_femto(whole_s + score_s), _femto(unpack_s + score_s))
 
-    def _scan_price(self, layer_class: LayerClass) -> int:
-        moved_s = scan_bytes(layer_class, self._deployment.model) / self._rates.stream_bytes_per_s
+    def _scan_price(self, layer_class: LayerClass, view: LayerView) -> int:
+        moved_s = scan_bytes(layer_class, view, self._deployment.model) / self._rates.stream_bytes_per_s
         if layer_class.selection is None:
             return _femto(moved_s)
         flops = layer_class.selection.scan_flops_per_token(layer_class.group, self._deployment.model)
@@ -257,18 +269,18 @@ def ops_seconds(ops: Iterable[OpCall], tensor_parallel_size: int, rates: Rates) 
     )
 
 
-def scan_bytes(layer_class: LayerClass, model: ModelSpec) -> float:
-    """Page metadata of one token in one layer on one rank."""
-    if layer_class.selection is None:
+def scan_bytes(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
+    """Page metadata of one token in one layer on one rank; none where the selection does not scan the layer."""
+    if layer_class.selection is None or layer_class.selection.scanned_tokens(1, view) is None:
         return 0.0
     element_bytes = DTYPE_BITS[model.dtype] / 8
     return layer_class.selection.scan_bytes_per_token(layer_class.group, element_bytes) * layer_class.rank_share
 
 
-def layer_bytes_per_token(layer_class: LayerClass, model: ModelSpec) -> float:
+def layer_bytes_per_token(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
     """Bytes of one resident token in one layer on one rank: encoded KV, page metadata, indexer key."""
     stored = layer_class.encoding.bytes_per_token(layer_class.group, model.dtype).total_bytes
-    return stored * layer_class.rank_share + scan_bytes(layer_class, model) + index_key_bytes(layer_class)
+    return stored * layer_class.rank_share + scan_bytes(layer_class, view, model) + index_key_bytes(layer_class)
 
 
 def residual_bytes(layer_class: LayerClass, model: ModelSpec) -> float:

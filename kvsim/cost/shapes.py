@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvsim.ops import Numeric
 from kvsim.specs.model import LayerGroup, LayerKind, MlaShape, ModelSpec, MoeShape
 
@@ -25,16 +23,15 @@ class Gemm:
         """FLOPs of one repetition for ``rows`` tokens: 2·rows·k·n, times the experts each token visits."""
         return 2.0 * rows * self.k * self.n * max(1, self.experts_per_token)
 
-    def weights_touched(self, rows: Numeric) -> Numeric:
-        """Weights read in one repetition.
+    def matrices_touched(self, rows: Numeric) -> Numeric:
+        """Matrices of k x n weights read in one repetition: 1, or as many experts as ``rows`` tokens visit.
 
         Of E experts, tokens that pick k each at random touch E·(1 - (1 - k/E)^rows) in expectation.
         """
-        one = float(self.k * self.n)
         if not self.num_experts:
-            return one
+            return 1.0
         miss = 1.0 - self.experts_per_token / self.num_experts
-        return one * self.num_experts * (1.0 - np.power(miss, rows))
+        return self.num_experts * (1.0 - miss**rows)
 
 
 def forward_gemms(model: ModelSpec, tensor_parallel_size: int) -> tuple[Gemm, ...]:

@@ -10,12 +10,14 @@ kernels and collectives. Everything is on one tensor-parallel rank; ranks run in
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from kvsim.cost.estimator import all_reduce_seconds, gemm_seconds
+from kvsim.cost.estimator import all_reduce_seconds, prefill_attention_seconds, price_gemm, query_key_pairs
 from kvsim.cost.rates import Rates
 from kvsim.cost.sequence import SequenceModel, ops_seconds
 from kvsim.cost.shapes import forward_gemms, lm_head
@@ -25,36 +27,40 @@ from kvsim.specs.base import DTYPE_BITS, Dtype
 from kvsim.specs.model import LayerKind
 from kvsim.units import TICKS_PER_SECOND
 
-FloatArray = npt.NDArray[np.float64]
 ELEMENTWISE_KERNELS_PER_LAYER = 4
 KERNELS_PER_LAYER = 9
 """Four linear layers, four elementwise kernels and attention: what an uncaptured step launches per layer."""
 NO_ATTENTION = (LayerKind.LINEAR, LayerKind.MLP)
 MAX_CAPTURED_TOKENS = 512
-"""Largest batch that vLLM captures in a CUDA graph (min(2·max_num_seqs, 512))."""
+"""Largest batch that vLLM captures in a CUDA graph; less where 2·max_num_seqs is less."""
 
 
-def captured_size(tokens: Numeric) -> FloatArray:
-    """Batch size padded to the next captured one: 1, 2, 4, multiples of 8 to 256, of 16 to 512; more is not padded.
+@lru_cache(maxsize=32)
+def capture_sizes(max_captured_tokens: int) -> tuple[int, ...]:
+    """Batch sizes with a CUDA graph: 1, 2, 4, multiples of 8 below 256, of 16 from there.
 
     Source: vLLM 0.15 config/vllm.py, default ``cudagraph_capture_sizes``.
     """
-    count = np.asarray(tokens, dtype=np.float64)
-    by_eight = np.ceil(count / 8) * 8
-    by_sixteen = np.ceil(count / 16) * 16
-    padded = np.where(count <= 256, by_eight, by_sixteen)
-    padded = np.where(count <= 4, 4, padded)
-    padded = np.where(count <= 2, np.maximum(count, 0), padded)
-    return np.where(count > MAX_CAPTURED_TOKENS, count, padded)
+    sizes = (1, 2, 4, *range(8, 256, 8), *range(256, MAX_CAPTURED_TOKENS + 1, 16))
+    return tuple(size for size in sizes if size <= max_captured_tokens)
 
 
-@dataclass(frozen=True)
+def captured_size(tokens: Numeric, max_captured_tokens: int = MAX_CAPTURED_TOKENS) -> Numeric:
+    """Batch size padded to the next captured one; a batch above all of them is not padded."""
+    sizes = capture_sizes(max_captured_tokens)
+    if isinstance(tokens, np.ndarray):
+        nearest = np.minimum(np.searchsorted(sizes, tokens), len(sizes) - 1)
+        return np.where(tokens > sizes[-1], tokens, np.asarray(sizes, dtype=np.float64)[nearest])
+    return tokens if tokens > sizes[-1] else float(sizes[bisect_left(sizes, tokens)])
+
+
+@dataclass(frozen=True, slots=True)
 class StepTerms:
     """Seconds of a step's parts that depend on the number of tokens or sequences alone."""
 
-    weights_s: FloatArray
-    communication_s: FloatArray
-    overhead_s: FloatArray
+    weights_s: Numeric
+    communication_s: Numeric
+    overhead_s: Numeric
 
 
 @dataclass(frozen=True)
@@ -75,86 +81,77 @@ class StepModel:
         self.deployment = deployment
         self.rates = rates
         self.sequences = SequenceModel(deployment, rates)
-        model = deployment.model
-        self._gemms = forward_gemms(model, deployment.tensor_parallel_size)
-        self._head = lm_head(model, deployment.tensor_parallel_size)
+        model, ranks = deployment.model, deployment.tensor_parallel_size
         compute = model.weight_dtype if rates.device.supports(model.weight_dtype) else Dtype.BF16
-        self._compute = compute
+        self.gemms = tuple(
+            price_gemm(gemm, rates, weight_bits=model.weight_bits, compute=compute)
+            for gemm in forward_gemms(model, ranks)
+        )
+        self.head = price_gemm(lm_head(model, ranks), rates, weight_bits=16.0, compute=Dtype.BF16)
+        kinds = [group.kind for group in model.groups for _ in group.layers]
+        self._launches = sum(kind not in NO_ATTENTION for kind in kinds)
+        # One all-reduce per block: two where attention and MLP share a layer, one where each is a layer.
+        self._all_reduces = len(kinds) * (1 if LayerKind.MLP in kinds else 2)
+        self._hidden_bytes = model.hidden_size * DTYPE_BITS[model.dtype] / 8
+        self._overhead_s, self._overhead_s_per_row = self._elementwise(len(kinds))
+        self._max_captured = min(2 * deployment.engine.max_num_seqs, MAX_CAPTURED_TOKENS)
         self._prefill_terms = tuple(self._prefill_term(c) for c in deployment.layer_classes)
-        self._append = _append_ops(deployment)
-        self._decode_ops = _decode_ops(deployment)
-        self.append_launch_s, self.append_s_per_token = self._ops_split(self._append)
-        self._decode_launch_s, self._decode_s_per_sequence = self._ops_split(self._decode_ops)
+        self.append_launch_s, self.append_s_per_token = self._ops_split(_append_ops(deployment))
+        self._decode_launch_s, self._decode_s_per_sequence = self._ops_split(_decode_ops(deployment))
 
-    def padded(self, tokens: Numeric) -> FloatArray:
+    def _elementwise(self, layers: int) -> tuple[float, float]:
+        """Norms, RoPE and activations of a step: (launches, per row)."""
+        model, rates = self.deployment.model, self.rates
+        width = model.intermediate_size or (model.moe.moe_intermediate_size if model.moe else model.hidden_size)
+        width_bytes = width / self.deployment.tensor_parallel_size * DTYPE_BITS[model.dtype] / 8
+        moved_bytes = self._hidden_bytes * (3 * 2) + width_bytes * 3
+        launch_s = ELEMENTWISE_KERNELS_PER_LAYER * rates.elementwise_launch_s
+        if not self.deployment.engine.cuda_graphs:
+            launch_s += KERNELS_PER_LAYER * rates.uncaptured_launch_s
+        return layers * launch_s, layers * moved_bytes / rates.stream_bytes_per_s
+
+    def padded(self, tokens: Numeric) -> Numeric:
         """Rows that the linear layers really process."""
-        if self.deployment.engine.cuda_graphs:
-            return captured_size(tokens)
-        return np.asarray(tokens, dtype=np.float64)
+        return captured_size(tokens, self._max_captured) if self.deployment.engine.cuda_graphs else tokens
 
     def token_terms(self, tokens: Numeric) -> StepTerms:
         """Parts of a step that depend on how many tokens it processes (zero tokens cost nothing)."""
-        count = np.atleast_1d(np.asarray(tokens, dtype=np.float64))
-        busy = count > 0
-        rows = np.maximum(self.padded(count), 1.0)
-        model, rates, tp = self.deployment.model, self.rates, self.deployment.tensor_parallel_size
-        weights = np.zeros_like(rows)
-        for gemm in self._gemms:
-            weights = weights + gemm_seconds(gemm, rows, rates, weight_bits=model.weight_bits, compute=self._compute)
-        hidden_bytes = rows * model.hidden_size * DTYPE_BITS[model.dtype] / 8
-        communication = 2.0 * model.num_layers * all_reduce_seconds(hidden_bytes, tp, rates)
-        width = model.intermediate_size or (model.moe.moe_intermediate_size if model.moe else model.hidden_size)
-        moved_bytes = hidden_bytes * (3 * 2) + rows * (width / tp) * 3 * DTYPE_BITS[model.dtype] / 8
-        overhead = model.num_layers * (
-            ELEMENTWISE_KERNELS_PER_LAYER * rates.elementwise_launch_s + moved_bytes / rates.stream_bytes_per_s
-        )
-        if not self.deployment.engine.cuda_graphs:
-            overhead = overhead + model.num_layers * KERNELS_PER_LAYER * rates.uncaptured_launch_s
+        rows = self.padded(tokens)
+        weights = sum((gemm.seconds(rows) for gemm in self.gemms), start=0.0 * rows)
+        reduced = all_reduce_seconds(rows * self._hidden_bytes, self.deployment.tensor_parallel_size, self.rates)
+        overhead = self._overhead_s + rows * self._overhead_s_per_row
         return StepTerms(
-            np.where(busy, weights, 0.0), np.where(busy, communication, 0.0), np.where(busy, overhead, 0.0)
+            _if_any(tokens, weights), _if_any(tokens, self._all_reduces * reduced), _if_any(tokens, overhead)
         )
 
-    def head_seconds(self, sampled: Numeric) -> FloatArray:
+    def head_seconds(self, sampled: Numeric) -> Numeric:
         """LM head for ``sampled`` sequences."""
-        count = np.atleast_1d(np.asarray(sampled, dtype=np.float64))
-        seconds = gemm_seconds(self._head, np.maximum(count, 1.0), self.rates, weight_bits=16.0, compute=Dtype.BF16)
-        return np.where(count > 0, seconds, 0.0)
+        return _if_any(sampled, self.head.seconds(sampled))
 
-    def decode_fixed_seconds(self, sequences: Numeric) -> tuple[FloatArray, FloatArray]:
+    def decode_fixed_seconds(self, sequences: Numeric) -> tuple[Numeric, Numeric]:
         """(attention, compression) of a decode batch that does not grow with context."""
-        count = np.atleast_1d(np.asarray(sequences, dtype=np.float64))
-        busy = count > 0
-        launches = sum(group.num_layers for group in self.deployment.model.groups if group.kind not in NO_ATTENTION)
-        attention = launches * (self.rates.attention_launch_s + count * self.rates.attention_per_sequence_s)
-        attention = attention + self._state_seconds(count)
+        attention = self._launches * (self.rates.attention_launch_s + sequences * self.rates.attention_per_sequence_s)
         compression = (
             self._decode_launch_s
             + self.append_launch_s
-            + count * (self._decode_s_per_sequence + self.append_s_per_token)
+            + sequences * (self._decode_s_per_sequence + self.append_s_per_token)
         )
-        return np.where(busy, attention, 0.0), np.where(busy, compression, 0.0)
+        attention = attention + self._state_seconds(sequences)
+        return _if_any(sequences, attention), _if_any(sequences, compression)
 
-    def _state_seconds(self, count: FloatArray) -> FloatArray:
+    def _state_seconds(self, sequences: Numeric) -> Numeric:
         """Linear layers read and write each sequence's recurrent state once a step."""
-        moved_bytes = 2.0 * self.deployment.state_bytes_per_sequence * count
-        return np.asarray(moved_bytes / self.rates.stream_bytes_per_s)
+        return 2.0 * self.deployment.state_bytes_per_sequence / self.rates.stream_bytes_per_s * sequences
 
     def prefill_attention_seconds(self, chunk_tokens: Numeric, context_tokens: int) -> tuple[Numeric, Numeric]:
         """(attention, unpacking) of one chunk of ``chunk_tokens`` after ``context_tokens`` already cached."""
-        rates = self.rates
         attention: Numeric = 0.0
         unpack: Numeric = 0.0
-        length = chunk_tokens + context_tokens
-        slowdown = (length + rates.attention_half_tokens) / (length * rates.attention_flops_per_s)
         for term in self._prefill_terms:
-            pairs = chunk_tokens * context_tokens + chunk_tokens * (chunk_tokens + 1) / 2
-            read_tokens = context_tokens
-            if term.window_tokens is not None:
-                pairs = np.minimum(pairs, chunk_tokens * float(term.window_tokens))
-                read_tokens = min(context_tokens, term.window_tokens)
-            attention += term.layers * (
-                rates.attention_launch_s + term.flops_per_pair * pairs * slowdown + read_tokens * term.context_read_s
-            )
+            read_tokens = context_tokens if term.window_tokens is None else min(context_tokens, term.window_tokens)
+            pairs = query_key_pairs(chunk_tokens, context_tokens, term.window_tokens)
+            computed_s = prefill_attention_seconds(chunk_tokens, pairs, term.flops_per_pair, self.rates)
+            attention += term.layers * (computed_s + read_tokens * term.context_read_s)
             unpack += term.layers * read_tokens * term.context_unpack_s
         return attention, unpack
 
@@ -184,6 +181,13 @@ class StepModel:
         launch_s = sum(call.count * call.work.launches for call in ops) * self.rates.elementwise_launch_s
         whole_s = ops_seconds(ops, self.deployment.tensor_parallel_size, self.rates)
         return launch_s, whole_s - launch_s
+
+
+def _if_any(count: Numeric, seconds: Numeric) -> Numeric:
+    """``seconds`` where ``count`` is positive: what does not run has no launch either."""
+    if isinstance(count, np.ndarray):
+        return np.where(count > 0, seconds, 0.0)
+    return seconds if count > 0 else 0.0
 
 
 def group_layers(layer_class: LayerClass) -> int:
@@ -236,7 +240,8 @@ class StepTables:
     first_chunk: list[int]
     """Prefill attention of a prompt's first chunk, by its tokens."""
     append_launch: int
-    append_per_token: int
+    append: list[int]
+    """Encoding the tokens of a prompt, by their number."""
 
 
 def build_tables(step: StepModel, max_tokens: int, max_sequences: int) -> StepTables:
@@ -260,11 +265,11 @@ def build_tables(step: StepModel, max_tokens: int, max_sequences: int) -> StepTa
         overhead=overhead.tolist(),
         attention_fixed=attention_ticks.tolist(),
         compression_fixed=compression_ticks.tolist(),
-        first_chunk=[0, *_ticks(np.asarray(first_chunk)).tolist()],
+        first_chunk=[0, *_ticks(first_chunk).tolist()],
         append_launch=round(step.append_launch_s * TICKS_PER_SECOND),
-        append_per_token=round(step.append_s_per_token * TICKS_PER_SECOND),
+        append=_ticks(np.arange(max_tokens + 1, dtype=np.float64) * step.append_s_per_token).tolist(),
     )
 
 
-def _ticks(seconds: FloatArray) -> npt.NDArray[np.int64]:
-    return np.rint(seconds * TICKS_PER_SECOND).astype(np.int64)
+def _ticks(seconds: Numeric) -> npt.NDArray[np.int64]:
+    return np.rint(np.asarray(seconds, dtype=np.float64) * TICKS_PER_SECOND).astype(np.int64)

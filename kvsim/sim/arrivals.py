@@ -24,9 +24,8 @@ class Replica(Protocol):
     def waiting(self) -> deque[int]:
         """Requests delivered and not yet admitted."""
 
-    @property
-    def load(self) -> int:
-        """Requests running and waiting."""
+    load: int
+    """Requests routed to it that have not ended."""
 
 
 class ArrivalSource:
@@ -114,4 +113,5 @@ class ArrivalSource:
             self._turn += 1
         else:
             chosen = min(replicas, key=lambda replica: replica.load)
+        chosen.load += 1
         chosen.waiting.append(index)

@@ -35,6 +35,7 @@ class ReplicaEngine:
     def __init__(
         self,
         env: simpy.Environment,
+        device: SharedDevice,
         source: ArrivalSource,
         lengths: tuple[list[int], list[int]],
         log: RequestLog,
@@ -58,35 +59,35 @@ class ReplicaEngine:
         self.generated = [0] * len(lengths[0])
         self.batch = DecodeBatch(limits.block_size, limits.prefill_growths[0][1], token_ticks)
         self.scheduler = Scheduler(limits, self.batch, lengths, self.generated, log, self.record, sharing)
-        self.device = SharedDevice(env)
+        self.device = device
         self.decode_steps = [0] * (limits.max_num_seqs + 1)
         """Decode steps taken at each batch size."""
         self.variable_total = 0
         """Ticks of all decode steps above the batches' fixed parts."""
         self._dynamic = source.is_dynamic
-        self._runs_ahead = coalesce and step.deployment.engine.compression_stream == "inline"
+        self._host = sharing.host if sharing is not None else None
+        self._loading: list[tuple[simpy.Event, SequenceState, int]] = []
+        """Copies from the host under way, the prompt that waits for each, and the tokens it brings."""
+        inline = step.deployment.engine.compression_stream == "inline"
+        self._runs_ahead = coalesce and inline and self._host is None
         self._plain = self._runs_ahead and token_ticks > 0 and sharing is None
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)
         self._side_stream = step.deployment.engine.compression_stream == "side"
         self._compacting: list[tuple[simpy.Event, SequenceState, int, int]] = []
-        self._late: list[int] = []
-        """Ticks that sequences just compacted have waited for their next token."""
+        self._late: dict[int, int] = {}
+        """When sequences that were just compacted aside, and have not decoded since, got their latest token."""
+        self.load = 0
+        """Requests routed here that have not ended; counted by the router, and only where it has a choice."""
 
     @property
     def waiting(self) -> deque[int]:
         """Requests that the router left here and the scheduler has not admitted."""
         return self.scheduler.waiting
 
-    @property
-    def load(self) -> int:
-        """Requests running and waiting, for the router."""
-        partial = self.scheduler.partial is not None
-        return len(self.scheduler.waiting) + self.batch.size + partial + len(self._compacting)
-
     # --- the clock --------------------------------------------------------------------------------------------------
 
-    def run(self) -> Clocked:  # noqa: C901, PLR0912 - the hot loop; calls would cost more than they explain
+    def run(self) -> Clocked:  # noqa: C901, PLR0912, PLR0915 - the hot loop; calls would cost more than they explain
         """Serve until nothing can arrive any more.
 
         The clock is advanced only where the outside can matter: up to the next arrival a replica's steps follow from
@@ -98,38 +99,53 @@ class ReplicaEngine:
                 source.deliver(self.now)
             if self._compacting:
                 self._join_compacted()
-            if scheduler.waiting or scheduler.partial is not None:
+            if self._loading:
+                self._take_loaded()
+            if scheduler.waiting or scheduler.partial is not None or scheduler.loaded:
                 if self._plain and len(scheduler.waiting) == 1 and (ticks := self._begin_lone_prompt()):
                     self.now += ticks
                     if self.now >= source.next_ticks:
                         yield env.timeout(self.now - int(env.now))
+                        source.deliver(self.now)
                     self._end_lone_prompt(ticks)
                     continue
-                chunks = scheduler.schedule(self.now, len(self._compacting))
+                aside = len(self._compacting) + len(self._loading) + len(scheduler.loaded)
+                chunks = scheduler.schedule(self.now, aside)
+                if scheduler.loads:
+                    self._start_loads()
+                if self._late:
+                    self._forget_preempted()
                 if scheduler.rejected:
                     self._settle_rejected()
                 if chunks:
                     ticks, ending = self._begin_mixed(chunks)
-                    if self._compacting:
+                    if self._shares_device:
                         yield self._occupy(ticks)
                         ticks = self._contended(ticks)
                     self.now += ticks
                     if self.now >= source.next_ticks or not self._runs_ahead:
                         yield env.timeout(self.now - int(env.now))
+                        source.deliver(self.now)
                     self._end_mixed(chunks, ending, ticks)
                     continue
             if batch.size:
-                if self._compacting or self._late:
+                if self._shares_device or self._late:
                     yield from self._shared_step()
                     continue
                 steps, ticks = self._plan_run()
                 if not steps:
                     scheduler.make_room(self.now)
-                    continue
+                    if not batch.size:
+                        continue
+                    steps, ticks = self._plan_run()
                 self.now += ticks
                 if self.now >= source.next_ticks or not self._runs_ahead:
                     yield env.timeout(self.now - int(env.now))
+                    # Before the step's end counts: the router sees who was there when the request came.
+                    source.deliver(self.now)
                 self._advance(steps)
+                continue
+            if not scheduler.looked and (scheduler.waiting or scheduler.loaded):
                 continue
             if not (yield from self._idle()):
                 return
@@ -137,13 +153,15 @@ class ReplicaEngine:
     def _idle(self) -> ClockedAnswer:
         """Wait for a compaction, an arrival or a release; False where none can come."""
         source = self.source
-        if self._compacting:
+        if self._compacting or self._loading:
             yield self.env.any_of(self._wake_events())
         elif self.scheduler.waiting:
             msg = f"request {self.scheduler.waiting[0]} waits although the replica is idle"
             raise InvariantViolation(msg)
         elif source.next_ticks < NEVER:
-            yield self.env.timeout(source.next_ticks - int(self.env.now))
+            arrival = self.env.timeout(source.next_ticks - int(self.env.now))
+            # Another replica may release a request that comes before.
+            yield arrival if self._runs_ahead or not self._dynamic else self.env.any_of([arrival, source.released])
         elif self._dynamic and source.outstanding:
             yield source.released
         else:
@@ -153,6 +171,7 @@ class ReplicaEngine:
         return True
 
     def _settle_rejected(self) -> None:
+        self.load -= len(self.scheduler.rejected)
         if self._dynamic:
             for index in self.scheduler.rejected:
                 self.source.settle(index, self.now)
@@ -165,11 +184,18 @@ class ReplicaEngine:
         batch, scheduler = self.batch, self.scheduler
         size, slope = batch.size, batch.slope
         first = self.tables.step[size] + batch.variable
-        steps = batch.finishing[0][0] - batch.counter if self.coalesce else 1
+        # Who waits was held back for as long as nobody ends, or a step that preempted did not look at the queue.
+        steps = 1
+        if self.coalesce and (scheduler.looked or not scheduler.waiting):
+            steps = batch.finishing[0][0] - batch.counter
         if not batch.token_ticks:
             bend = batch.steps_until_bend()
             if bend is not None and bend < steps:
                 steps = bend
+        if scheduler.waiting and scheduler.reusable_bytes and scheduler.sharing is not None and batch.growth_total:
+            # Evicting what the head of the queue would reuse changes what it needs: look again after an eviction.
+            spare = scheduler.free - scheduler.sharing.cache.evictable_bytes
+            steps = min(steps, max(1, batch.steps_until_dry(spare)))
         if batch.growth_total * (steps // batch.block_size + 1) > scheduler.free:
             steps = min(steps, batch.steps_until_dry(scheduler.free))
             if not steps:
@@ -209,6 +235,7 @@ class ReplicaEngine:
 
     def _complete(self, index: int) -> None:
         self.log.finished[index] = self.now
+        self.load -= 1
         if self._dynamic:
             self.source.settle(index, self.now)
 
@@ -259,7 +286,7 @@ class ReplicaEngine:
     def _prefill_ticks(self, chunks: list[Chunk], tokens: int, ending: int, compress: int) -> int:
         """What the chunks add to a step: the difference of the tables, attention, and encoding the new tokens."""
         tables, size = self.tables, self.batch.size
-        compression = compress + tokens * tables.append_per_token
+        compression = compress + tables.append[tokens]
         if not size:
             compression += tables.append_launch
         attention = 0
@@ -287,7 +314,7 @@ class ReplicaEngine:
         held = limits.fixed_bytes + -(-target // limits.block_size) * batch.block_bytes
         if (
             scheduler.partial is not None
-            or self.generated[index]
+            or self.log.scheduled[index] >= 0
             or total > limits.max_num_batched_tokens
             or size >= limits.max_num_seqs
             or target + scheduler.output[index] > limits.max_model_len
@@ -302,7 +329,7 @@ class ReplicaEngine:
         if size >= record.max_running:
             record.max_running = size + 1
         record.max_waiting = max(record.max_waiting, 1)
-        attention, compression = tables.first_chunk[target], target * tables.append_per_token
+        attention, compression = tables.first_chunk[target], tables.append[target]
         ticks = tables.base[total] - tables.base[size] + tables.head[size + 1] - tables.head[size]
         if size:
             self.decode_steps[size] += 1
@@ -357,6 +384,36 @@ class ReplicaEngine:
 
     # --- sharing the device -----------------------------------------------------------------------------------------
 
+    @property
+    def num_loading(self) -> int:
+        """Prompts that wait for blocks from the host."""
+        return len(self._loading)
+
+    @property
+    def _shares_device(self) -> bool:
+        """Whether anything runs beside the engine's steps."""
+        return bool(self._compacting) or (self._host is not None and self._host.copies > 0)
+
+    def _start_loads(self) -> None:
+        """Copy back what newly admitted prompts wait for."""
+        scheduler, host = self.scheduler, self._host
+        if host is not None and scheduler.sharing is not None:
+            for sequence, values in scheduler.loads:
+                tokens = len(values) * scheduler.sharing.unit_tokens
+                self._loading.append((host.load(values), sequence, tokens))
+        scheduler.loads.clear()
+
+    def _take_loaded(self) -> None:
+        still = []
+        for entry in self._loading:
+            done, sequence, tokens = entry
+            if done.processed:
+                sequence.done += tokens
+                self.scheduler.loaded.append(sequence)
+            else:
+                still.append(entry)
+        self._loading = still
+
     def _occupy(self, ticks: int) -> simpy.Event:
         """The engine's step as an activity that shares the device with compaction."""
         size = self.batch.size
@@ -372,13 +429,19 @@ class ReplicaEngine:
 
     def _shared_step(self) -> Clocked:
         """One decode step that may share the device, or ends the wait of sequences that were compacted aside."""
-        batch = self.batch
+        batch, scheduler = self.batch, self.scheduler
+        if batch.due_bytes() > scheduler.free:
+            scheduler.make_room(self.now)
+            self._forget_preempted()
+            if not batch.size:
+                return
         size, ticks = batch.size, self.tables.step[batch.size] + batch.variable
         self.decode_steps[size] += 1
         self.variable_total += batch.variable
         yield self._occupy(ticks)
         ticks = self._contended(ticks)
         self.now += ticks
+        self.source.deliver(self.now)
         self._record_step(size, ticks)
         self._advance(1)
 
@@ -387,8 +450,13 @@ class ReplicaEngine:
         late = self._late
         self.record.runs.append((1, size - len(late), lasted, 0))
         if late:
-            self.record.gaps += [waited + lasted for waited in late]
+            self.record.gaps += [self.now - since for since in late.values()]
             late.clear()
+
+    def _forget_preempted(self) -> None:
+        """Sequences preempted before their first step after compaction: their gap goes on."""
+        for index in [index for index in self._late if index not in self.batch.active]:
+            self.scheduler.last_token[index] = self._late.pop(index)
 
     def _compact_aside(self, sequence: SequenceState, profile: SequenceProfile, left: int) -> None:
         """Score and compact on a side stream; the sequence decodes once its cache is compact."""
@@ -402,14 +470,17 @@ class ReplicaEngine:
             done, sequence, left, since = entry
             if done.processed:
                 self._join(sequence, left)
-                self._late.append(self.now - since)
+                self._late[sequence.index] = since
             else:
                 still.append(entry)
         self._compacting = still
 
     def _wake_events(self) -> list[simpy.Event]:
-        """What can end an idle wait beside a compaction: that compaction, or the next arrival."""
-        events = [entry[0] for entry in self._compacting]
+        """What can end an idle wait beside a compaction or a load: its end, the next arrival, or a release."""
+        events: list[simpy.Event] = [entry[0] for entry in self._compacting]
+        events += [entry[0] for entry in self._loading]
+        if self._dynamic:
+            events.append(self.source.released)
         if self.source.next_ticks < NEVER:
             events.append(self.env.timeout(self.source.next_ticks - self.now))
         return events

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
-from kvsim.cost.priors import Edge
+from kvsim.cost.priors import Edge, look_up
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel, StepTables, build_tables
 from kvsim.deployment import Deployment
@@ -22,8 +22,10 @@ from kvsim.pool import prefill_growths
 from kvsim.requests import RequestTable
 from kvsim.sim.arrivals import ArrivalSource
 from kvsim.sim.engine import ReplicaEngine
+from kvsim.sim.host_tier import HostTier, HostTierLimits
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
+from kvsim.sim.resources import SharedDevice
 from kvsim.sim.scheduler import PrefixSharing, SchedulerLimits
 
 PROGRESS_SLICES = 50
@@ -62,15 +64,17 @@ def run_requests(
     limits = _limits(deployment, plan, max_model_len)
     replicas = []
     for _ in range(deployment.replicas):
+        device = SharedDevice(env)
         replica = ReplicaEngine(
             env,
+            device,
             source,
             lengths,
             log,
             step,
             tables,
             limits,
-            _prefix_sharing(deployment, requests, limits),
+            _prefix_sharing(deployment, requests, limits, device, edge),
             token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
             coalesce=coalesce and _foreseeable(deployment, source),
         )
@@ -127,7 +131,9 @@ def _limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> Sch
     )
 
 
-def _prefix_sharing(deployment: Deployment, requests: RequestTable, limits: SchedulerLimits) -> PrefixSharing | None:
+def _prefix_sharing(
+    deployment: Deployment, requests: RequestTable, limits: SchedulerLimits, device: SharedDevice, edge: Edge
+) -> PrefixSharing | None:
     """A prefix cache, where the workload shares prefixes and the deployment can reuse them."""
     if requests.prefix_hashes is None or not deployment.prefix_caching:
         return None
@@ -140,7 +146,22 @@ def _prefix_sharing(deployment: Deployment, requests: RequestTable, limits: Sche
     hashes = requests.prefix_hashes
     if requests.output_hashes is not None:
         hashes = tuple(a + b for a, b in zip(hashes, requests.output_hashes, strict=True))
-    return PrefixSharing(PrefixCache(unit_bytes), hashes, unit_tokens)
+    host = _host_tier(deployment, unit_bytes, device, edge)
+    return PrefixSharing(PrefixCache(unit_bytes), hashes, unit_tokens, host)
+
+
+def _host_tier(deployment: Deployment, unit_bytes: int, device: SharedDevice, edge: Edge) -> HostTier | None:
+    """The host tier of one rank, where the engine offloads."""
+    size_bytes, link = deployment.engine.kv_offloading_size, deployment.device.host_link
+    if size_bytes is None or link is None:
+        return None
+    limits = HostTierLimits(
+        capacity_bytes=size_bytes // deployment.tensor_parallel_size,
+        link_bytes_per_s=link.value
+        * look_up(deployment.priors.host_copy_efficiency, deployment.device).efficiency(edge),
+        hbm_bytes_per_s=deployment.device.bandwidth_bytes_per_s,
+    )
+    return HostTier(device, limits, unit_bytes)
 
 
 def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
@@ -187,6 +208,7 @@ def _check_replica(replica: ReplicaEngine) -> None:
     left = {
         "sequences": batch.size,
         "waiting requests": len(scheduler.waiting),
+        "prompts between host and device": replica.num_loading + len(scheduler.loaded),
         "missing pool bytes": scheduler.limits.pool_bytes - scheduler.free,
         "ticks of decode work": batch.variable,
         "bytes of pending growth": batch.growth_total,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from kvsim.errors import InvariantViolation
 from kvsim.sim.batch import DecodeBatch, SequenceState
+from kvsim.sim.host_tier import HostTier
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 
@@ -42,6 +43,8 @@ class PrefixSharing:
     cache: PrefixCache
     hashes: Sequence[tuple[int, ...]]
     unit_tokens: int
+    host: HostTier | None = None
+    """Where blocks go that the device forgets."""
 
 
 class Scheduler:
@@ -66,8 +69,16 @@ class Scheduler:
         self.record = record
         self.sharing = sharing
         self.waiting: deque[int] = deque()
+        self.loads: list[tuple[SequenceState, Sequence[int]]] = []
+        """Prompts admitted since the engine last looked whose blocks must first come back from the host."""
+        self.loaded: deque[SequenceState] = deque()
+        """Prompts whose blocks are back, in the order to go on; all their blocks are reserved."""
         self.partial: SequenceState | None = None
         self.free = limits.pool_bytes
+        self.looked = False
+        """Whether the latest step offered the waiting queue tokens, seats and blocks; one that preempted does not."""
+        self.reusable_bytes = 0
+        """Cached and unused bytes that the head of the queue would take over, if it is held back by the pool."""
         self.rejected: list[int] = []
         """Requests refused since the engine last looked."""
         self.last_token: dict[int, int] = {}
@@ -122,6 +133,7 @@ class Scheduler:
         while batch.due_bytes() > self.free:
             self.preempt_latest(now_ticks)
             preempted = True
+        self.looked = False
         batch.drop_dead()
         return preempted
 
@@ -156,24 +168,43 @@ class Scheduler:
             reserved = batch.due_bytes()
         budget = limits.max_num_batched_tokens - batch.size
         chunks: list[Chunk] = []
-        partial = self.partial
-        if partial is not None and budget > 0:
-            chunk = min(partial.target - partial.done, budget)
-            need = self.prefill_bytes(partial.done + chunk) - partial.held - self.shared_bytes(partial)
-            if need + reserved > self.free:
-                self.preempt_latest(now_ticks)
-                return chunks
-            partial.held += need
-            self.take(need)
-            chunks.append((partial, chunk))
-            budget -= chunk
+        if self.partial is not None and budget > 0:
+            chunk = self._continue_partial(self.partial, budget, reserved, now_ticks)
+            if chunk is None:
+                preempted = True
+            else:
+                chunks.append(chunk)
+                budget -= chunk[1]
+        # Prompts back from the host hold all their blocks already.
+        while self.loaded and budget > 0:
+            sequence = self.loaded.popleft()
+            tokens = min(sequence.target - sequence.done, budget)
+            chunks.append((sequence, tokens))
+            budget -= tokens
+            if sequence.done + tokens < sequence.target:
+                self.partial = sequence
+        self.looked = not preempted
         if not preempted and self.waiting:
             self._admit(chunks, budget, reserved, now_ticks, batch.size + seats_taken + (self.partial is not None))
         return chunks
 
-    def _admit(self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int) -> None:
+    def _continue_partial(self, partial: SequenceState, budget: int, reserved: int, now_ticks: int) -> Chunk | None:
+        """Next chunk of the prompt in progress; None where the pool is short and it, the latest, gave way."""
+        chunk = min(partial.target - partial.done, budget)
+        need = max(0, self.prefill_bytes(partial.done + chunk) - partial.held - self.shared_bytes(partial))
+        if need + reserved > self.free:
+            self.preempt_latest(now_ticks)
+            return None
+        partial.held += need
+        self.take(need)
+        return partial, chunk
+
+    def _admit(  # noqa: C901 - one decision after the other, in vLLM's order
+        self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int
+    ) -> None:
         waiting, limits, log, record = self.waiting, self.limits, self.log, self.record
         record.max_waiting = max(record.max_waiting, len(waiting))
+        self.reusable_bytes = 0
         while waiting and budget > 0 and running < limits.max_num_seqs:
             index = waiting[0]
             target = self.prompt[index] + self.generated[index]
@@ -184,6 +215,13 @@ class Scheduler:
                 continue
             sequence = SequenceState(index, target)
             pinned_bytes = self._match_prefix(sequence) if self.sharing is not None else 0
+            if self.sharing is not None and self.sharing.host is not None:
+                back = self._match_host(self.sharing, self.sharing.host, sequence)
+                if back:
+                    if not self._reserve_load(sequence, back, pinned_bytes + reserved, pinned_bytes, now_ticks):
+                        break
+                    running += 1
+                    continue
             chunk = target - sequence.done
             if chunk > budget:
                 if not limits.chunked_prefill:
@@ -193,6 +231,7 @@ class Scheduler:
             if sequence.pinned:
                 need -= self.shared_bytes(sequence)
             if need + pinned_bytes + reserved > self.free:
+                self.reusable_bytes = pinned_bytes
                 break
             waiting.popleft()
             if sequence.pinned:
@@ -209,6 +248,36 @@ class Scheduler:
                 self.partial = sequence
                 break
         record.max_running = max(record.max_running, running)
+
+    @staticmethod
+    def _match_host(sharing: PrefixSharing, host: HostTier, sequence: SequenceState) -> Sequence[int]:
+        """Units right after the device's that the host holds."""
+        own, present = sharing.hashes[sequence.index], len(sequence.pinned)
+        units = host.match(own, present, (sequence.target - 1) // sharing.unit_tokens)
+        return own[present : present + units]
+
+    def _reserve_load(
+        self, sequence: SequenceState, back: Sequence[int], extra_bytes: int, pinned_bytes: int, now_ticks: int
+    ) -> bool:
+        """Admit a prompt whose blocks come back from the host, with blocks for the whole of it; False if too few.
+
+        It holds blocks while it waits, so it must never need more to go on: two such prompts could block each other.
+        """
+        need = self.prefill_bytes(sequence.target) - self.shared_bytes(sequence)
+        if need + extra_bytes > self.free:
+            self.reusable_bytes = pinned_bytes
+            return False
+        index = self.waiting.popleft()
+        if sequence.pinned:
+            self._pin_prefix(sequence, pinned_bytes)
+        sequence.held = need
+        self.take(need)
+        if self.log.scheduled[index] < 0:
+            self.log.scheduled[index] = now_ticks
+            unit_tokens = self.sharing.unit_tokens if self.sharing is not None else 0
+            self.record.cached_prompt_tokens += sequence.done + len(back) * unit_tokens
+        self.loads.append((sequence, back))
+        return True
 
     # --- prefix sharing ---------------------------------------------------------------------------------------------
 
@@ -253,5 +322,7 @@ class Scheduler:
             if not sharing.cache.insert(value):
                 break
             pinned.append(value)
+        if sharing.host is not None:
+            sharing.host.store(pinned[len(sequence.pinned) :])
         sequence.held -= (len(pinned) - len(sequence.pinned)) * sharing.cache.unit_bytes
         sequence.pinned = pinned

@@ -13,7 +13,7 @@ Count = Annotated[int, Field(gt=0)]
 
 
 class EngineSpec(Spec):
-    """Options of one engine instance; spelling and defaults follow ``vllm serve`` (0.15 line)."""
+    """Options of one engine instance; spelling and defaults follow ``vllm serve``, as of late 2026."""
 
     kind: Literal["vllm", "llamacpp"] = "vllm"
     """Decides the allocator's rules and what ``gpu_memory_utilization`` is a fraction of."""
@@ -28,6 +28,9 @@ class EngineSpec(Spec):
     num_gpu_blocks_override: Count | None = None
     kv_cache_memory_bytes: Bytes | None = None
     kv_cache_dtype_skip_layers: tuple[int | Literal["sliding_window"], ...] = ()
+    kv_offloading_size: Bytes | None = None
+    """Host memory for KV blocks, over all tensor-parallel ranks of a replica; None offloads nothing. Blocks are copied
+    out as they are computed and copied back on a prefix hit, beside the engine's steps."""
     compression_stream: Literal["inline", "side"] = "inline"
     """Where scoring and compaction after a prompt run: inside the step, or beside later steps, sharing the device."""
     cuda_graphs: bool = True

@@ -28,6 +28,9 @@ class PyramidKV(WindowScoredSelection):
     beta: Annotated[int, Field(ge=1)] = 20
     """The last layer keeps 1/beta of the average beside its window; 1 gives every layer the same."""
 
+    def layer_band(self, layer: LayerView) -> int:
+        return layer.index
+
     def kept_tokens(self, prompt_tokens: int, layer: LayerView) -> int:
         average = self.average_tokens(prompt_tokens)
         layers = layer.group.layers

@@ -51,6 +51,9 @@ class Quest(FullAttentionSelection):
     def _is_dense(self, layer: LayerView) -> bool:
         return layer.index < self.num_dense_layers
 
+    def layer_band(self, layer: LayerView) -> int:
+        return 0 if self._is_dense(layer) else 1
+
     def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return growing(prompt_tokens)
 
