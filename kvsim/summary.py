@@ -80,7 +80,9 @@ def outcome(result: RunResult, requests: RequestTable, slo: Slo, edge: Edge) -> 
     decode = _components([record.decode for record in result.records])
     contention_s = sum(record.contention_ticks for record in result.records) / TICKS_PER_SECOND
     duration_s = result.end_ticks / TICKS_PER_SECOND
-    busy_prefill, busy_decode = sum(prefill.values()), sum(decode.values()) + contention_s
+    # Compaction on a side stream overlaps steps, and what it costs them is their contention already.
+    aside_s = sum(record.aside_ticks for record in result.records) / TICKS_PER_SECOND
+    busy_prefill, busy_decode = sum(prefill.values()) - aside_s, sum(decode.values()) + contention_s
     return Outcome(
         edge=edge,
         duration_s=duration_s,
