@@ -1,0 +1,222 @@
+"""vLLM V1's loop in the plainest form: every step, every sequence, every block by itself. The oracle of the simulator.
+
+Follows ``vllm/v1/core/sched/scheduler.py`` (``Scheduler.schedule``, ``update_from_output``) and
+``kv_cache_manager.py`` (``allocate_slots``): running requests in order of admission, each preempting the last one
+where no block is free; then, if nobody was preempted, the waiting queue in order of arrival. Prefix caching, windows
+and compression are left out. Shares no code with kvsim.sim; only the price of a step is taken from the cost model.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+Price = Callable[[Sequence[int], Sequence[tuple[int, int]], int], int]
+"""(cached tokens of each decoding sequence, (chunk, cached tokens) of each prompt, prompts completed) -> ticks."""
+
+
+@dataclass(eq=False)
+class Request:
+    index: int
+    prompt: int
+    output: int
+    arrived: int = -1
+    scheduled: int = -1
+    first_token: int = -1
+    finished: int = -1
+    rejected: bool = False
+    generated: int = 0
+    computed: int = 0
+    target: int = 0
+    """Tokens to compute as a prompt: after a preemption the output so far is part of it."""
+    blocks: list[int] = field(default_factory=list)
+    latest_token: int = -1
+
+    @property
+    def known(self) -> int:
+        """Tokens whose KV must be computed before the next token comes out."""
+        return self.prompt + self.generated
+
+
+class PlainReplica:
+    """One engine with an explicit list of free blocks."""
+
+    def __init__(
+        self, *, blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int,
+        chunked: bool, price: Price,
+    ) -> None:  # fmt: skip
+        self.free = list(range(blocks))
+        self.total = blocks
+        self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.budget = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.chunked = chunked
+        self.price = price
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.step_ends: int | None = None
+        self.scheduled: dict[Request, int] = {}
+        self.gaps: Counter[int] = Counter()
+        self.preemptions = 0
+        self.recomputed = 0
+        self.prefilled = 0
+
+    @property
+    def load(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def _allocate(self, request: Request, tokens: int) -> bool:
+        needed = -(-(request.computed + tokens) // self.block_size) - len(request.blocks)
+        if needed > len(self.free):
+            return False
+        for _ in range(needed):
+            request.blocks.append(self.free.pop())
+        return True
+
+    def _release(self, request: Request) -> None:
+        self.free.extend(request.blocks)
+        request.blocks.clear()
+
+    def _preempt_last(self) -> Request:
+        victim = self.running.pop()
+        self._release(victim)
+        self.preemptions += 1
+        self.recomputed += victim.computed
+        victim.computed = 0
+        self.waiting.insert(0, victim)
+        return victim
+
+    def begin_step(self, now: int) -> list[Request]:
+        """Schedule and start one step; the requests rejected on the way. A step without tokens takes no time."""
+        rejected: list[Request] = []
+        while self.step_ends is None and self.load:
+            preempted = self._schedule_running()
+            if not preempted:
+                self._schedule_waiting(now, rejected)
+            if self.scheduled:
+                self._start(now)
+            elif not preempted:
+                assert not self.load, "nothing runs although requests wait"
+        return rejected
+
+    def _schedule_running(self) -> bool:
+        budget, preempted, position = self.budget, False, 0
+        while position < len(self.running) and budget:
+            request = self.running[position]
+            tokens = min(request.known - request.computed, budget)
+            while not self._allocate(request, tokens):
+                preempted = True
+                if self._preempt_last() is request:
+                    return True
+            self.scheduled[request] = tokens
+            budget -= tokens
+            position += 1
+        return preempted
+
+    def _schedule_waiting(self, now: int, rejected: list[Request]) -> None:
+        budget = self.budget - sum(self.scheduled.values())
+        while self.waiting and budget and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            if request.prompt + request.output > self.max_model_len:
+                request.rejected = True
+                rejected.append(self.waiting.pop(0))
+                continue
+            tokens = min(request.known, budget)
+            if (tokens < request.known and not self.chunked) or not self._allocate(request, tokens):
+                return
+            self.running.append(self.waiting.pop(0))
+            request.target = request.known
+            if request.scheduled < 0:
+                request.scheduled = now
+            self.scheduled[request] = tokens
+            budget -= tokens
+
+    def _start(self, now: int) -> None:
+        decoding, prompts, completed = [], [], 0
+        for request, tokens in self.scheduled.items():
+            if request.computed >= request.target:
+                decoding.append(request.computed)
+            else:
+                prompts.append((tokens, request.computed))
+                self.prefilled += tokens
+                completed += request.computed + tokens == request.known
+        self.step_ends = now + self.price(decoding, prompts, completed)
+
+    def end_step(self) -> list[Request]:
+        """Hand out the step's tokens; the requests that finished."""
+        now, finished = self.step_ends, []
+        assert now is not None
+        for request, tokens in self.scheduled.items():
+            request.computed += tokens
+            if request.computed < request.known:
+                continue
+            request.generated += 1
+            if request.latest_token < 0:
+                request.first_token = now
+            else:
+                self.gaps[now - request.latest_token] += 1
+            request.latest_token = now
+            if request.generated == request.output:
+                request.finished = now
+                self.running.remove(request)
+                self._release(request)
+                finished.append(request)
+        self.step_ends, self.scheduled = None, {}
+        return finished
+
+
+class _Arrivals:
+    """Requests on their way. At equal times releases come before others."""
+
+    def __init__(self, requests: list[Request], parents: Sequence[int], delays: Sequence[int]) -> None:
+        self.requests, self.parents, self.delays = requests, parents, delays
+        self.queue = [(r.arrived, 1, r.index) for r in requests if parents[r.index] < 0]
+        heapq.heapify(self.queue)
+
+    def settle(self, ended: list[Request], now: int) -> None:
+        """Release what waited for requests that ended."""
+        for request in ended:
+            for child in self.requests:
+                if self.parents[child.index] == request.index:
+                    child.arrived = now + self.delays[child.index]
+                    heapq.heappush(self.queue, (child.arrived, 0, child.index))
+
+    def until(self, now: int) -> Iterator[Request]:
+        while self.queue and self.queue[0][0] <= now:
+            yield self.requests[heapq.heappop(self.queue)[2]]
+
+
+def play(
+    requests: list[Request],
+    parents: Sequence[int],
+    delays: Sequence[int],
+    replicas: list[PlainReplica],
+    *,
+    least_loaded: bool,
+) -> None:
+    """Run all requests to their end. At equal times arrivals come before the ends of steps."""
+    arrivals = _Arrivals(requests, parents, delays)
+    turns = itertools.cycle(replicas)
+
+    def deliver(now: int) -> None:
+        for request in arrivals.until(now):
+            chosen = min(replicas, key=lambda r: r.load) if least_loaded else next(turns)
+            chosen.waiting.append(request)
+
+    while True:
+        times = [r.step_ends for r in replicas if r.step_ends is not None] + [a[0] for a in arrivals.queue[:1]]
+        if not times:
+            return
+        now = min(times)
+        deliver(now)
+        for replica in replicas:
+            if replica.step_ends == now:
+                arrivals.settle(replica.end_step(), now)
+        deliver(now)
+        for replica in replicas:
+            if replica.step_ends is None:
+                arrivals.settle(replica.begin_step(now), now)
