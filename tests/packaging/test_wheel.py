@@ -50,7 +50,9 @@ def test_top_level_names_cannot_collide(site: Path) -> None:
 
 
 def test_the_unpacked_package_is_the_one_that_runs(site: Path, tmp_path: Path) -> None:
-    done = run(site, tmp_path, "-c", "import kvsim, kvsim_kernels; print(kvsim.__file__); print(kvsim_kernels.__file__)")
+    done = run(
+        site, tmp_path, "-c", "import kvsim, kvsim_kernels; print(kvsim.__file__); print(kvsim_kernels.__file__)"
+    )
     assert done.returncode == 0, done.stderr
     assert all(line.startswith(str(site)) for line in done.stdout.split())
 
