@@ -58,7 +58,7 @@ def of_gaps(runs: list[Run], gaps_ticks: list[int], ticks_per_second: int) -> Di
     count = int(weights.sum())
     if count == 0:
         return EMPTY
-    order = np.argsort(values, kind="stable")
+    order = np.argsort(values)
     values, cumulative = values[order] / ticks_per_second, np.cumsum(weights[order])
     weights = weights[order]
     mean = float((values * weights).sum() / count)

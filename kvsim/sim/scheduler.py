@@ -175,7 +175,8 @@ class Scheduler:
             else:
                 chunks.append(chunk)
                 budget -= chunk[1]
-        # Prompts back from the host hold all their blocks already.
+        running = batch.size + seats_taken + (self.partial is not None)
+        # Prompts back from the host hold all their blocks and a seat already.
         while self.loaded and budget > 0:
             sequence = self.loaded.popleft()
             tokens = min(sequence.target - sequence.done, budget)
@@ -185,7 +186,7 @@ class Scheduler:
                 self.partial = sequence
         self.looked = not preempted
         if not preempted and self.waiting:
-            self._admit(chunks, budget, reserved, now_ticks, batch.size + seats_taken + (self.partial is not None))
+            self._admit(chunks, budget, reserved, now_ticks, running)
         return chunks
 
     def _continue_partial(self, partial: SequenceState, budget: int, reserved: int, now_ticks: int) -> Chunk | None:

@@ -27,7 +27,8 @@ class AuditedScheduler(Scheduler):
         self.ledger.append(self)
 
     def schedule(self, now_ticks: int, seats_taken: int) -> list[Chunk]:
-        if not seats_taken:  # a sequence that is compacted aside is in neither list
+        # A sequence that is compacted aside is in no list; a prompt that comes back from the host is paid for ahead.
+        if not seats_taken and (self.sharing is None or self.sharing.host is None):
             self.audit()
         return super().schedule(now_ticks, seats_taken)
 
@@ -83,7 +84,8 @@ def check_run(case: Case, result: RunResult) -> None:
     _gaps(case, result)
     _prompts(case, result)
     _limits(case, result)
-    if case.deployment.engine.compression_stream == "inline":
+    engine = case.deployment.engine
+    if engine.compression_stream == "inline" and engine.kv_offloading_size is None:
         _work_conserving(case, result)
     if case.deployment.replicas == 1:
         _first_come_first_served(case, result)
