@@ -13,7 +13,7 @@ FloatArray = npt.NDArray[np.float64]
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 MIN_SAMPLES_FOR_P99 = 100
 EXPANDED_STEPS = 5_000_000
-"""Above this many steps a run of steps stands as its two end halves instead of step by step."""
+"""Above this many steps a run stands as two points with its mean and spread instead of step by step."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,13 @@ def _expand(runs: list[Run], gaps_ticks: list[int]) -> tuple[FloatArray, npt.NDA
     steps = table[:, 0].astype(np.int64)
     sequences, first, slope = table[:, 1], table[:, 2], table[:, 3]
     if int(steps.sum()) > EXPANDED_STEPS:
-        # A run's gaps rise evenly: two points at a quarter and three quarters keep its mean and spread.
-        half = steps / 2
-        values = np.concatenate([first + slope * (steps - 1) / 4, first + slope * 3 * (steps - 1) / 4])
-        weights = np.concatenate([np.floor(half) * sequences, (steps - np.floor(half)) * sequences])
+        # A run's gaps rise evenly: two points one standard deviation beside their mean keep both (one gap in an odd
+        # count goes to the upper point).
+        middle = first + slope * (steps - 1) / 2
+        spread = slope * np.sqrt((steps.astype(np.float64) ** 2 - 1) / 12)
+        gaps = steps * sequences
+        values = np.concatenate([middle - spread, middle + spread])
+        weights = np.concatenate([np.floor(gaps / 2), gaps - np.floor(gaps / 2)])
     else:
         offsets = np.arange(int(steps.sum())) - np.repeat(np.cumsum(steps) - steps, steps)
         values = np.repeat(first, steps) + np.repeat(slope, steps) * offsets
