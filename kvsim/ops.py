@@ -64,31 +64,6 @@ def quantize(elements: float, input_bytes: float, output_bytes: float, *, flops_
     return Work(bytes_read=input_bytes, bytes_written=output_bytes, vector_flops=flops_per_element * elements)
 
 
-def hadamard_rotate(vectors: float, dim: int, element_bytes: float) -> Work:
-    """Fast Walsh-Hadamard transform of ``vectors`` of length ``dim``: dim·log2(dim) additions each."""
-    size_bytes = vectors * dim * element_bytes
-    return Work(bytes_read=size_bytes, bytes_written=size_bytes, vector_flops=vectors * dim * np.log2(dim))
-
-
-def dense_rotate(vectors: float, dim: int, element_bytes: float) -> Work:
-    """Rotation by a dense dim x dim matrix (vLLM's TurboQuant applies Hadamard as a GEMM): 2·dim² FLOPs each."""
-    size_bytes = vectors * dim * element_bytes
-    return Work(
-        flops=2.0 * vectors * dim * dim,
-        bytes_read=size_bytes + dim * dim * element_bytes,
-        bytes_written=size_bytes,
-    )
-
-
-def low_rank_project(tokens: float, in_features: int, rank: int, element_bytes: float) -> Work:
-    """Project ``tokens`` rows of ``in_features`` to ``rank`` (Palu, arXiv 2407.21118)."""
-    return Work(
-        flops=2.0 * tokens * in_features * rank,
-        bytes_read=tokens * in_features * element_bytes + in_features * rank * element_bytes,
-        bytes_written=tokens * rank * element_bytes,
-    )
-
-
 def score_with_window(
     context_tokens: float,
     window_tokens: int,

@@ -97,11 +97,6 @@ def seconds_to_ticks(seconds: float) -> int:
     return round(seconds * TICKS_PER_SECOND)
 
 
-def ticks_to_seconds(ticks: int) -> float:
-    """Give integer picoseconds back as seconds."""
-    return ticks / TICKS_PER_SECOND
-
-
 def format_bytes(size_bytes: float | None) -> str:
     """Show a size in binary units, as engines log it."""
     if size_bytes is None:
@@ -130,10 +125,3 @@ def format_seconds(seconds: float | None) -> str:
         if abs(seconds) >= factor:
             return f"{seconds / factor:.3g} {unit}" if seconds < KILO else f"{seconds:.0f} s"
     return f"{seconds / 1e-9:.3g} ns" if seconds else "0 s"
-
-
-def format_usd(usd: float | None) -> str:
-    """Show dollars; unknown stays unknown."""
-    if usd is None:
-        return "unknown"
-    return f"${usd:,.2f}" if abs(usd) >= 1 else f"${usd:.4f}"

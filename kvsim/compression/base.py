@@ -55,11 +55,6 @@ def growing(start_tokens: int, cap_tokens: int | None = None) -> TokenCurve:
     return TokenCurve(((0, start_tokens, 1), (cap_tokens - start_tokens, cap_tokens, 0)))
 
 
-def constant(tokens: int) -> TokenCurve:
-    """Tokens that never change."""
-    return TokenCurve(((0, tokens, 0),))
-
-
 @dataclass(frozen=True, slots=True)
 class LayerView:
     """One layer as a selection sees it."""
