@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,12 +14,13 @@ from kvsim.cost.priors import Edge
 from kvsim.cost.rates import build_rates
 from kvsim.cost.sequence import layer_bytes_per_token
 from kvsim.cost.step import StepModel
-from kvsim.deployment import Deployment, LayerClass, layer_bands
+from kvsim.deployment import Deployment, layer_bands
 from kvsim.memory import MemoryPlan
 from kvsim.report import Effects, Figure, KvCapacity
 from kvsim.requests import UNSCHEDULED, RequestTable
 from kvsim.specs.base import DTYPE_BITS, Basis
 from kvsim.specs.model import LayerKind
+from kvsim.statistics import spread
 from kvsim.units import TICKS_PER_SECOND
 
 
@@ -79,31 +80,9 @@ def uncompressed(deployment: Deployment) -> Deployment:
         like = next(c for c in deployment.layer_classes if c.group is group)
         selection = native.selection if group.kind is LayerKind.FULL else None
         views = tuple(LayerView(index, num_layers, group) for index in group.layers)
-        classes.append(
-            LayerClass(
-                group=group,
-                encoding=native.encoding,
-                bands=layer_bands(views, selection),
-                selection=selection,
-                prefill_cap=like.prefill_cap,
-                decode_cap=like.decode_cap,
-                kv_heads_per_rank=like.kv_heads_per_rank,
-            )
-        )
-    return Deployment(
-        model=deployment.model,
-        device=deployment.device,
-        engine=deployment.engine,
-        compression=native,
-        tensor_parallel_size=deployment.tensor_parallel_size,
-        replicas=deployment.replicas,
-        layer_classes=tuple(classes),
-        state_bytes_per_sequence=deployment.state_bytes_per_sequence,
-        priors=deployment.priors,
-        price=deployment.price,
-        prefix_caching=deployment.prefix_caching,
-        notes=deployment.notes,
-    )
+        bands = layer_bands(views, selection)
+        classes.append(replace(like, encoding=native.encoding, bands=bands, selection=selection))
+    return replace(deployment, compression=native, layer_classes=tuple(classes))
 
 
 def capacity(models: EdgeModels, plan: MemoryPlan, load: LoadShape, peak_kv_utilization: float | None) -> KvCapacity:
@@ -168,16 +147,10 @@ def effects(models: EdgeModels, load: LoadShape, batch: int) -> Effects:
     basis = Basis.DATASHEET if deployment.compression.encoding.is_native else Basis.LITERATURE
     held, unheld = resident_bytes(central, load), resident_bytes(models.native[Edge.CENTRAL], load)
     return Effects(
-        prefill_tax=_spread(tax, basis),
-        decode_gain=_spread(gain, basis),
+        prefill_tax=spread(tax, basis),
+        decode_gain=spread(gain, basis),
         capacity_gain=Figure(value=unheld / held if held else 1.0, basis=Basis.DATASHEET),
         queueing_effect=Figure(value=None),
         reference_batch=batch,
         reference_context_tokens=load.prompt_tokens + generated,
     )
-
-
-def _spread(values: list[float], basis: Basis) -> Figure:
-    if len(values) == 1:
-        return Figure(value=values[0], basis=basis)
-    return Figure(value=values[0], low=min(values), high=max(values), basis=basis)

@@ -79,7 +79,6 @@ class SteadyState:
     """Mean time between tokens of a sequence, prefill of others included."""
     prefill_s: float
     request_rate: float
-    saturated: bool
     utilization: float
 
 
@@ -100,9 +99,9 @@ def steady_state(
     table = _StepTimes(step, prompt_tokens, steps // 2)
     capacity_rate = _completion_rate(table, max_batch, steps, prefill_s)
     if request_rate is None or request_rate >= capacity_rate:
-        return _balance(table, max_batch, steps, prefill_s, capacity_rate, saturated=request_rate is not None)
+        return _balance(table, max_batch, steps, prefill_s, capacity_rate)
     batch = _matching_batch(table, request_rate, steps, prefill_s, max_batch)
-    return _balance(table, batch, steps, prefill_s, request_rate, saturated=False)
+    return _balance(table, batch, steps, prefill_s, request_rate)
 
 
 def _matching_batch(table: _StepTimes, request_rate: float, steps: int, prefill_s: float, max_batch: float) -> float:
@@ -151,9 +150,7 @@ def _completion_rate(table: _StepTimes, batch: float, steps: int, prefill_s: flo
     return 1.0 / (prefill_s + steps * table(batch) / batch)
 
 
-def _balance(
-    table: _StepTimes, batch: float, steps: int, prefill_s: float, rate: float, *, saturated: bool
-) -> SteadyState:
+def _balance(table: _StepTimes, batch: float, steps: int, prefill_s: float, rate: float) -> SteadyState:
     step_s = table(batch)
     prefill_share = min(rate * prefill_s, 0.999)
     utilization = (
@@ -167,6 +164,5 @@ def _balance(
         decode_token_s=step_s / (1.0 - prefill_share),
         prefill_s=prefill_s,
         request_rate=rate,
-        saturated=saturated,
         utilization=utilization,
     )

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvsim.closed_form import prefill_split, variable_ticks
-from kvsim.cost.priors import Edge, PriorTable, look_up
+from kvsim.cost.priors import EDGES, PriorTable, look_up
 from kvsim.cost.rates import build_rates
 from kvsim.cost.shapes import Gemm
 from kvsim.cost.step import StepModel
 from kvsim.deployment import Deployment
-from kvsim.memory import MemoryPlan, plan_memory, runtime_prior, waterfall
+from kvsim.memory import MemoryPlan, plan_or, runtime_prior, waterfall
 from kvsim.ops import Component
 from kvsim.specs.base import Basis
 from kvsim.units import TICKS_PER_SECOND
 
 Phase = Literal["memory", "prefill", "decode"]
-EDGES = (Edge.CENTRAL, Edge.OPTIMISTIC, Edge.PESSIMISTIC)
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,8 @@ def explain_deployment(
 
 
 def _memory_terms(deployment: Deployment, plan: MemoryPlan) -> list[Term]:
-    edges = []
-    for edge in EDGES:
-        priced = plan if edge is Edge.CENTRAL else _plan_or_central(deployment, plan, edge)
-        edges.append({term.name: term.size_bytes for term in waterfall(priced, deployment)})
+    plans = [plan, *(plan_or(plan, deployment, edge) for edge in EDGES[1:])]
+    edges = [{term.name: term.size_bytes for term in waterfall(priced, deployment)} for priced in plans]
     sources = {
         "system": _source(deployment, deployment.priors.usable_memory_fraction),
         "weights": deployment.model.source,
@@ -91,15 +88,6 @@ def _memory_terms(deployment: Deployment, plan: MemoryPlan) -> list[Term]:
         )
         for term in waterfall(plan, deployment)
     ]
-
-
-def _plan_or_central(deployment: Deployment, plan: MemoryPlan, edge: Edge) -> MemoryPlan:
-    from kvsim.errors import InfeasibleScenario
-
-    try:
-        return plan_memory(deployment, plan.block_bytes, edge)
-    except InfeasibleScenario:
-        return plan
 
 
 def _prefill_terms(deployment: Deployment, steps: list[StepModel], prompt_tokens: int) -> list[Term]:

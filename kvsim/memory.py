@@ -57,6 +57,14 @@ def plan_memory(deployment: Deployment, block_bytes: int, edge: Edge = Edge.CENT
     return MemoryPlan(device.capacity_bytes, usable, budget, weights, runtime, pool, block_bytes, blocks)
 
 
+def plan_or(central: MemoryPlan, deployment: Deployment, edge: Edge) -> MemoryPlan:
+    """The plan at an edge of the memory priors; the central one where nothing fits there."""
+    try:
+        return plan_memory(deployment, central.block_bytes, edge)
+    except InfeasibleScenario:
+        return central
+
+
 def runtime_prior(deployment: Deployment) -> Prior:
     """Memory of the engine itself, by engine and model kind."""
     table = deployment.priors.runtime_memory_bytes

@@ -48,21 +48,26 @@ def block_bytes(deployment: Deployment) -> int:
 def prompt_bytes(deployment: Deployment, tokens: int) -> int:
     """Bytes held on one rank once ``tokens`` of a prompt are in."""
     growths, fixed = prefill_growths(deployment)
-    return fixed + sum(
-        -(-(tokens if cap is None else min(tokens, cap)) // deployment.engine.block_size) * size
-        for cap, size in growths
-    )
+    return _held_bytes(growths, fixed, tokens, deployment.engine.block_size)
 
 
 def longest_prompt(deployment: Deployment, pool_bytes: int, limit_tokens: int) -> int:
     """Most tokens of one sequence that the pool holds uncompressed by selection, at most ``limit_tokens``."""
-    if prompt_bytes(deployment, limit_tokens) <= pool_bytes:
+    growths, fixed = prefill_growths(deployment)
+    block_size = deployment.engine.block_size
+    if _held_bytes(growths, fixed, limit_tokens, block_size) <= pool_bytes:
         return limit_tokens
     low, high = 0, limit_tokens
     while low < high:
         middle = (low + high + 1) // 2
-        if prompt_bytes(deployment, middle) <= pool_bytes:
+        if _held_bytes(growths, fixed, middle, block_size) <= pool_bytes:
             low = middle
         else:
             high = middle - 1
     return low
+
+
+def _held_bytes(growths: tuple[tuple[int | None, int], ...], fixed_bytes: int, tokens: int, block_size: int) -> int:
+    return fixed_bytes + sum(
+        -(-(tokens if cap is None else min(tokens, cap)) // block_size) * size for cap, size in growths
+    )

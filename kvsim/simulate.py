@@ -12,11 +12,11 @@ from kvsim import __version__
 from kvsim.analysis import EdgeModels, LoadShape, capacity, effects, load_shape, price_edges
 from kvsim.catalog import at_field, look_up, resolve
 from kvsim.compression import parse_compression
-from kvsim.cost.priors import Edge
+from kvsim.cost.priors import EDGES, Edge
 from kvsim.deployment import Deployment
-from kvsim.errors import InfeasibleScenario, KvsimError, RequestDoesNotFit
+from kvsim.errors import KvsimError, RequestDoesNotFit
 from kvsim.explain import Explanation, Term, explain_deployment
-from kvsim.memory import MemoryPlan, plan_memory, waterfall
+from kvsim.memory import MemoryPlan, plan_memory, plan_or, waterfall
 from kvsim.pool import block_bytes, longest_prompt
 from kvsim.quality import published_quality
 from kvsim.report import Counts, Figure, Provenance, Report
@@ -40,7 +40,6 @@ from kvsim.workload_catalog import load_workload
 from kvsim.workloads import build_requests
 
 Progress = Callable[[float], None]
-EDGES = (Edge.CENTRAL, Edge.OPTIMISTIC, Edge.PESSIMISTIC)
 
 
 @dataclass(frozen=True)
@@ -236,10 +235,7 @@ def _requests(workload: WorkloadSpec, seed: int, base_dir: Path | None) -> Reque
 
 def _plan_at(prepared: Prepared, edge: Edge) -> MemoryPlan:
     """The pool at an edge of the memory priors; the central one where even one sequence would not fit."""
-    try:
-        plan = plan_memory(prepared.deployment, prepared.plan.block_bytes, edge)
-    except InfeasibleScenario:
-        return prepared.plan
+    plan = plan_or(prepared.plan, prepared.deployment, edge)
     pool_bytes = plan.num_blocks * plan.block_bytes
     if longest_prompt(prepared.deployment, pool_bytes, prepared.max_model_len) < prepared.max_model_len:
         return prepared.plan

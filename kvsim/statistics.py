@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from kvsim.report import Figure
 from kvsim.sim.recorder import Run
+from kvsim.specs.base import Basis
 
 FloatArray = npt.NDArray[np.float64]
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 MIN_SAMPLES_FOR_P99 = 100
 EXPANDED_STEPS = 5_000_000
 """Above this many steps a run stands as two points with its mean and spread instead of step by step."""
+
+
+def spread(values: Sequence[float], basis: Basis | None) -> Figure:
+    """Figure of one number over priced edges: the first, central value, and the span of all where there are several."""
+    if len(values) == 1:
+        return Figure(value=values[0], basis=basis)
+    return Figure(value=values[0], low=min(values), high=max(values), basis=basis)
 
 
 @dataclass(frozen=True)

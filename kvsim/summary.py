@@ -27,7 +27,7 @@ from kvsim.scenario import Slo
 from kvsim.sim.recorder import PhaseTicks
 from kvsim.sim.run import RunResult
 from kvsim.specs.base import Basis
-from kvsim.statistics import Distribution, of_gaps, of_samples
+from kvsim.statistics import Distribution, of_gaps, of_samples, spread
 from kvsim.units import MEGA, SECONDS_PER_HOUR, TICKS_PER_SECOND
 
 COMPONENT_BASIS: Mapping[Component, Basis] = {
@@ -123,13 +123,9 @@ def _components(phases: list[PhaseTicks]) -> dict[Component, float]:
 
 def band(outcomes: tuple[Outcome, ...], read: Callable[[Outcome], float | None], basis: Basis | None) -> Figure:
     """Figure of one number over the edges: the central value, and the span of all of them."""
-    values = [read(one) for one in outcomes]
-    known = [value for value in values if value is not None]
-    if values[0] is None:
+    if read(outcomes[0]) is None:
         return Figure(value=None)
-    if len(outcomes) == 1:
-        return Figure(value=values[0], basis=basis)
-    return Figure(value=values[0], low=min(known), high=max(known), basis=basis)
+    return spread([value for value in map(read, outcomes) if value is not None], basis)
 
 
 def latency(outcomes: tuple[Outcome, ...], basis: Basis) -> Latency:

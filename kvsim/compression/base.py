@@ -207,11 +207,6 @@ class KvEncoding(StrategyPart):
         """Name of the unpack-rate prior in ``calibration/priors`` that bounds reading, or None if no work."""
         return None
 
-    @property
-    def storage_dtype(self) -> Dtype | None:
-        """Element format in memory where it is a plain dtype, else None."""
-        return None
-
     def attention_dtype(self, model: ModelSpec, device: DeviceSpec) -> Dtype:
         """Dtype in which attention multiplies Q, K and V: the model's, unless the format computes natively."""
         return model.dtype

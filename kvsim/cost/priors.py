@@ -24,6 +24,10 @@ class Edge(StrEnum):
     PESSIMISTIC = "pessimistic"
 
 
+EDGES = tuple(Edge)
+"""All edges, the central one first."""
+
+
 class Prior(Spec):
     """A value, its band and the measurements behind it."""
 

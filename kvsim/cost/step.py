@@ -2,10 +2,11 @@
 
 A step with ``n`` decoding sequences and ``p`` prompt tokens takes
 
-    base[n + p] + fixed[n] + X + prefill attention + compression of the prompt,
+    step[n] + X + (base[n + p] - base[n]) + LM head, attention and compression of the prompts,
 
-where X is the sum of what the decoding sequences add (kvsim.cost.sequence) and base holds linear layers, elementwise
-kernels and collectives. Everything is on one tensor-parallel rank; ranks run in step.
+where X is the sum of what the decoding sequences add (kvsim.cost.sequence), base holds linear layers, elementwise
+kernels and collectives, and step[n] a decode step that does not grow with context. Everything is on one
+tensor-parallel rank; ranks run in step.
 """
 
 from __future__ import annotations

@@ -68,12 +68,11 @@ class ReplicaEngine:
         self._host = sharing.host if sharing is not None else None
         self._loading: list[tuple[simpy.Event, SequenceState, int]] = []
         """Copies from the host under way, the prompt that waits for each, and the tokens it brings."""
-        inline = step.deployment.engine.compression_stream == "inline"
-        self._runs_ahead = coalesce and inline and self._host is None
+        self._side_stream = step.deployment.engine.compression_stream == "side"
+        self._runs_ahead = coalesce and not self._side_stream and self._host is None
         self._plain = self._runs_ahead and token_ticks > 0 and sharing is None
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)
-        self._side_stream = step.deployment.engine.compression_stream == "side"
         self._compacting: list[tuple[simpy.Event, SequenceState, int, int]] = []
         self._late: dict[int, int] = {}
         """When sequences that were just compacted aside, and have not decoded since, got their latest token."""

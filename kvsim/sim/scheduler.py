@@ -219,7 +219,7 @@ class Scheduler:
             if self.sharing is not None and self.sharing.host is not None:
                 back = self._match_host(self.sharing, self.sharing.host, sequence)
                 if back:
-                    if not self._reserve_load(sequence, back, pinned_bytes + reserved, pinned_bytes, now_ticks):
+                    if not self._reserve_load(sequence, back, reserved, pinned_bytes, now_ticks):
                         break
                     running += 1
                     continue
@@ -234,14 +234,7 @@ class Scheduler:
             if need + pinned_bytes + reserved > self.free:
                 self.reusable_bytes = pinned_bytes
                 break
-            waiting.popleft()
-            if sequence.pinned:
-                self._pin_prefix(sequence, pinned_bytes)
-            sequence.held = need
-            self.take(need)
-            if log.scheduled[index] < 0:
-                log.scheduled[index] = now_ticks
-                record.cached_prompt_tokens += sequence.done
+            self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks)
             chunks.append((sequence, chunk))
             budget -= chunk
             running += 1
@@ -258,27 +251,33 @@ class Scheduler:
         return own[present : present + units]
 
     def _reserve_load(
-        self, sequence: SequenceState, back: Sequence[int], extra_bytes: int, pinned_bytes: int, now_ticks: int
+        self, sequence: SequenceState, back: Sequence[int], reserved: int, pinned_bytes: int, now_ticks: int
     ) -> bool:
         """Admit a prompt whose blocks come back from the host, with blocks for the whole of it; False if too few.
 
         It holds blocks while it waits, so it must never need more to go on: two such prompts could block each other.
         """
         need = self.prefill_bytes(sequence.target) - self.shared_bytes(sequence)
-        if need + extra_bytes > self.free:
+        if need + pinned_bytes + reserved > self.free:
             self.reusable_bytes = pinned_bytes
             return False
+        unit_tokens = self.sharing.unit_tokens if self.sharing is not None else 0
+        self._seat(sequence, need, pinned_bytes, sequence.done + len(back) * unit_tokens, now_ticks)
+        self.loads.append((sequence, back))
+        return True
+
+    def _seat(
+        self, sequence: SequenceState, need_bytes: int, pinned_bytes: int, cached_tokens: int, now_ticks: int
+    ) -> None:
+        """Take the head of the waiting queue in: its shared units, its own blocks, and the time, if it is its first."""
         index = self.waiting.popleft()
         if sequence.pinned:
             self._pin_prefix(sequence, pinned_bytes)
-        sequence.held = need
-        self.take(need)
+        sequence.held = need_bytes
+        self.take(need_bytes)
         if self.log.scheduled[index] < 0:
             self.log.scheduled[index] = now_ticks
-            unit_tokens = self.sharing.unit_tokens if self.sharing is not None else 0
-            self.record.cached_prompt_tokens += sequence.done + len(back) * unit_tokens
-        self.loads.append((sequence, back))
-        return True
+            self.record.cached_prompt_tokens += cached_tokens
 
     # --- prefix sharing ---------------------------------------------------------------------------------------------
 

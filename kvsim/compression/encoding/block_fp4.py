@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvsim.compression.base import KvBytes
 from kvsim.compression.encoding.per_vector import PerVectorEncoding
-from kvsim.specs.base import Dtype
 from kvsim.specs.model import LayerKind
 
 if TYPE_CHECKING:
@@ -29,10 +28,6 @@ class BlockFp4(PerVectorEncoding):
     @property
     def unpack_family(self) -> str | None:
         return self.kind
-
-    @property
-    def storage_dtype(self) -> Dtype | None:
-        return Dtype.FP4
 
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         if any(group.kind is LayerKind.INDEXED for group in model.kv_groups):

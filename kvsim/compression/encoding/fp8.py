@@ -55,10 +55,6 @@ class Fp8(PerVectorEncoding):
     def unpack_family(self) -> str | None:
         return "fp8"
 
-    @property
-    def storage_dtype(self) -> Dtype | None:
-        return Dtype.FP8
-
     def attention_dtype(self, model: ModelSpec, device: DeviceSpec) -> Dtype:
         native_path = self.dtype == "e4m3" and device.supports(Dtype.FP8)
         if self.attention_compute_dtype == "fp8" or (self.attention_compute_dtype == "auto" and native_path):

@@ -48,10 +48,6 @@ class PerTokenHead(PerHeadEncoding):
     def unpack_family(self) -> str | None:
         return f"{self.dtype}_per_token_head"
 
-    @property
-    def storage_dtype(self) -> Dtype | None:
-        return Dtype(self.dtype)
-
     def append_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
         quantize = tuple(super().append_ops(group, model))
         if self.dtype != "int4" or not quantize:
