@@ -1,10 +1,17 @@
 """Triton kernels for compressed KV caches, each beside a plain torch reference and its cases.
 
-Each name in `KERNELS` is a subpackage with ``reference.py`` (torch, fp32), ``kernel.py`` (Triton), ``cases.py``
-(shapes, tolerances, inputs) and ``README.md`` (layout in bytes, the maths). Importing this package imports neither
-torch nor triton, and nothing here imports kvsim. Imports inside are relative, because an installed copy has another
-name.
+Each name in `KERNELS` is a folder (dots for slashes) with ``reference.py`` (torch, fp32), ``kernel.py`` (Triton),
+``cases.py`` (shapes, inputs, `VARIANTS`) and ``README.md`` (layout in bytes, the maths). ``contract.py`` says what a
+folder offers, ``formats`` how KV is stored in bytes, ``harness`` checks and compiles all of them, ``measure`` times
+them on a GPU. Importing this package imports neither torch nor triton, and nothing here imports kvsim. Imports inside
+are relative, because an installed copy has another name.
 """
 
-KERNELS = ("decode_attention",)
+KERNELS = (
+    "decode_attention.native",
+    "append.native",
+    "baseline.prefill_attention",
+    "baseline.rms_norm",
+    "baseline.rope",
+)
 """Every kernel of this package, by the name of its subpackage."""

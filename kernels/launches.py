@@ -1,6 +1,6 @@
 """One kernel launch as a value, so that the same argument list can be run on a GPU or compiled without one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,3 +38,25 @@ class Launch:
     def compile(self) -> Any:
         """Compile for the active driver's target, launching nothing; return Triton's compiled kernel."""
         return self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
+
+
+@dataclass(frozen=True)
+class HostCall:
+    """Work that is no Triton kernel, such as a library's matrix product or a copy over the host link.
+
+    It stands in a plan where a `Launch` stands; there is nothing to compile, so compile probes pass it over.
+
+    Attributes
+    ----------
+    name : str
+        What a timing is listed under, as a kernel's name is.
+    function : callable
+        Enqueues the work on the current stream; work on other streams must be joined to it.
+    """
+
+    name: str
+    function: Callable[[], object]
+
+    def run(self) -> None:
+        """Enqueue on the current device."""
+        self.function()

@@ -38,6 +38,11 @@ def print_result(renderable: RenderableType) -> None:
     typer.echo("\n".join(lines))
 
 
+def print_text(line: str) -> None:
+    """Write a line to stdout as it is."""
+    typer.echo(line)
+
+
 def print_json(value: Any) -> None:
     """Write JSON to stdout."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))

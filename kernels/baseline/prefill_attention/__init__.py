@@ -1,0 +1,1 @@
+"""Causal attention over whole prompts (FlashAttention-style)."""

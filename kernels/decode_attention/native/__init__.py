@@ -1,0 +1,1 @@
+"""Paged split-KV decode attention over a native (bf16, fp16) KV cache."""
