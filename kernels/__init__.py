@@ -9,7 +9,11 @@ are relative, because an installed copy has another name.
 
 KERNELS = (
     "decode_attention.native",
+    "decode_attention.fp8",
+    "decode_attention.per_token_head",
     "append.native",
+    "append.fp8",
+    "append.per_token_head",
     "baseline.prefill_attention",
     "baseline.rms_norm",
     "baseline.rope",
