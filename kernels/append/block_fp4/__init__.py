@@ -1,0 +1,1 @@
+"""Quantise and append NVFP4 and MXFP4 keys and values."""

@@ -1,0 +1,1 @@
+"""Append K and V to KIVI's native residual, and quantise the groups that leave it."""

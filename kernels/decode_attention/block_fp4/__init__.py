@@ -1,0 +1,1 @@
+"""Paged split-KV decode attention over NVFP4 and MXFP4 keys and values."""
