@@ -9,6 +9,8 @@ are relative, because an installed copy has another name.
 
 KERNELS = (
     "decode_attention.native",
+    "decode_attention.turboquant",
+    "decode_attention.turboquant_paper",
     "decode_attention.fp8",
     "decode_attention.per_token_head",
     "decode_attention.block_fp4",
@@ -16,8 +18,12 @@ KERNELS = (
     "append.native",
     "append.fp8",
     "append.per_token_head",
+    "append.turboquant",
+    "append.turboquant_paper",
     "append.block_fp4",
     "append.kivi",
+    "rotation.fast_hadamard",
+    "rotation.dense",
     "baseline.prefill_attention",
     "baseline.rms_norm",
     "baseline.rope",

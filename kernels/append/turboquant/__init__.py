@@ -1,0 +1,1 @@
+"""Write path of the TurboQuant presets of vLLM."""

@@ -1,0 +1,1 @@
+"""Write path of the TurboQuant paper's Algorithms 1 and 2."""

@@ -1,0 +1,1 @@
+"""Paged split-KV decode attention over the TurboQuant presets of vLLM."""

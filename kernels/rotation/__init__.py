@@ -1,0 +1,1 @@
+"""Orthogonal and Gaussian transforms of rows: vectors of one token and head."""

@@ -1,0 +1,1 @@
+"""Rows times a dense square matrix on the matrix units."""
