@@ -13,11 +13,15 @@ KERNELS = (
     "decode_attention.turboquant_paper",
     "decode_attention.fp8",
     "decode_attention.per_token_head",
+    "decode_attention.low_rank",
+    "decode_attention.mla",
+    "decode_attention.sparse_latent",
     "decode_attention.block_fp4",
     "decode_attention.kivi",
     "append.native",
     "append.fp8",
     "append.per_token_head",
+    "append.latent",
     "append.turboquant",
     "append.turboquant_paper",
     "append.block_fp4",
@@ -27,5 +31,6 @@ KERNELS = (
     "baseline.prefill_attention",
     "baseline.rms_norm",
     "baseline.rope",
+    "low_rank_projection",
 )
 """Every kernel of this package, by the name of its subpackage."""

@@ -1,0 +1,1 @@
+"""Paged split-KV decode attention over one latent per token shared by all query heads (MLA)."""
