@@ -31,6 +31,8 @@ KERNELS = (
     "baseline.prefill_attention",
     "baseline.rms_norm",
     "baseline.rope",
+    "entropy.rans",
+    "transform.kvtc",
     "low_rank_projection",
 )
 """Every kernel of this package, by the name of its subpackage."""

@@ -1,0 +1,1 @@
+"""Entropy coding of codes: for cold blocks and transfers, not inside attention."""

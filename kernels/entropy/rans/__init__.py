@@ -1,0 +1,1 @@
+"""Interleaved range ANS with a fixed budget of words per lane."""

@@ -1,0 +1,1 @@
+"""Transforms that decorrelate K and V before they are quantised."""
