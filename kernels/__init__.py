@@ -13,6 +13,8 @@ KERNELS = (
     "decode_attention.turboquant_paper",
     "decode_attention.fp8",
     "decode_attention.per_token_head",
+    "decode_attention.ragged_heads",
+    "decode_attention.page_sparse",
     "decode_attention.low_rank",
     "decode_attention.mla",
     "decode_attention.sparse_latent",
@@ -33,6 +35,10 @@ KERNELS = (
     "baseline.rope",
     "entropy.rans",
     "transform.kvtc",
+    "select.top_k",
+    "select.compaction",
+    "select.merge",
+    "select.weighted_atoms",
     "low_rank_projection",
 )
 """Every kernel of this package, by the name of its subpackage."""

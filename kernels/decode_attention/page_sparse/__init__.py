@@ -1,0 +1,1 @@
+"""Decode attention over the pages that each KV head selected (Quest)."""

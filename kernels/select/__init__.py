@@ -1,0 +1,1 @@
+"""Choose, move and merge cached tokens: one folder per operation."""

@@ -1,0 +1,1 @@
+"""Move kept tokens from old pages into new, dense ones."""

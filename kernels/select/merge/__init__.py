@@ -1,0 +1,1 @@
+"""Fold each evicted token into the surviving token whose key is nearest."""

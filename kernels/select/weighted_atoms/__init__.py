@@ -1,0 +1,1 @@
+"""Replace the tokens of a head by few weighted atoms: balanced clustering and means."""
