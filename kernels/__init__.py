@@ -39,6 +39,14 @@ KERNELS = (
     "select.compaction",
     "select.merge",
     "select.weighted_atoms",
+    "score.knorm",
+    "score.keydiff",
+    "score.tova",
+    "score.h2o",
+    "score.snapkv",
+    "score.expected_attention",
+    "score.quest",
+    "score.infokv",
     "low_rank_projection",
 )
 """Every kernel of this package, by the name of its subpackage."""

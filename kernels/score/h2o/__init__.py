@@ -1,0 +1,1 @@
+"""H2O: the attention that every token has received so far."""

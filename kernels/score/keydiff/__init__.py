@@ -1,0 +1,1 @@
+"""KeyDiff: keys that point away from the mean key matter most."""

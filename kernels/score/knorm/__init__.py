@@ -1,0 +1,1 @@
+"""Knorm: keys with small norms matter most."""

@@ -1,0 +1,1 @@
+"""SnapKV: what the last queries of the prompt attend to, smoothed over neighbouring tokens."""

@@ -1,0 +1,1 @@
+"""TOVA: the attention of the newest query, averaged over all heads of the layer."""
