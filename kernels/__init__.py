@@ -8,6 +8,12 @@ are relative, because an installed copy has another name.
 """
 
 KERNELS = (
+    "microbenchmark.stream_read",
+    "microbenchmark.copy",
+    "microbenchmark.launch",
+    "microbenchmark.host_link",
+    "microbenchmark.conversion",
+    "microbenchmark.mma",
     "decode_attention.native",
     "decode_attention.turboquant",
     "decode_attention.turboquant_paper",
@@ -28,6 +34,8 @@ KERNELS = (
     "append.turboquant_paper",
     "append.block_fp4",
     "append.kivi",
+    "baseline.gemm",
+    "baseline.sdpa_decode",
     "rotation.fast_hadamard",
     "rotation.dense",
     "baseline.prefill_attention",

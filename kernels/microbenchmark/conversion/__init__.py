@@ -1,0 +1,1 @@
+"""Conversion rate: how many numbers per clock change dtype, held in registers."""

@@ -1,0 +1,1 @@
+"""Copy: the bandwidth of reading and writing as much."""
