@@ -36,9 +36,9 @@ def test_every_case_agreed_with_the_reference(path):
 
 
 def test_every_variant_has_an_entry_and_every_entry_a_variant():
+    variants = kernels_by_variant()
     from kernels.harness.entries import file_name
 
-    variants = kernels_by_variant()
     assert [path.name for path in PATHS] == sorted(map(file_name, variants))
     for name, (kernel, variant) in variants.items():
         entry = load_compiled_kernel(FOLDER / file_name(name))
