@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvsim.allocator import kv_heads_per_rank, layer_token_cap, state_bytes_per_sequence
+from kvsim.calibration.engine_fits import engine_fit
+from kvsim.calibration.sets import AUTO, CalibrationSet, load_set
 from kvsim.compression.base import KvEncoding, LayerView
 from kvsim.cost.priors import load_priors
 from kvsim.deployment import Deployment, LayerClass, layer_bands
@@ -19,12 +21,19 @@ from kvsim.scenario import Scenario
 from kvsim.specs.device import DeviceSpec
 from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
 
+DATASHEET = "datasheet"
+"""Name of the calibration that uses no fitted kernel."""
+ATTENTION = ("decode_attention", "prefill_attention", "mla_decode", "mla_prefill")
+
 
 def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
     """Replace every name of ``scenario``; raise UnknownName, InvalidSpec or IncompatibleScenario."""
     device, model = look_up(scenario, base_dir=base_dir)
     notes = [device.notice] if device.notice else []
     _check(scenario, model, device.spec)
+    calibration = resolve_calibration(scenario, device.spec, base_dir=base_dir)
+    if calibration is not None:
+        notes += calibration.stale_notes(device.spec.name)
     price = scenario.price or default_price(device.spec.name)
     return Deployment(
         model=model,
@@ -39,6 +48,8 @@ def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
         price=price,
         prefix_caching=scenario.engine.enable_prefix_caching and not scenario.compression.selection.evicts,
         notes=tuple(notes),
+        calibration=calibration,
+        engine_fit=engine_fit(device.spec.name) if calibration is None and scenario.calibration != DATASHEET else None,
     )
 
 
@@ -49,6 +60,33 @@ def look_up(scenario: Scenario, *, base_dir: Path | None = None) -> tuple[Resolv
     with at_field("model"):
         model = load_model(scenario.model, base_dir=base_dir)
     return device, model
+
+
+def resolve_calibration(
+    scenario: Scenario, device: DeviceSpec, *, base_dir: Path | None = None
+) -> CalibrationSet | None:
+    """Find the scenario's calibration set; None where it wants none or the set has nothing for the device.
+
+    Raises
+    ------
+    UnknownName
+        No set has that name, or none of the device's attention kernels has the name that the engine asks for.
+    InvalidSpec, CalibrationError
+        The set cannot be read or is not to be trusted.
+    """
+    if scenario.calibration == DATASHEET:
+        found = None
+    else:
+        with at_field("calibration"):
+            loaded = load_set(scenario.calibration, base_dir=base_dir)
+        found = loaded if loaded.covers(device.name) else None
+    kernel = scenario.engine.attention_kernel
+    if kernel != AUTO:
+        known = dict.fromkeys(name for op in ATTENTION for name in (found.kernels(device.name, op) if found else ()))
+        if kernel.partition("@")[0] not in known:
+            kind = f"attention kernel on {device.name}"
+            raise UnknownName(kind, kernel, (AUTO, *known), where="engine.attention_kernel")
+    return found
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
 from kvsim.specs.price import Price
 
 if TYPE_CHECKING:
+    from kvsim.calibration.engine_fits import EngineFit
+    from kvsim.calibration.sets import CalibrationSet
     from kvsim.cost.priors import Priors
 
 
@@ -92,3 +94,7 @@ class Deployment:
     price: Price | None
     prefix_caching: bool
     notes: tuple[str, ...]
+    calibration: CalibrationSet | None = None
+    """Fitted kernels; None where the scenario wants none or its set has none for the device."""
+    engine_fit: EngineFit | None = None
+    """What engines reach on a device without fitted kernels; None where there is no such fit, or none is wanted."""

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvsim.closed_form import prefill_split, variable_ticks
+from kvsim.cost.basis import DECODE, component_basis, kernel_notes, pricings, weakest
+from kvsim.cost.calibrated import CalibratedGemm
+from kvsim.cost.estimator import PricedGemm
 from kvsim.cost.priors import EDGES, PriorTable, look_up
+from kvsim.cost.projection import DecodeKernel, attention_kernels
 from kvsim.cost.rates import build_rates
-from kvsim.cost.shapes import Gemm
 from kvsim.cost.step import StepModel
 from kvsim.deployment import Deployment
 from kvsim.memory import MemoryPlan, plan_or, runtime_prior, waterfall
@@ -60,7 +63,7 @@ def explain_deployment(
             *_prefill_terms(deployment, steps, prompt_tokens),
             *_decode_terms(deployment, steps, prompt_tokens, generated_tokens, batch),
         ),
-        notes=deployment.notes,
+        notes=(*deployment.notes, *kernel_notes(deployment)),
     )
 
 
@@ -104,12 +107,22 @@ def _prefill_terms(deployment: Deployment, steps: list[StepModel], prompt_tokens
         Component.OVERHEAD: ("4 elementwise kernels a layer: launch + bytes/bandwidth", priors.elementwise_launch_s),
     }
     terms = []
+    bases = component_basis(deployment)
     for component, (formula, table) in rows.items():
         values = [split[component] for split in splits]
-        basis = Basis.LITERATURE if component is Component.COMPRESSION else Basis.DATASHEET
         source = _source(deployment, table) if table is not None else _compression_source(deployment)
-        terms.append(_term("prefill", component.value, formula, values, basis, source))
+        fitted = _fitted_source(deployment, component)
+        if fitted:
+            source = f"{fitted}; priors: {source}"
+        shown = f"fitted kernels, and where none is: {formula}" if fitted else formula
+        terms.append(_term("prefill", component.value, shown, values, bases[component], source))
     return terms
+
+
+def _fitted_source(deployment: Deployment, component: Component) -> str:
+    """Name the fitted kernels of a component's prefill; empty where priors price all of it."""
+    used = (one.kernel for one in pricings(deployment) if one.component is component and one.operation != DECODE)
+    return "; ".join(kernel.source for kernel in dict.fromkeys(used) if kernel is not None)
 
 
 def _decode_terms(
@@ -129,26 +142,25 @@ def _decode_terms(
         whole, part = variable_ticks(step, prompt_tokens, generated_tokens)
         return batch * (part if unpack else whole - part) / TICKS_PER_SECOND
 
+    floors = [kernels.floor for kernels in attention_kernels(deployment)]
+    caches = [kernels.decode for kernels in attention_kernels(deployment)]
     add(
         "attention floor",
         "layers x (launch + batch x per-sequence)",
         lambda step: float(step.decode_fixed_seconds(batch)[0]),
-        Basis.DATASHEET,
-        _source(deployment, priors.attention_launch_s),
+        *_decode_source(floors, _source(deployment, priors.attention_launch_s), Basis.DATASHEET),
     )
     add(
         "attention over KV",
         "attended tokens x layers x max(bytes/BW, FLOPs/rate)",
         lambda step: variable(step, unpack=False),
-        Basis.DATASHEET,
-        _source(deployment, priors.streaming_efficiency),
+        *_decode_source(caches, _source(deployment, priors.streaming_efficiency), _estimated_basis(deployment)),
     )
     add(
         "unpacking KV",
         "attended tokens x layers x (smooth max with elements/unpack rate - the above)",
         lambda step: variable(step, unpack=True),
-        Basis.LITERATURE,
-        _compression_source(deployment),
+        *_decode_source(caches, _compression_source(deployment), Basis.LITERATURE),
         always=False,
     )
     add(
@@ -163,15 +175,15 @@ def _decode_terms(
         "all-reduce",
         "all-reduces a step x (latency + 2(r-1)/r·bytes/link)",
         lambda step: float(step.token_terms(batch).communication_s),
-        Basis.DATASHEET,
-        _source(deployment, _link_prior(deployment)),
+        component_basis(deployment)[Component.COMMUNICATION],
+        _fitted_source(deployment, Component.COMMUNICATION) or _source(deployment, _link_prior(deployment)),
         always=False,
     )
     add(
         "elementwise",
         "4 kernels a layer: launch + bytes/BW",
         lambda step: float(step.token_terms(batch).overhead_s),
-        Basis.DATASHEET,
+        component_basis(deployment)[Component.OVERHEAD],
         _source(deployment, priors.elementwise_launch_s),
     )
     return terms
@@ -179,19 +191,41 @@ def _decode_terms(
 
 def _gemm_terms(deployment: Deployment, steps: list[StepModel], batch: int) -> list[Term]:
     """Linear layers, over the rows that a captured step really has, and the LM head over the sequences alone."""
-    source = _source(deployment, deployment.priors.weight_streaming_efficiency)
     rows = int(steps[0].padded(batch))
     terms = []
     for index, gemm in enumerate(steps[0].gemms):
         values = [float(step.gemms[index].seconds(rows)) for step in steps]
-        terms.append(_term("decode", gemm.gemm.name, _gemm_formula(gemm.gemm, rows), values, Basis.DATASHEET, source))
+        terms.append(_gemm_term(deployment, gemm, rows, values))
     head = [float(step.head_seconds(batch)) for step in steps]
-    formula = _gemm_formula(steps[0].head.gemm, batch)
-    return [*terms, _term("decode", "lm_head", formula, head, Basis.DATASHEET, source)]
+    return [*terms, _gemm_term(deployment, steps[0].head, batch, head)]
 
 
-def _gemm_formula(gemm: Gemm, rows: int) -> str:
-    return f"{gemm.count} x (launch + smooth max(weights+activations/BW, 2·{rows}·{gemm.k}·{gemm.n} FLOPs/rate))"
+def _gemm_term(deployment: Deployment, priced: PricedGemm | CalibratedGemm, rows: int, values: list[float]) -> Term:
+    gemm = priced.gemm
+    if isinstance(priced, CalibratedGemm):
+        kernel = priced.kernel
+        beyond = kernel.outside(m=rows, n=gemm.n, k=gemm.k)
+        source = f"{kernel.source}{'; beyond its ' + ', '.join(beyond) if beyond else ''}"
+        return _term(
+            "decode", gemm.name, f"{gemm.count} x kernel({rows} x {gemm.k} x {gemm.n})", values, kernel.basis, source
+        )
+    formula = f"{gemm.count} x (launch + smooth max(weights+activations/BW, 2·{rows}·{gemm.k}·{gemm.n} FLOPs/rate))"
+    source = _source(deployment, deployment.priors.weight_streaming_efficiency)
+    return _term("decode", gemm.name, formula, values, _estimated_basis(deployment), source)
+
+
+def _decode_source(kernels: list[DecodeKernel | None], prior: str, prior_basis: Basis) -> tuple[Basis, str]:
+    """Basis and source of decode attention: kernels with the error of making them affine, and priors where one is."""
+    fitted = dict.fromkeys(kernel for kernel in kernels if kernel is not None)
+    parts = [
+        f"{one.kernel.source}; made affine within {one.price.median_error:.1%} median, {one.price.p90_error:.1%} p90"
+        for one in fitted
+    ]
+    bases = [one.kernel.basis for one in fitted]
+    if None in kernels or not kernels:
+        parts.append(f"priors: {prior}" if fitted else prior)
+        bases.append(prior_basis)
+    return weakest(bases), "; ".join(parts)
 
 
 def _term(phase: Phase, name: str, formula: str, values: list[float], basis: Basis, source: str) -> Term:
@@ -199,7 +233,22 @@ def _term(phase: Phase, name: str, formula: str, values: list[float], basis: Bas
 
 
 def _source(deployment: Deployment, table: PriorTable) -> str:
+    fit, priors = deployment.engine_fit, deployment.priors
+    replaced = (
+        priors.streaming_efficiency,
+        priors.weight_streaming_efficiency,
+        priors.matmul_efficiency,
+        priors.prefill_attention_efficiency,
+        priors.elementwise_launch_s,
+    )
+    if fit is not None and any(table is one for one in replaced):
+        return f"{fit.note} ({fit.id})"
     return look_up(table, deployment.device).source
+
+
+def _estimated_basis(deployment: Deployment) -> Basis:
+    """Basis of what no fitted kernel prices: the engine-level fit's, or the datasheet's."""
+    return deployment.engine_fit.basis if deployment.engine_fit is not None else Basis.DATASHEET
 
 
 def _link_prior(deployment: Deployment) -> PriorTable:

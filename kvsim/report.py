@@ -189,17 +189,30 @@ class BasisShare(Spec):
     share: float
 
 
+class KernelUsed(Spec):
+    """A fitted kernel that priced an operation."""
+
+    operation: str
+    kernel: str
+    version: str
+    artefact: str
+    """Hash that names it in the calibration set."""
+    basis: Basis
+
+
 class Provenance(Spec):
     """What made this report."""
 
     kvsim_version: str
     scenario_sha256: str
     calibration: str
-    """Which set priced the operations."""
+    """Which set priced the operations; the priors' name where none did."""
     device: str
     model: str
     model_source: str
     workload_source: str
+    kernels: tuple[KernelUsed, ...] = ()
+    """Fitted kernels that priced operations; priors priced the rest."""
     notes: tuple[str, ...] = ()
     """What a reader must know: aliases resolved, features switched off and why, assumptions."""
 

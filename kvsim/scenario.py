@@ -51,6 +51,9 @@ class Scenario(Spec):
     engine: EngineSpec = EngineSpec()
     tensor_parallel_size: Annotated[int, Field(gt=0)] = 1
     replicas: Annotated[int, Field(gt=0)] = 1
+    calibration: str = "default"
+    """Fitted kernels that the cost model uses: the shipped set ``default`` or another by name, one's own set by the
+    path of its YAML file, or ``datasheet`` for none. Devices that a set lacks are priced from their datasheet."""
     routing: Literal["round_robin", "least_loaded"] = "round_robin"
     slo: Slo = Slo()
     price: Price | None = None

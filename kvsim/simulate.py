@@ -10,8 +10,9 @@ from typing import Literal
 
 from kvsim import __version__
 from kvsim.analysis import EdgeModels, LoadShape, capacity, effects, load_shape, price_edges
-from kvsim.catalog import at_field, look_up, resolve
+from kvsim.catalog import DATASHEET, at_field, look_up, resolve
 from kvsim.compression import parse_compression
+from kvsim.cost.basis import kernel_notes, pricings
 from kvsim.cost.priors import EDGES, Edge
 from kvsim.deployment import Deployment
 from kvsim.errors import KvsimError, RequestDoesNotFit
@@ -19,7 +20,7 @@ from kvsim.explain import Explanation, Term, explain_deployment
 from kvsim.memory import MemoryPlan, plan_memory, plan_or, waterfall
 from kvsim.pool import block_bytes, longest_prompt
 from kvsim.quality import published_quality
-from kvsim.report import Counts, Figure, Provenance, Report
+from kvsim.report import Counts, Figure, KernelUsed, Provenance, Report
 from kvsim.requests import RequestTable
 from kvsim.scenario import Scenario
 from kvsim.specs.workload import WorkloadSpec
@@ -197,7 +198,11 @@ def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
     plan = plan_memory(deployment, block_bytes(deployment))
     limit = scenario.engine.max_model_len or deployment.model.max_position_embeddings
     fits = longest_prompt(deployment, plan.num_blocks * plan.block_bytes, limit)
-    notes = list(deployment.notes) + list(requests.notes)
+    notes = [*deployment.notes, *kernel_notes(deployment), *requests.notes]
+    if deployment.engine_fit is not None:
+        notes.append(f"{deployment.device.name} is calibrated by an engine-level fit ({deployment.engine_fit.id})")
+    elif deployment.calibration is None and scenario.calibration != DATASHEET:
+        notes.append(f"no kernel of {deployment.device.name} is calibrated: priced from its datasheet and priors")
     if requests.prefix_hashes is not None and scenario.engine.enable_prefix_caching and not deployment.prefix_caching:
         notes.append(
             f"prefix caching is off: {scenario.compression.name} evicts tokens, so a cached prompt cannot be reused"
@@ -269,7 +274,7 @@ def assemble(
 ) -> Report:
     """Put a report together from outcomes at the edges."""
     deployment, load = prepared.deployment, prepared.load
-    shares = time_split(outcomes[0])
+    shares = time_split(outcomes[0], deployment)
     basis = weakest_basis(shares)
     return Report(
         method=method,
@@ -327,12 +332,36 @@ def _provenance(prepared: Prepared) -> Provenance:
     return Provenance(
         kvsim_version=__version__,
         scenario_sha256=prepared.scenario.fingerprint(),
-        calibration=deployment.priors.name,
+        calibration=_calibration_name(deployment),
+        kernels=_kernels(deployment),
         device=deployment.device.name,
         model=deployment.model.name,
         model_source=deployment.model.source,
         workload_source=prepared.requests.source,
         notes=prepared.notes,
+    )
+
+
+def _calibration_name(deployment: Deployment) -> str:
+    if deployment.calibration is not None:
+        return deployment.calibration.name
+    if deployment.engine_fit is not None:
+        return f"engine level, {deployment.engine_fit.device} {deployment.engine_fit.id}"
+    return deployment.priors.name
+
+
+def _kernels(deployment: Deployment) -> tuple[KernelUsed, ...]:
+    used = ((pricing.operation, pricing.kernel) for pricing in pricings(deployment))
+    return tuple(
+        KernelUsed(
+            operation=operation,
+            kernel=kernel.artefact.kernel,
+            version=kernel.artefact.version,
+            artefact=kernel.artefact_id,
+            basis=kernel.basis,
+        )
+        for operation, kernel in dict.fromkeys(used)
+        if kernel is not None
     )
 
 

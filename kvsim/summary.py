@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvsim.cost.basis import component_basis
 from kvsim.cost.priors import Edge
 from kvsim.deployment import Deployment
 from kvsim.energy import PhaseSeconds, energy_joules
@@ -29,15 +30,6 @@ from kvsim.sim.run import RunResult
 from kvsim.specs.base import Basis
 from kvsim.statistics import Distribution, of_gaps, of_samples, spread
 from kvsim.units import MEGA, SECONDS_PER_HOUR, TICKS_PER_SECOND
-
-COMPONENT_BASIS: Mapping[Component, Basis] = {
-    Component.WEIGHTS: Basis.DATASHEET,
-    Component.ATTENTION: Basis.DATASHEET,
-    Component.COMPRESSION: Basis.LITERATURE,
-    Component.COMMUNICATION: Basis.DATASHEET,
-    Component.OVERHEAD: Basis.DATASHEET,
-}
-"""Before calibration: rates come from datasheets, unpack costs from published kernels."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +184,9 @@ def counts(result: RunResult, requests: RequestTable) -> Counts:
     )
 
 
-def time_split(one: Outcome) -> tuple[TimeShare, ...]:
+def time_split(one: Outcome, deployment: Deployment) -> tuple[TimeShare, ...]:
     """Busy time by component."""
+    bases = component_basis(deployment)
     total_s = sum(one.prefill.values()) + sum(one.decode.values())
     return tuple(
         TimeShare(
@@ -201,7 +194,7 @@ def time_split(one: Outcome) -> tuple[TimeShare, ...]:
             prefill_s=one.prefill[component],
             decode_s=one.decode[component],
             share=(one.prefill[component] + one.decode[component]) / total_s if total_s else 0.0,
-            basis=COMPONENT_BASIS[component],
+            basis=bases[component],
         )
         for component in Component
     )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.cost.estimator import attention_seconds_per_token, smooth_maximum, streaming_seconds
+from kvsim.cost.projection import ClassKernels, attention_kernels
 from kvsim.cost.rates import Rates
 from kvsim.deployment import Deployment, LayerClass
 from kvsim.ops import OpCall
@@ -214,10 +215,10 @@ class SequenceModel:
     def _prices(self) -> tuple[tuple[_TokenPrice, _TokenPrice], ...]:
         """(encoded, native) of each layer class; without a native window only the first is ever used."""
         prices = []
-        for layer_class in self.classes:
-            encoded = self._token_price(layer_class, native=False)
+        for layer_class, kernels in zip(self.classes, attention_kernels(self._deployment), strict=True):
+            encoded = self._token_price(layer_class, kernels, native=False)
             has_window = layer_class.encoding.residual_tokens > 0
-            prices.append((encoded, self._token_price(layer_class, native=True) if has_window else encoded))
+            prices.append((encoded, self._token_price(layer_class, kernels, native=True) if has_window else encoded))
         return tuple(prices)
 
     @property
@@ -225,17 +226,39 @@ class SequenceModel:
         """Layer classes of the deployment."""
         return self._deployment.layer_classes
 
-    def _token_price(self, layer_class: LayerClass, *, native: bool) -> _TokenPrice:
+    def _token_price(self, layer_class: LayerClass, kernels: ClassKernels, *, native: bool) -> _TokenPrice:
+        edge = self._rates.edge
+        if kernels.native_decode is not None and (native or layer_class.encoding.kind == "native"):
+            whole_s, unpack_s = kernels.native_decode.per_token_s(edge), 0.0
+        else:
+            whole_s, unpack_s = self._estimated_seconds(layer_class, kernels, native=native)
+            if kernels.decode is not None and not native:
+                # What a fitted kernel takes beyond moving its bytes is unpacking.
+                moved_s, whole_s = whole_s - unpack_s, kernels.decode.per_token_s(edge)
+                unpack_s = max(0.0, whole_s - moved_s)
+        score_s = 0.0
+        if layer_class.selection is not None:
+            flops = layer_class.selection.decode_score_flops_per_token(layer_class.group, self._deployment.model)
+            score_s = flops / self._deployment.tensor_parallel_size / self._rates.vector_flops_per_s
+        return _TokenPrice(_femto(whole_s + score_s), _femto(unpack_s + score_s))
+
+    def _estimated_seconds(
+        self, layer_class: LayerClass, kernels: ClassKernels, *, native: bool
+    ) -> tuple[float, float]:
+        """Seconds of one attended token by the priors: (whole, due to unpacking).
+
+        Bytes move at the rate that the fitted kernel for the model's own format reaches, where there is one.
+        """
         group, model, encoding = layer_class.group, self._deployment.model, layer_class.encoding
         native_bytes = group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
         stored = native_bytes if native else encoding.bytes_per_token(group, model.dtype).total_bytes
         heads = model.num_attention_heads / self._deployment.tensor_parallel_size
         value_dim = model.mla.kv_lora_rank if group.is_latent and model.mla else group.v_head_dim or group.k_head_dim
-        score_flops = 0.0
-        if layer_class.selection is not None:
-            score_flops = layer_class.selection.decode_score_flops_per_token(group, model)
         extra = 0.0 if native else encoding.attention_flops_per_token(group, model)
-        whole_s, unpack_s = attention_seconds_per_token(
+        rates = self._rates
+        if kernels.native_decode is not None:
+            rates = replace(rates, stream_bytes_per_s=kernels.native_decode.stream_bytes_per_s(rates.edge))
+        return attention_seconds_per_token(
             stored_bytes=stored * layer_class.rank_share,
             elements=group.kv_elements_per_token * layer_class.rank_share,
             flops=2.0 * heads * (group.k_head_dim + value_dim),
@@ -243,10 +266,8 @@ class SequenceModel:
             family=None if native else encoding.unpack_family,
             group_size=heads / layer_class.kv_heads_per_rank,
             compute=model.dtype if native else encoding.attention_dtype(model, self._deployment.device),
-            rates=self._rates,
+            rates=rates,
         )
-        score_s = score_flops / self._deployment.tensor_parallel_size / self._rates.vector_flops_per_s
-        return _TokenPrice(_femto(whole_s + score_s), _femto(unpack_s + score_s))
 
     def _scan_price(self, layer_class: LayerClass, view: LayerView) -> int:
         moved_s = scan_bytes(layer_class, view, self._deployment.model) / self._rates.stream_bytes_per_s

@@ -16,17 +16,25 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
-from kvsim.cost.estimator import all_reduce_seconds, prefill_attention_seconds, price_gemm, query_key_pairs
+from kvsim.cost.calibrated import (
+    CalibratedGemm,
+    PrefillTable,
+    all_reduce_tables,
+    calibrated_gemm,
+    prefill_tables,
+    summed_table,
+)
+from kvsim.cost.estimator import PricedGemm, all_reduce_seconds, prefill_attention_seconds, price_gemm, query_key_pairs
+from kvsim.cost.kernels import Kernel, all_reduce_kernel, linear_kernels
+from kvsim.cost.projection import ClassKernels, attention_kernels
 from kvsim.cost.rates import Rates
 from kvsim.cost.sequence import SequenceModel, ops_seconds
-from kvsim.cost.shapes import forward_gemms, lm_head
+from kvsim.cost.shapes import Gemm, forward_gemms, lm_head
 from kvsim.deployment import Deployment, LayerClass
 from kvsim.ops import Numeric, OpCall
 from kvsim.specs.base import DTYPE_BITS, Dtype
 from kvsim.specs.model import LayerKind
-from kvsim.units import TICKS_PER_SECOND
 
 ELEMENTWISE_KERNELS_PER_LAYER = 4
 KERNELS_PER_LAYER = 9
@@ -66,29 +74,38 @@ class StepTerms:
 
 @dataclass(frozen=True)
 class PrefillTerm:
-    """Prefill attention of one layer class over a chunk: FLOPs per query-key pair, and reading the cached context."""
+    """Prefill attention of one layer class over a chunk: FLOPs per query-key pair, and reading the cached context.
+
+    A fitted kernel's table takes the place of both; ``context_unpack_s`` remains where the kernel reads plain KV only.
+    """
 
     layers: int
     flops_per_pair: float
     window_tokens: int | None
     context_read_s: float
     context_unpack_s: float
+    table: PrefillTable | None = None
 
 
 class StepModel:
     """Prices the steps of one deployment at one edge of the priors."""
 
     def __init__(self, deployment: Deployment, rates: Rates) -> None:
+        if deployment.engine_fit is not None:
+            rates = deployment.engine_fit.applied(rates, ELEMENTWISE_KERNELS_PER_LAYER)
         self.deployment = deployment
         self.rates = rates
         self.sequences = SequenceModel(deployment, rates)
         model, ranks = deployment.model, deployment.tensor_parallel_size
+        linear = linear_kernels(deployment)
         compute = model.weight_dtype if rates.device.supports(model.weight_dtype) else Dtype.BF16
         self.gemms = tuple(
-            price_gemm(gemm, rates, weight_bits=model.weight_bits, compute=compute)
-            for gemm in forward_gemms(model, ranks)
+            _priced(gemm, linear.of(gemm), rates, model.weight_bits, compute) for gemm in forward_gemms(model, ranks)
         )
-        self.head = price_gemm(lm_head(model, ranks), rates, weight_bits=16.0, compute=Dtype.BF16)
+        # Dense products of fitted kernels share their nodes, so one table sums them all.
+        self._dense = summed_table(tuple((g.gemm.count, g.table) for g in self.gemms if isinstance(g, CalibratedGemm)))
+        self._other_gemms = tuple(g for g in self.gemms if not isinstance(g, CalibratedGemm))
+        self.head = _priced(lm_head(model, ranks), linear.head, rates, 16.0, Dtype.BF16)
         kinds = [group.kind for group in model.groups for _ in group.layers]
         self._launches = sum(kind not in NO_ATTENTION for kind in kinds)
         # One all-reduce per block: two where attention and MLP share a layer, one where each is a layer.
@@ -96,9 +113,27 @@ class StepModel:
         self._hidden_bytes = model.hidden_size * DTYPE_BITS[model.dtype] / 8
         self._overhead_s, self._overhead_s_per_row = self._elementwise(len(kinds))
         self._max_captured = min(2 * deployment.engine.max_num_seqs, MAX_CAPTURED_TOKENS)
-        self._prefill_terms = tuple(self._prefill_term(c) for c in deployment.layer_classes)
+        reduce = all_reduce_kernel(deployment)
+        self._all_reduce = all_reduce_tables(reduce, ranks, self._hidden_bytes)[rates.edge] if reduce else None
+        covered, self._fitted_launch_s, self._fitted_s_per_sequence = self._fitted_floor()
+        self._launches -= covered
+        self._prefill_terms = tuple(
+            self._prefill_term(c, kernels)
+            for c, kernels in zip(deployment.layer_classes, attention_kernels(deployment), strict=True)
+        )
         self.append_launch_s, self.append_s_per_token = self._ops_split(_append_ops(deployment))
         self._decode_launch_s, self._decode_s_per_sequence = self._ops_split(_decode_ops(deployment))
+
+    def _fitted_floor(self) -> tuple[int, float, float]:
+        """Decode attention of fitted kernels whatever the context: (layers, launches, seconds per sequence)."""
+        covered, launch_s, per_sequence_s = 0, 0.0, 0.0
+        for layer_class, kernels in zip(self.deployment.layer_classes, attention_kernels(self.deployment), strict=True):
+            if kernels.floor is not None:
+                layers = group_layers(layer_class)
+                covered += layers
+                launch_s += layers * kernels.floor.launch_s(self.rates.edge)
+                per_sequence_s += layers * kernels.floor.per_sequence_s(self.rates.edge)
+        return covered, launch_s, per_sequence_s
 
     def _elementwise(self, layers: int) -> tuple[float, float]:
         """Norms, RoPE and activations of a step: (launches, per row)."""
@@ -118,8 +153,13 @@ class StepModel:
     def token_terms(self, tokens: Numeric) -> StepTerms:
         """Parts of a step that depend on how many tokens it processes (zero tokens cost nothing)."""
         rows = self.padded(tokens)
-        weights = sum((gemm.seconds(rows) for gemm in self.gemms), start=0.0 * rows)
-        reduced = all_reduce_seconds(rows * self._hidden_bytes, self.deployment.tensor_parallel_size, self.rates)
+        weights = sum((gemm.seconds(rows) for gemm in self._other_gemms), start=0.0 * rows)
+        if self._dense is not None:
+            weights = weights + self._dense(rows)
+        if self._all_reduce is not None:
+            reduced = self._all_reduce(rows)
+        else:
+            reduced = all_reduce_seconds(rows * self._hidden_bytes, self.deployment.tensor_parallel_size, self.rates)
         overhead = self._overhead_s + rows * self._overhead_s_per_row
         return StepTerms(
             _if_any(tokens, weights), _if_any(tokens, self._all_reduces * reduced), _if_any(tokens, overhead)
@@ -132,6 +172,7 @@ class StepModel:
     def decode_fixed_seconds(self, sequences: Numeric) -> tuple[Numeric, Numeric]:
         """(attention, compression) of a decode batch that does not grow with context."""
         attention = self._launches * (self.rates.attention_launch_s + sequences * self.rates.attention_per_sequence_s)
+        attention = attention + (self._fitted_launch_s + sequences * self._fitted_s_per_sequence)
         compression = (
             self._decode_launch_s
             + self.append_launch_s
@@ -150,13 +191,16 @@ class StepModel:
         unpack: Numeric = 0.0
         for term in self._prefill_terms:
             read_tokens = context_tokens if term.window_tokens is None else min(context_tokens, term.window_tokens)
+            unpack += term.layers * read_tokens * term.context_unpack_s
+            if term.table is not None:
+                attention += term.layers * term.table(chunk_tokens, context_tokens)
+                continue
             pairs = query_key_pairs(chunk_tokens, context_tokens, term.window_tokens)
             computed_s = prefill_attention_seconds(chunk_tokens, pairs, term.flops_per_pair, self.rates)
             attention += term.layers * (computed_s + read_tokens * term.context_read_s)
-            unpack += term.layers * read_tokens * term.context_unpack_s
         return attention, unpack
 
-    def _prefill_term(self, layer_class: LayerClass) -> PrefillTerm:
+    def _prefill_term(self, layer_class: LayerClass, kernels: ClassKernels) -> PrefillTerm:
         group, model = layer_class.group, self.deployment.model
         heads = model.num_attention_heads / self.deployment.tensor_parallel_size
         key_dim, value_dim = group.k_head_dim, group.v_head_dim or group.k_head_dim
@@ -170,18 +214,29 @@ class StepModel:
         if family is not None:
             elements = group.kv_elements_per_token * layer_class.rank_share
             unpack_s = elements / self.rates.unpack_elements_per_s(family)
+        kernel = kernels.prefill or kernels.native_prefill
         return PrefillTerm(
             layers=group_layers(layer_class),
             flops_per_pair=2.0 * heads * (key_dim + value_dim),
             window_tokens=group.window_tokens if group.kind is not LayerKind.INDEXED else None,
             context_read_s=stored / self.rates.stream_bytes_per_s,
-            context_unpack_s=unpack_s,
+            context_unpack_s=unpack_s if kernels.prefill is None else 0.0,
+            table=prefill_tables(kernel, kernels.shape)[self.rates.edge] if kernel and kernels.shape else None,
         )
 
     def _ops_split(self, ops: tuple[OpCall, ...]) -> tuple[float, float]:
         launch_s = sum(call.count * call.work.launches for call in ops) * self.rates.elementwise_launch_s
         whole_s = ops_seconds(ops, self.deployment.tensor_parallel_size, self.rates)
         return launch_s, whole_s - launch_s
+
+
+def _priced(
+    gemm: Gemm, kernel: Kernel | None, rates: Rates, weight_bits: float, compute: Dtype
+) -> PricedGemm | CalibratedGemm:
+    """Price a product by its fitted kernel, or by the datasheet where it has none."""
+    if kernel is not None:
+        return calibrated_gemm(gemm, kernel, rates.edge, weight_bits=weight_bits)
+    return price_gemm(gemm, rates, weight_bits=weight_bits, compute=compute)
 
 
 def _if_any(count: Numeric, seconds: Numeric) -> Numeric:
@@ -220,57 +275,3 @@ def _decode_ops(deployment: Deployment) -> tuple[OpCall, ...]:
 
 def _repeated(call: OpCall, layers: int) -> OpCall:
     return OpCall(call.name, call.work, call.component, call.count * layers)
-
-
-@dataclass(frozen=True)
-class StepTables:
-    """Integer tick tables for the simulator's hot loop.
-
-    ``base[t]``: a step of t tokens; ``step[n]``: a whole decode step of n sequences except what grows with context
-    (``base[n]``, LM head, attention floor, per-sequence work); the rest splits those sums for the report.
-    """
-
-    base: list[int]
-    step: list[int]
-    head: list[int]
-    weights: list[int]
-    communication: list[int]
-    overhead: list[int]
-    attention_fixed: list[int]
-    compression_fixed: list[int]
-    first_chunk: list[int]
-    """Prefill attention of a prompt's first chunk, by its tokens."""
-    append_launch: int
-    append: list[int]
-    """Encoding the tokens of a prompt, by their number."""
-
-
-def build_tables(step: StepModel, max_tokens: int, max_sequences: int) -> StepTables:
-    """Price every token count up to ``max_tokens`` and every batch up to ``max_sequences``."""
-    terms = step.token_terms(np.arange(max_tokens + 1, dtype=np.float64))
-    weights, communication, overhead = (
-        _ticks(part) for part in (terms.weights_s, terms.communication_s, terms.overhead_s)
-    )
-    base = weights + communication + overhead
-    first_chunk, _ = step.prefill_attention_seconds(np.arange(1, max_tokens + 1, dtype=np.float64), 0)
-    sequences = np.arange(max_sequences + 1, dtype=np.float64)
-    attention, compression = step.decode_fixed_seconds(sequences)
-    head = _ticks(step.head_seconds(sequences))
-    attention_ticks, compression_ticks = _ticks(attention), _ticks(compression)
-    return StepTables(
-        base=base.tolist(),
-        step=(base[: max_sequences + 1] + head + attention_ticks + compression_ticks).tolist(),
-        head=head.tolist(),
-        weights=weights.tolist(),
-        communication=communication.tolist(),
-        overhead=overhead.tolist(),
-        attention_fixed=attention_ticks.tolist(),
-        compression_fixed=compression_ticks.tolist(),
-        first_chunk=[0, *_ticks(first_chunk).tolist()],
-        append_launch=round(step.append_launch_s * TICKS_PER_SECOND),
-        append=_ticks(np.arange(max_tokens + 1, dtype=np.float64) * step.append_s_per_token).tolist(),
-    )
-
-
-def _ticks(seconds: Numeric) -> npt.NDArray[np.int64]:
-    return np.rint(np.asarray(seconds, dtype=np.float64) * TICKS_PER_SECOND).astype(np.int64)

@@ -16,7 +16,8 @@ from typing import Any
 import simpy
 
 from kvsim.cost.sequence import SequenceProfile
-from kvsim.cost.step import StepModel, StepTables
+from kvsim.cost.step import StepModel
+from kvsim.cost.tables import StepTables
 from kvsim.errors import InvariantViolation
 from kvsim.sim.arrivals import NEVER, ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState

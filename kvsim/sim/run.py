@@ -14,7 +14,8 @@ import simpy
 
 from kvsim.cost.priors import Edge, look_up
 from kvsim.cost.rates import build_rates
-from kvsim.cost.step import StepModel, StepTables, build_tables
+from kvsim.cost.step import StepModel
+from kvsim.cost.tables import StepTables, build_tables
 from kvsim.deployment import Deployment
 from kvsim.errors import InvariantViolation
 from kvsim.memory import MemoryPlan

@@ -33,5 +33,8 @@ class EngineSpec(Spec):
     out as they are computed and copied back on a prefix hit, beside the engine's steps."""
     compression_stream: Literal["inline", "side"] = "inline"
     """Where scoring and compaction after a prompt run: inside the step, or beside later steps, sharing the device."""
+    attention_kernel: str = "auto"
+    """Attention kernel as calibration sets name it, such as ``vllm/flash_attn_fa3``, for the operations and formats
+    that it has; ``auto`` takes the set's default."""
     cuda_graphs: bool = True
     """Pad decode batches to captured sizes and pay one launch per graph instead of one per kernel."""

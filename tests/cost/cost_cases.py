@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from kvsim.calibration.engine_fits import engine_fit
+from kvsim.calibration.sets import load_set
 from kvsim.catalog import resolve
 from kvsim.closed_form import decode_split, prefill_split, total_seconds
 from kvsim.compression import STRATEGIES
@@ -29,10 +31,19 @@ MODELS = (
 )  # fmt: skip
 
 
-@lru_cache(maxsize=1024)
+PRICED = (
+    *((device, "datasheet") for device in DEVICES),
+    *((device, "default") for device in DEVICES if load_set("default").covers(device) or engine_fit(device)),
+)  # fmt: skip
+"""Devices, and how they are priced: laws hold for priors, for the kernels that the shipped set has, and for fits of
+whole engines."""
+
+
+@lru_cache(maxsize=2048)
 def deploy(
-    model: str, device: str, strategy: str = "native", tensor_parallel_size: int = 1, engine: str = "vllm"
-) -> Deployment:
+    model: str, device: str, strategy: str = "native", tensor_parallel_size: int = 1, engine: str = "vllm",
+    calibration: str = "datasheet",
+) -> Deployment:  # fmt: skip
     """Resolve a deployment; the workload plays no part in the price of a step."""
     return resolve(
         Scenario.model_validate(
@@ -43,6 +54,7 @@ def deploy(
                 "compression": strategy,
                 "tensor_parallel_size": tensor_parallel_size,
                 "engine": {"kind": engine},
+                "calibration": calibration,
             }
         )
     )
@@ -65,7 +77,7 @@ def ranks_needed(model: str, device: str) -> int | None:
     return None
 
 
-def runnable(device: str) -> Iterator[Deployment]:
+def runnable(device: str, calibration: str = "datasheet") -> Iterator[Deployment]:
     """Every model that fits ``device`` under every named strategy that it can run."""
     for model in MODELS:
         ranks = ranks_needed(model, device)
@@ -73,7 +85,7 @@ def runnable(device: str) -> Iterator[Deployment]:
             continue
         for strategy in STRATEGIES:
             try:
-                yield deploy(model, device, strategy, ranks)
+                yield deploy(model, device, strategy, ranks, calibration=calibration)
             except KvsimError:
                 continue
 

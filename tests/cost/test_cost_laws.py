@@ -11,6 +11,7 @@ import pytest
 from cost_cases import (
     DEVICES,
     MODELS,
+    PRICED,
     decode_s,
     deploy,
     kv_bytes_read,
@@ -53,9 +54,9 @@ def test_every_device_runs_some_model():
     assert runs["h100-sxm"] == list(MODELS)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_seconds_are_finite_and_never_negative(device):
-    for deployment in runnable(device):
+@pytest.mark.parametrize(("device", "calibration"), PRICED)
+def test_seconds_are_finite_and_never_negative(device, calibration):
+    for deployment in runnable(device, calibration):
         for edge in Edge:
             step = step_model(deployment, edge)
             for split in (decode_split(step, 8, 2000, 50), prefill_split(step, 3000)):
@@ -64,22 +65,22 @@ def test_seconds_are_finite_and_never_negative(device):
                 assert split[Component.WEIGHTS] > 0, label(deployment)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_more_work_never_takes_less_time(device):
-    for deployment in runnable(device):
+@pytest.mark.parametrize(("device", "calibration"), PRICED)
+def test_more_work_never_takes_less_time(device, calibration):
+    for deployment in runnable(device, calibration):
         step = step_model(deployment)
         assert not falls([decode_s(step, batch, 2000) for batch in BATCHES]), label(deployment)
         assert not falls([decode_s(step, 8, context) for context in CONTEXTS]), label(deployment)
         assert not falls([prefill_s(step, prompt) for prompt in PROMPTS]), label(deployment)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_tables_of_a_step_never_fall_and_agree_with_single_prices(device):
+@pytest.mark.parametrize(("device", "calibration"), PRICED)
+def test_tables_of_a_step_never_fall_and_agree_with_single_prices(device, calibration):
     for model in MODELS:
         ranks = ranks_needed(model, device)
         if ranks is None:
             continue
-        step = step_model(deploy(model, device, "native", ranks))
+        step = step_model(deploy(model, device, "native", ranks, calibration=calibration))
         counts = np.arange(0, 1100, dtype=np.float64)
         terms = step.token_terms(counts)
         table = np.asarray(terms.weights_s) + np.asarray(terms.communication_s) + np.asarray(terms.overhead_s)
@@ -95,13 +96,13 @@ def test_tables_of_a_step_never_fall_and_agree_with_single_prices(device):
         assert float(step.head_seconds(17)) == pytest.approx(heads[17], rel=1e-12)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_prefill_attention_of_an_array_is_that_of_each_chunk(device):
+@pytest.mark.parametrize(("device", "calibration"), PRICED)
+def test_prefill_attention_of_an_array_is_that_of_each_chunk(device, calibration):
     for model in ("gemma-3-12b", "llama-3.2-1b"):
         ranks = ranks_needed(model, device)
         if ranks is None:
             continue
-        step = step_model(deploy(model, device, "native", ranks))
+        step = step_model(deploy(model, device, "native", ranks, calibration=calibration))
         chunks = np.array([1.0, 17.0, 1023.0, 1024.0, 1025.0, 5000.0])
         for context in (0, 500, 1024, 9000):
             whole, _ = step.prefill_attention_seconds(chunks, context)
@@ -110,11 +111,12 @@ def test_prefill_attention_of_an_array_is_that_of_each_chunk(device):
             assert not falls(np.asarray(whole).tolist())
 
 
+@pytest.mark.parametrize("calibration", ["datasheet", "default"])
 @given(chunk=st.integers(1, 3000), context=st.integers(0, 9000))
 @settings(max_examples=150, deadline=None)
-def test_prefill_attention_never_falls_with_context_nor_with_the_chunk(chunk, context):
+def test_prefill_attention_never_falls_with_context_nor_with_the_chunk(calibration, chunk, context):
     for model in ("gemma-3-12b", "llama-3.1-8b"):
-        step = step_model(deploy(model, "h100-sxm"))
+        step = step_model(deploy(model, "h100-sxm", calibration=calibration))
         here = step.prefill_attention_seconds(chunk, context)[0]
         assert step.prefill_attention_seconds(chunk, context + 1)[0] >= here * EXACT
         assert step.prefill_attention_seconds(chunk + 1, context)[0] >= here * EXACT
@@ -128,9 +130,9 @@ def testquery_key_pairs_count_the_mask(chunk, context, window):
     assert np.asarray(query_key_pairs(np.array([float(chunk)]), context, window)).tolist() == [expected]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_optimistic_edge_is_never_slower_than_the_central_nor_that_than_the_pessimistic(device):
-    for deployment in runnable(device):
+@pytest.mark.parametrize(("device", "calibration"), PRICED)
+def test_the_optimistic_edge_is_never_slower_than_the_central_nor_that_than_the_pessimistic(device, calibration):
+    for deployment in runnable(device, calibration):
         fast, middle, slow = (
             step_model(deployment, edge) for edge in (Edge.OPTIMISTIC, Edge.CENTRAL, Edge.PESSIMISTIC)
         )
@@ -141,10 +143,10 @@ def test_the_optimistic_edge_is_never_slower_than_the_central_nor_that_than_the_
             assert not falls([prefill_s(step, prompt) for step in (fast, middle, slow)]), label(deployment)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_no_step_beats_the_datasheet_roofline(device):
+@pytest.mark.parametrize(("device", "calibration"), PRICED)
+def test_no_step_beats_the_datasheet_roofline(device, calibration):
     """Bytes at peak bandwidth and FLOPs at the fastest dense rate bound every price from below, at every edge."""
-    for deployment in runnable(device):
+    for deployment in runnable(device, calibration):
         bandwidth, flops = deployment.device.bandwidth_bytes_per_s, peak_flops(deployment)
         step = step_model(deployment, Edge.OPTIMISTIC)
         for batch, context in ((1, 4096), (64, 4096), (256, 1000)):

@@ -22,7 +22,7 @@ from sim_cases import (
     tight_cases,
 )  # fmt: skip
 
-from kvsim.cost.step import build_tables
+from kvsim.cost.tables import build_tables
 from kvsim.units import TICKS_PER_SECOND
 
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

@@ -97,7 +97,15 @@ def without_floors(deployment: Deployment) -> Deployment:
 def test_doubling_bandwidth_halves_a_bandwidth_bound_step() -> None:
     """A small batch on H100 is bound by bandwidth; without launch floors all of it moves with the bandwidth."""
     bound = without_floors(
-        resolve(Scenario(model="llama-3.1-8b", device="h100-sxm", workload="chat", engine=EngineSpec(max_num_seqs=8)))
+        resolve(
+            Scenario(
+                model="llama-3.1-8b",
+                device="h100-sxm",
+                workload="chat",
+                engine=EngineSpec(max_num_seqs=8),
+                calibration="datasheet",
+            )
+        )
     )
     slow, fast = (step_model(faster(bound, memory_bandwidth=factor)) for factor in (1.0, 2.0))
     for part in (Component.WEIGHTS, Component.ATTENTION, Component.OVERHEAD):

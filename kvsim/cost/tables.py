@@ -1,0 +1,66 @@
+"""Prices of steps as integer tables over tokens and batch size, for the simulator's hot loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvsim.cost.step import StepModel
+from kvsim.ops import Numeric
+from kvsim.units import TICKS_PER_SECOND
+
+
+@dataclass(frozen=True)
+class StepTables:
+    """Integer tick tables for the simulator's hot loop.
+
+    ``base[t]``: a step of t tokens; ``step[n]``: a whole decode step of n sequences except what grows with context
+    (``base[n]``, LM head, attention floor, per-sequence work); the rest splits those sums for the report.
+    """
+
+    base: list[int]
+    step: list[int]
+    head: list[int]
+    weights: list[int]
+    communication: list[int]
+    overhead: list[int]
+    attention_fixed: list[int]
+    compression_fixed: list[int]
+    first_chunk: list[int]
+    """Prefill attention of a prompt's first chunk, by its tokens."""
+    append_launch: int
+    append: list[int]
+    """Encoding the tokens of a prompt, by their number."""
+
+
+def build_tables(step: StepModel, max_tokens: int, max_sequences: int) -> StepTables:
+    """Price every token count up to ``max_tokens`` and every batch up to ``max_sequences``."""
+    terms = step.token_terms(np.arange(max_tokens + 1, dtype=np.float64))
+    weights, communication, overhead = (
+        _ticks(part) for part in (terms.weights_s, terms.communication_s, terms.overhead_s)
+    )
+    base = weights + communication + overhead
+    first_chunk, _ = step.prefill_attention_seconds(np.arange(1, max_tokens + 1, dtype=np.float64), 0)
+    sequences = np.arange(max_sequences + 1, dtype=np.float64)
+    attention, compression = step.decode_fixed_seconds(sequences)
+    head = _ticks(step.head_seconds(sequences))
+    attention_ticks, compression_ticks = _ticks(attention), _ticks(compression)
+    return StepTables(
+        base=base.tolist(),
+        step=(base[: max_sequences + 1] + head + attention_ticks + compression_ticks).tolist(),
+        head=head.tolist(),
+        weights=weights.tolist(),
+        communication=communication.tolist(),
+        overhead=overhead.tolist(),
+        attention_fixed=attention_ticks.tolist(),
+        compression_fixed=compression_ticks.tolist(),
+        first_chunk=[0, *_ticks(first_chunk).tolist()],
+        append_launch=round(step.append_launch_s * TICKS_PER_SECOND),
+        append=_ticks(np.arange(max_tokens + 1, dtype=np.float64) * step.append_s_per_token).tolist(),
+    )
+
+
+def _ticks(seconds: Numeric) -> npt.NDArray[np.int64]:
+    return np.rint(np.asarray(seconds, dtype=np.float64) * TICKS_PER_SECOND).astype(np.int64)
