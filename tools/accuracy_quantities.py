@@ -34,6 +34,7 @@ def deploy(
                 "compression": strategy,
                 "tensor_parallel_size": ranks,
                 "engine": {"kind": engine, "gpu_memory_utilization": gpu_memory_utilization},
+                "calibration": "datasheet",
             }
         )
     )

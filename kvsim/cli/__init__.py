@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from kvsim.cli.boundary import BoundaryGroup
+from kvsim.cli.calibrate import calibrate_command
+from kvsim.cli.calibrations import list_calibrations_command
 from kvsim.cli.compare import compare_command
 from kvsim.cli.dashboard import dashboard_command
 from kvsim.cli.explain import explain_command
@@ -17,6 +19,7 @@ from kvsim.cli.flags import ScenarioCommand
 from kvsim.cli.listing import list_app
 from kvsim.cli.single import estimate_command, simulate_command
 from kvsim.cli.sweep import sweep_command
+from kvsim.cli.validate import validate_command
 
 EPILOG = (
     "Exit status: 0 done, 2 wrong input, 3 infeasible (or an SLO missed, with --fail-on-slo), "
@@ -52,7 +55,10 @@ def build_app() -> typer.Typer:
     app.command("compare", cls=ScenarioCommand)(compare_command)
     app.command("sweep")(sweep_command)
     app.command("explain", cls=ScenarioCommand)(explain_command)
+    app.command("validate")(validate_command)
+    app.command("calibrate")(calibrate_command)
     app.command("dashboard")(dashboard_command)
+    list_app.command("calibrations")(list_calibrations_command)
     app.add_typer(list_app, name="list")
     return app
 

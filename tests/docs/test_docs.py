@@ -108,7 +108,7 @@ def test_licence_is_apache_2_with_its_appendix():
 
 def test_commands_are_found():
     commands = [arguments.split()[0] for _, arguments in example_commands()]
-    assert set(commands) == {"list", "estimate", "explain", "simulate", "compare", "sweep"}
+    assert set(commands) >= {"list", "estimate", "explain", "simulate", "compare", "sweep", "calibrate"}
 
 
 @pytest.mark.parametrize(("document", "arguments"), example_commands())
@@ -143,7 +143,9 @@ def test_second_command_runs_the_tests():
     )
 
 
-@pytest.mark.parametrize("command", ["simulate", "estimate", "compare", "sweep", "explain", "dashboard", "list"])
+@pytest.mark.parametrize(
+    "command", ["simulate", "estimate", "compare", "sweep", "explain", "calibrate", "validate", "dashboard", "list"]
+)
 def test_every_flag_is_documented(command):
     text = text_of("docs/cli.md")
     assert f"| `{command}` |" in text

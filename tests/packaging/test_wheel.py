@@ -64,6 +64,7 @@ def test_the_unpacked_package_is_the_one_that_runs(site: Path, tmp_path: Path) -
         ["list", "models", "--json"],
         ["list", "strategies"],
         ["list", "workloads"],
+        ["list", "calibrations", "--device", "h100-sxm"],
         ["estimate", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload", "chat", "--json"],
         ["explain", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload", "chat"],
         ["simulate", "--model", "llama-3.2-1b", "--device", "snapdragon-8-gen-3", "--workload", "phone-assistant",

@@ -1,0 +1,128 @@
+"""Suite engine-tables: published TTFT, TPOT and throughput of serving engines, aggregated serving only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from kvsim.errors import InvalidSpec, KvsimError
+from kvsim.specs.workload import (
+    BurstArrivals,
+    ConcurrencyArrivals,
+    ConstantLengths,
+    Lengths,
+    SyntheticWorkload,
+    UniformLengths,
+)
+from kvsim.validation.deployments import deploy, fitted_rows, play
+from kvsim.validation.engine_rows import (
+    FITTED,
+    OFFLINE_SEQS,
+    OTHER_SUITES,
+    OTHER_TABLE,
+    RANGE_RATIO,
+    TABLES,
+    Case,
+    MapRow,
+)
+from kvsim.validation.pool import in_processes
+from kvsim.validation.suite import Options, Result, Tally, locate
+from kvsim.validation.tables import Row, header_of, read_rows
+from kvsim.workloads import build_requests
+
+NO_PREDICTION: Final = "figure that the simulated load does not have, such as a TPOT of one token (counted in figures)"
+ROUNDS: Final = 4
+"""Requests per client of a closed loop: one wave to fill the batch, three to measure."""
+MAX_REQUESTS: Final = 4096
+OFFLINE_ROUNDS: Final = 3
+"""Offline runs send this many times what may run at once, so that start and end weigh little."""
+
+
+@dataclass(frozen=True)
+class EngineTables:
+    """TTFT, TPOT and output tokens per second by model, device, engine, batch and ranks."""
+
+    name: str = "engine-tables"
+    metrics: tuple[str, ...] = ("ttft", "tpot", "output_tok_s")
+
+    def run(self, data: Path, options: Options) -> Result:
+        """Score every table; see `kvsim.validation.suite.Suite`."""
+        tally, cases = Tally(), []
+        used = fitted_rows(options)
+        for path in locate(data, self.name, ("engine_tables",), ("*.csv",)):
+            rows, map_row = _read_table(path, tally)
+            for index, row in enumerate(rows):
+                mapped = FITTED if (path.name, index + 1) in used else map_row(row, options)
+                if isinstance(mapped, str):
+                    tally.skip(mapped)
+                else:
+                    cases.append(mapped)
+        if not cases and not tally.result(self).skipped:
+            msg = f"--data: {data}: no row to score"
+            raise InvalidSpec(msg)
+        jobs = [(case, options.calibration, options.as_unseen) for case in cases]
+        for case, answer in zip(cases, in_processes(_predicted, jobs, options.workers, options.progress), strict=True):
+            if isinstance(answer, str):
+                tally.skip(answer)
+                continue
+            tally.rows += 1
+            setup = case.setup
+            groups = {**case.groups, "device": setup.device, "model": setup.model, "ranks": f"{setup.ranks}"}
+            for metric, value in answer.items():
+                tally.add(metric, case.measured[metric], value, **groups)
+            tally.skip(NO_PREDICTION, len(case.measured) - len(answer))
+        if any(case.spread < 1.0 for case in cases):
+            tally.notes.append(f"lengths of the silicon sample are drawn from {RANGE_RATIO} to 1.0 of the nominal ones")
+        return tally.result(self)
+
+
+SUITE: Final = EngineTables()
+
+
+def _read_table(path: Path, tally: Tally) -> tuple[list[Row], MapRow]:
+    header = header_of(path)
+    if any(name in header for name in OTHER_SUITES):
+        tally.skip(OTHER_TABLE, len(read_rows(path, ())))
+        return [], TABLES[0][1]
+    columns, map_row = max(TABLES, key=lambda table: sum(name in header for name in table[0]) / len(table[0]))
+    if sum(name in header for name in columns) * 2 < len(columns):
+        msg = f"{path}: not a table of engine latencies or rates (columns: {', '.join(header[:8])})"
+        raise InvalidSpec(msg)
+    return read_rows(path, columns), map_row
+
+
+def _predicted(job: tuple[Case, str, str | None]) -> dict[str, float] | str:
+    """Predicted values of a case's metrics, those without one left out; or why there are none."""
+    case, calibration, as_unseen = job
+    try:
+        deployment = deploy(case.setup, Options(as_unseen, calibration))
+        found = play(deployment, build_requests(_workload(case), seed=0)).outcome
+    except KvsimError as error:
+        return f"cannot be deployed: {type(error).__name__}"
+    values = {
+        "ttft": found.ttft.mean_s, "tpot": found.tpot.mean_s,
+        "output_tok_s": found.output_tokens / found.duration_s if found.duration_s else None,
+    }  # fmt: skip
+    return {metric: value for metric in case.measured if (value := values[metric])}
+
+
+def _workload(case: Case) -> SyntheticWorkload:
+    if case.concurrency is None:
+        count = case.requests or OFFLINE_ROUNDS * OFFLINE_SEQS
+        arrivals: BurstArrivals | ConcurrencyArrivals = BurstArrivals()
+    else:
+        count = max(case.concurrency, min(ROUNDS * case.concurrency, MAX_REQUESTS))
+        arrivals = ConcurrencyArrivals(max_concurrency=case.concurrency)
+    return SyntheticWorkload(
+        num_prompts=count,
+        input_len=_lengths(case.isl, case.spread),
+        output_len=_lengths(case.osl, case.spread),
+        arrivals=arrivals,
+    )
+
+
+def _lengths(tokens: int, spread: float) -> Lengths:
+    if spread >= 1.0:
+        return ConstantLengths(tokens=tokens)
+    return UniformLengths(min_tokens=max(1, int(tokens * spread)), max_tokens=tokens)

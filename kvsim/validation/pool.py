@@ -1,0 +1,64 @@
+"""Independent work over processes, results in the order of the work."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Final, TypeVar
+
+from kvsim.validation.suite import Progress
+
+Job = TypeVar("Job")
+Answer = TypeVar("Answer")
+THREAD_LIMITS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")
+"""One thread per worker: the processes have the cores already, and sums then have one order."""
+
+
+def in_processes(
+    work: Callable[[Job], Answer], jobs: Sequence[Job], workers: int, progress: Progress | None = None
+) -> list[Answer]:
+    """Apply a module-level function to every job; one process or one job runs here.
+
+    Workers are spawned, because polars' threads do not survive a fork.
+    """
+    if workers <= 1 or len(jobs) <= 1:
+        answers = []
+        for position, job in enumerate(jobs):
+            answers.append(work(job))
+            if progress is not None:
+                progress((position + 1) / len(jobs))
+        return answers
+    context = multiprocessing.get_context("spawn")
+    found: dict[int, Answer] = {}
+    size = min(workers, len(jobs))
+    with _single_threaded(), ProcessPoolExecutor(size, mp_context=context, initializer=_ignore_interrupt) as pool:
+        pending = {pool.submit(work, job): position for position, job in enumerate(jobs)}
+        try:
+            for future in as_completed(pending):
+                found[pending[future]] = future.result()
+                if progress is not None:
+                    progress(len(found) / len(jobs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [found[position] for position in range(len(jobs))]
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Have processes that start meanwhile use one thread each, unless the user set a number."""
+    mine = [name for name in THREAD_LIMITS if name not in os.environ]
+    os.environ.update(dict.fromkeys(mine, "1"))
+    try:
+        yield
+    finally:
+        for name in mine:
+            os.environ.pop(name, None)
+
+
+def _ignore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
