@@ -6,14 +6,12 @@ Files are never changed: a new fit is a new file, named by its content. No code 
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -22,14 +20,13 @@ from kvsim.calibration.facts import DeviceFacts
 from kvsim.calibration.fit import FittedLaw, cold_share
 from kvsim.calibration.laws import law_for
 from kvsim.calibration.laws.base import FloatArray, Shape
+from kvsim.calibration.sealed import SealedSpec, load_sealed
 from kvsim.calibration.staleness import is_stale_source
 from kvsim.calibration.table import CorrectionTable
-from kvsim.documents import load_json, validate, write_atomic
 from kvsim.errors import CalibrationError
 from kvsim.specs.base import Basis, Spec
 from kvsim.specs.device import Slug
 
-SCHEMA_VERSION = 1
 STEPS_PER_UNIT = 4096.0
 """Corrections are stored as 16-bit integers in steps of 1/4096 of a natural logarithm (0.02 %)."""
 COVERAGE = 0.8
@@ -134,10 +131,9 @@ class RowOrigin(Spec):
     licence: str
 
 
-class Artefact(Spec):
+class Artefact(SealedSpec):
     """One kernel on one device, fitted."""
 
-    schema_version: Literal[1] = 1
     device: Slug
     operation: str
     kernel: str
@@ -164,16 +160,6 @@ class Artefact(Spec):
     """Hash (or its beginning) of kvsim's own kernel as it was measured; None for kernels of others."""
 
     @property
-    def content_sha256(self) -> str:
-        """Hash of everything in it."""
-        return hashlib.sha256(self._canonical().encode()).hexdigest()
-
-    @property
-    def id(self) -> str:
-        """Short name in sets and reports."""
-        return self.content_sha256[:12]
-
-    @property
     def file_name(self) -> str:
         """Name of its file, which carries the hash."""
         key = (self.device, self.operation, self.kernel, self.version, self.dtype, self.kv_dtype)
@@ -184,17 +170,15 @@ class Artefact(Spec):
         """Whether kvsim's own kernel was changed since it was measured; False for kernels of others."""
         return self.kernel_source_sha256 is not None and is_stale_source(self.kernel_source_sha256)
 
-    def _canonical(self) -> str:
+    def _stated(self) -> dict[str, Any]:
         # Defaults are left out, so that a field added later does not change the hash of what is there already.
-        stated = {"schema_version": self.schema_version, **self.model_dump(mode="json", exclude_defaults=True)}
-        return json.dumps(stated, sort_keys=True, separators=(",", ":"))
+        return {"schema_version": self.schema_version, **self.model_dump(mode="json", exclude_defaults=True)}
 
     def save(self, folder: Path) -> Path:
         """Write to ``folder/<device>/<file name>``; an artefact that exists already is left as it is."""
         path = folder / self.device / self.file_name
         if not path.exists():
-            document = {"content_sha256": self.content_sha256, **json.loads(self._canonical())}
-            write_atomic(path, (json.dumps(document, indent=1) + "\n").encode())
+            self.write_sealed(path)
         return path
 
     def predictor(self, facts: DeviceFacts) -> Predictor:
@@ -218,21 +202,7 @@ def load_artefact(path: Path) -> Artefact:
     CalibrationError
         It comes from a later kvsim, or was changed after it was written.
     """
-    document = load_json(path)
-    if isinstance(document, dict) and isinstance(document.get("schema_version"), int):
-        found = document["schema_version"]
-        if found > SCHEMA_VERSION:
-            msg = f"{path}: schema_version {found} is newer than this kvsim reads ({SCHEMA_VERSION}); update kvsim"
-            raise CalibrationError(msg)
-    stated = document.pop("content_sha256", None) if isinstance(document, dict) else None
-    artefact = validate(Artefact, document, str(path))
-    if stated != artefact.content_sha256:
-        msg = (
-            f"{path}: content does not match content_sha256, so the file was changed after it was written; fit again "
-            "with `kvsim calibrate` instead of editing"
-        )
-        raise CalibrationError(msg)
-    return artefact
+    return load_sealed(Artefact, path, "fit again with `kvsim calibrate`")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ that validation leaves them out, and its band comes from leaving one row out at 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
@@ -16,15 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from kvsim.calibration.sealed import SealedSpec, load_sealed
 from kvsim.data_files import data_dir
-from kvsim.documents import load_json, validate, write_atomic
 from kvsim.errors import CalibrationError
 from kvsim.specs.base import Basis, Spec
 
 if TYPE_CHECKING:
     from kvsim.cost.rates import Rates
 
-SCHEMA_VERSION = 1
 FOLDER = "calibration/engine"
 Share = Annotated[float, Field(gt=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -80,13 +77,12 @@ class EngineErrors(Spec):
     bias: float | None
 
 
-class EngineFit(Spec):
+class EngineFit(SealedSpec):
     """What engines reach on one device, over everything that a step does.
 
     ``basis`` is ``fitted`` where rows are this device's own, ``transferred`` where they are another's of its vendor.
     """
 
-    schema_version: Literal[1] = 1
     device: str
     basis: Literal[Basis.FITTED, Basis.TRANSFERRED]
     note: str
@@ -108,19 +104,6 @@ class EngineFit(Spec):
     """Source and licence, as the rows state them."""
     software: dict[str, str]
 
-    @property
-    def content_sha256(self) -> str:
-        """Hash of everything in it."""
-        return hashlib.sha256(self._canonical().encode()).hexdigest()
-
-    @property
-    def id(self) -> str:
-        """Short name in reports."""
-        return self.content_sha256[:12]
-
-    def _canonical(self) -> str:
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-
     def applied(self, rates: Rates, elementwise_kernels_per_layer: int) -> Rates:
         """Put this fit in the place of priors, as `apply_engine_fit`."""
         return apply_engine_fit(rates, self, elementwise_kernels_per_layer)
@@ -128,8 +111,7 @@ class EngineFit(Spec):
     def save(self, folder: Path) -> Path:
         """Write to ``folder/<device>-<id>.json``."""
         path = folder / f"{self.device}-{self.id}.json"
-        document = {"content_sha256": self.content_sha256, **json.loads(self._canonical())}
-        write_atomic(path, (json.dumps(document, indent=1) + "\n").encode())
+        self.write_sealed(path)
         return path
 
 
@@ -143,22 +125,7 @@ def load_engine_fit(path: Path) -> EngineFit:
     CalibrationError
         It comes from a later kvsim, or was changed after it was written.
     """
-    document = load_json(path)
-    if not isinstance(document, dict):
-        document = {}
-    found = document.get("schema_version")
-    if isinstance(found, int) and found > SCHEMA_VERSION:
-        msg = f"{path}: schema_version {found} is newer than this kvsim reads ({SCHEMA_VERSION}); update kvsim"
-        raise CalibrationError(msg)
-    stated = document.pop("content_sha256", None)
-    fit = validate(EngineFit, document, str(path))
-    if stated != fit.content_sha256:
-        msg = (
-            f"{path}: content does not match content_sha256, so the file was changed after it was written; run "
-            "tools/fit_engine_tables.py instead of editing"
-        )
-        raise CalibrationError(msg)
-    return fit
+    return load_sealed(EngineFit, path, "run tools/fit_engine_tables.py")
 
 
 @lru_cache(maxsize=4)

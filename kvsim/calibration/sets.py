@@ -14,6 +14,7 @@ from pydantic import Field, StringConstraints
 
 from kvsim.calibration.artefact import Artefact, Predictor, artefact_file_name, load_artefact
 from kvsim.calibration.facts import device_facts
+from kvsim.calibration.sealed import SCHEMA_VERSION, refuse_newer
 from kvsim.calibration.staleness import OWN_KERNELS, is_stale_source
 from kvsim.calibration.timings import KEY_COLUMNS
 from kvsim.data_files import data_dir
@@ -23,7 +24,6 @@ from kvsim.specs.base import Spec
 from kvsim.specs.device import DeviceSpec, Slug
 
 AUTO: Final = "auto"
-SCHEMA_VERSION: Final = 1
 FITTED: Final = "fitted"
 SETS: Final = "sets"
 PATH_SUFFIXES: Final = (".yaml", ".yml")
@@ -217,10 +217,7 @@ def _read_shipped(name: str) -> CalibrationSet:
 def _read_set(path: Path, _stamp: int) -> CalibrationSet:
     document = load_yaml(path)
     if isinstance(document, Mapping):
-        version = document.get("schema_version")
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            msg = f"{path}: schema_version {version} is newer than this kvsim reads ({SCHEMA_VERSION}); update kvsim"
-            raise CalibrationError(msg)
+        refuse_newer(document, path)
     stated = validate(SetFile, document, str(path))
     _check_single(stated.artefacts, path)
     return CalibrationSet(stated.name, path, stated.artefacts)

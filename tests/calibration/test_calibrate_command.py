@@ -100,7 +100,7 @@ def test_a_full_disk_leaves_no_set(invoke, tables, tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kvsim.calibration.artefact.write_atomic", full)
+    monkeypatch.setattr("kvsim.calibration.sealed.write_atomic", full)
     check_refused(invoke("calibrate", "--from", tables, "--out", tmp_path / "out"), 2, "No space left on device")
     assert not list((tmp_path).rglob("*.yaml"))
 
