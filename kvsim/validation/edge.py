@@ -12,7 +12,7 @@ from typing import Final
 from kvsim.errors import InvalidSpec, KvsimError
 from kvsim.specs.engine import EngineSpec
 from kvsim.validation.deployments import Setup, SingleStream, deploy, find_device, find_preset, fitted_rows
-from kvsim.validation.suite import Options, Result, Tally, locate
+from kvsim.validation.suite import NO_FIGURE, Options, Result, Tally, locate
 from kvsim.validation.tables import Row, header_of, number, read_rows, whole
 
 UNKNOWN_DEVICE: Final = "device without a spec"
@@ -21,7 +21,6 @@ UNKNOWN_WEIGHTS: Final = "weight format that is not modelled"
 OTHER_UNSEEN: Final = "device other than the one treated as unseen"
 NOT_RATES: Final = "bandwidth table, no token rates"
 OTHER_BANDWIDTH: Final = "part of the chip's name with another bandwidth than the spec's"
-NO_FIGURE: Final = "no figure in the row"
 FITTED: Final = "row that an engine-level fit was made from"
 ENGINE: Final = EngineSpec(kind="llamacpp", max_num_batched_tokens=2048)
 """llama.cpp's default logical batch (``-b 2048``)."""

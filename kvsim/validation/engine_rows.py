@@ -15,7 +15,7 @@ from typing import Final
 
 from kvsim.specs.engine import EngineSpec
 from kvsim.validation.deployments import MAX_RANKS, Setup, find_device, find_preset
-from kvsim.validation.suite import Options
+from kvsim.validation.suite import NO_FIGURE, Options
 from kvsim.validation.tables import Row, number, whole
 
 UNKNOWN_DEVICE: Final = "device without a spec"
@@ -27,7 +27,6 @@ PIPELINE: Final = "pipeline parallelism"
 DATA_PARALLEL: Final = "attention data parallelism"
 EXPERT_PARALLEL: Final = "expert parallelism"
 MANY_RANKS: Final = f"more than {MAX_RANKS} ranks"
-NO_FIGURE: Final = "no figure in the row"
 NO_LENGTHS: Final = "input or output length not stated"
 NO_CONCURRENCY: Final = "concurrency not stated"
 NO_DEVICES: Final = "device or number of devices not stated"

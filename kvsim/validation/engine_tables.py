@@ -26,7 +26,7 @@ from kvsim.validation.engine_rows import (
     Case,
     MapRow,
 )
-from kvsim.validation.pool import in_processes
+from kvsim.validation.pool import predictions
 from kvsim.validation.suite import Options, Result, Tally, locate
 from kvsim.validation.tables import Row, header_of, read_rows
 from kvsim.workloads import build_requests
@@ -61,11 +61,7 @@ class EngineTables:
         if not cases and not tally.result(self).skipped:
             msg = f"--data: {data}: no row to score"
             raise InvalidSpec(msg)
-        jobs = [(case, options.calibration, options.as_unseen) for case in cases]
-        for case, answer in zip(cases, in_processes(_predicted, jobs, options.workers, options.progress), strict=True):
-            if isinstance(answer, str):
-                tally.skip(answer)
-                continue
+        for case, answer in predictions(tally, _predicted, cases, options):
             tally.rows += 1
             setup = case.setup
             groups = {**case.groups, "device": setup.device, "model": setup.model, "ranks": f"{setup.ranks}"}

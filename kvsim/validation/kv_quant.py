@@ -18,8 +18,9 @@ from kvsim.errors import InvalidSpec, KvsimError
 from kvsim.specs.engine import EngineSpec
 from kvsim.specs.workload import BurstArrivals, ConcurrencyArrivals, ConstantLengths, SyntheticWorkload
 from kvsim.validation.deployments import Setup, SingleStream, deploy, find_device, find_preset, kv_tokens, play
-from kvsim.validation.pool import in_processes
-from kvsim.validation.suite import DIRECTION, Options, Result, Tally, locate
+from kvsim.validation.engine_rows import OTHER_TABLE
+from kvsim.validation.pool import predictions
+from kvsim.validation.suite import DIRECTION, NO_FIGURE, Options, Result, Tally, locate
 from kvsim.validation.tables import Row, header_of, number, read_rows
 from kvsim.workloads import build_requests
 
@@ -31,10 +32,8 @@ UNKNOWN_SCHEME: Final = "KV format that is not modelled"
 UNKNOWN_WORKLOAD: Final = "workload not stated in full"
 UNKNOWN_METRIC: Final = "metric that is not modelled"
 NO_BASE: Final = "no 16-bit row to compare with"
-NO_FIGURE: Final = "no figure in the row"
 NO_PREDICTION: Final = "figure that the simulated load does not have, such as a TPOT of one token"
 BASE_ROW: Final = "16-bit row that others are compared with"
-OTHER_TABLE: Final = "table of another suite"
 NO_DIFFERENCE: Final = "measured difference within 2 %: no direction to be right about (row counts in ratio)"
 NOISE: Final = 0.02
 BASE_SCHEMES: Final = ("bf16", "fp16", "baseline", "auto", "f16/f16")
@@ -120,11 +119,7 @@ class KvQuant:
         if not pairs and not tally.result(self).skipped:
             msg = f"--data: {data}: no row to score"
             raise InvalidSpec(msg)
-        jobs = [(pair, options.calibration, options.as_unseen) for pair in pairs]
-        for pair, answer in zip(pairs, in_processes(_predicted, jobs, options.workers, options.progress), strict=True):
-            if isinstance(answer, str):
-                tally.skip(answer)
-                continue
+        for pair, answer in predictions(tally, _predicted, pairs, options):
             tally.rows += 1
             tally.add("ratio", pair.ratio, answer, **pair.groups)
             if pair.quantity == "capacity":

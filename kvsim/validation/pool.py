@@ -10,10 +10,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from kvsim.validation.suite import Progress
+from kvsim.validation.suite import Options, Progress, Tally
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
+Subject = TypeVar("Subject")
 THREAD_LIMITS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")
 """One thread per worker: the processes have the cores already, and sums then have one order."""
 
@@ -46,6 +47,25 @@ def in_processes(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [found[position] for position in range(len(jobs))]
+
+
+def predictions(
+    tally: Tally,
+    work: Callable[[tuple[Subject, str, str | None]], Answer | str],
+    subjects: Sequence[Subject],
+    options: Options,
+    count: Callable[[Subject], int] = lambda _: 1,
+) -> Iterator[tuple[Subject, Answer]]:
+    """Predict every subject in processes, under the calibration of `options`; give those that have an answer.
+
+    A text instead of an answer is the reason why there is none: it is counted as skipped, `count` rows of it.
+    """
+    jobs = [(subject, options.calibration, options.as_unseen) for subject in subjects]
+    for subject, answer in zip(subjects, in_processes(work, jobs, options.workers, options.progress), strict=True):
+        if isinstance(answer, str):
+            tally.skip(answer, count(subject))
+        else:
+            yield subject, answer
 
 
 @contextmanager

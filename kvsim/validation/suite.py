@@ -19,6 +19,7 @@ from kvsim.errors import InvalidSpec
 
 FloatArray = npt.NDArray[np.float64]
 Progress = Callable[[float], None]
+NO_FIGURE = "no figure in the row"
 DIRECTION = "direction"
 """Metric whose samples are ratios and whose score is the share of right signs."""
 

@@ -22,7 +22,7 @@ from kvsim.traces.files import finite_number, json_lines, read_trace_bytes, whol
 from kvsim.traces.rows import Origin
 from kvsim.units import TICKS_PER_SECOND
 from kvsim.validation.deployments import Setup, deploy, find_device, find_preset, play
-from kvsim.validation.pool import in_processes
+from kvsim.validation.pool import predictions
 from kvsim.validation.suite import FloatArray, Options, Result, Tally, locate
 from kvsim.validation.vllm_serving import (
     HASH_TOKENS,
@@ -105,23 +105,19 @@ class VllmRequests:
         """Score every log; see `kvsim.validation.suite.Suite`."""
         patterns = [f"{depth}{name}" for name in LOGS for depth in ("", "*/", "*/*/", "*/*/*/")]
         logs = [read_log(path) for path in locate(data, self.name, ("vllm_requests",), patterns)]
-        tally, jobs = Tally(), []
+        tally, scored = Tally(), []
         for log in logs:
             tally.skip(UNFINISHED, log.unfinished)
             reason = _why_not(log.meta, options)
             if reason:
                 tally.skip(reason, len(log.queued_s))
             else:
-                jobs.append((log, options.calibration, options.as_unseen))
-        if not jobs:
+                scored.append(log)
+        if not scored:
             msg = f"--data: {data}: no log to score: " + ", ".join(one.reason for one in tally.result(self).skipped)
             raise InvalidSpec(msg)
-        answers = in_processes(_simulated, jobs, options.workers, options.progress)
-        for (log, *_), answer in zip(jobs, answers, strict=True):
-            if isinstance(answer, str):
-                tally.skip(answer, len(log.queued_s))
-            else:
-                _score(log, answer, tally)
+        for log, answer in predictions(tally, _simulated, scored, options, lambda log: len(log.queued_s)):
+            _score(log, answer, tally)
         return tally.result(self)
 
 

@@ -22,7 +22,7 @@ from kvsim.requests import RequestTable
 from kvsim.specs.engine import EngineSpec
 from kvsim.units import TICKS_PER_SECOND
 from kvsim.validation.deployments import Played, Setup, deploy, find_device, find_preset, play
-from kvsim.validation.pool import in_processes
+from kvsim.validation.pool import predictions
 from kvsim.validation.suite import FloatArray, Options, Result, Tally, locate
 
 HASH_TOKENS: Final = 16
@@ -106,7 +106,7 @@ class VllmServing:
     def run(self, data: Path, options: Options) -> Result:
         """Score every run; see `kvsim.validation.suite.Suite`."""
         runs = [run for path in locate(data, self.name, ("vllm_serving",), ("*.json",)) for run in read_runs(path)]
-        tally, jobs = Tally(), []
+        tally, scored = Tally(), []
         for run in runs:
             reason = _why_not(run, options)
             stages = _stages(run)
@@ -114,16 +114,12 @@ class VllmServing:
             if reason:
                 tally.skip(reason, len(stages))
             else:
-                jobs.append((run, options.calibration, options.as_unseen))
-        if not jobs:
+                scored.append(run)
+        if not scored:
             msg = f"--data: {data}: no run to score: " + ", ".join(one.reason for one in tally.result(self).skipped)
             raise InvalidSpec(msg)
-        answers = in_processes(_simulated, jobs, options.workers, options.progress)
-        for (run, *_), answer in zip(jobs, answers, strict=True):
-            if isinstance(answer, str):
-                tally.skip(answer, len(_stages(run)))
-            else:
-                _score(run, answer, tally)
+        for run, answer in predictions(tally, _simulated, scored, options, lambda run: len(_stages(run))):
+            _score(run, answer, tally)
         return tally.result(self)
 
 
