@@ -1,5 +1,6 @@
 """Machine code as a list of instructions with a flow graph, and the loops in it."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +29,24 @@ class Listing:
 
     instructions: tuple[Instruction, ...]
     successors: tuple[tuple[int, ...], ...]
+
+
+def read_lines(
+    text: str, label: re.Pattern[str], instruction: re.Pattern[str]
+) -> tuple[list[Instruction], dict[str, int]]:
+    """Read instructions in order, and which one each label stands before.
+
+    `label` matches a line and groups its name; `instruction` groups guard, mnemonic and operands.
+    """
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if named := label.match(line):
+            labels[named.group(1)] = len(instructions)
+        elif found := instruction.match(line):
+            guard, opcode, operands = found.groups()
+            instructions.append(Instruction(opcode, operands.strip(), guard or ""))
+    return instructions, labels
 
 
 @dataclass(frozen=True)

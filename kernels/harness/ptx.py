@@ -2,7 +2,7 @@
 
 import re
 
-from .machine_code import Body, CountedBody, Instruction, Listing, counted_body
+from .machine_code import Body, CountedBody, Listing, counted_body, read_lines
 
 _LABEL = re.compile(r"^\s*(\$L\w+):")
 _INSTRUCTION = re.compile(r"^\s*(?:@(!?%p\d+)\s+)?([a-z][\w.:]*)\s*([^;]*);")
@@ -21,14 +21,7 @@ _ANCHORS = (
 
 def parse(text: str) -> Listing:
     """Read the first function of a PTX module."""
-    instructions: list[Instruction] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        if label := _LABEL.match(line):
-            labels[label.group(1)] = len(instructions)
-        elif found := _INSTRUCTION.match(line):
-            guard, opcode, operands = found.groups()
-            instructions.append(Instruction(opcode, operands.strip(), guard or ""))
+    instructions, labels = read_lines(text, _LABEL, _INSTRUCTION)
     successors = []
     for at, instruction in enumerate(instructions):
         after = [] if instruction.opcode.split(".")[0] in ("ret", "exit", "bra") and not instruction.guard else [at + 1]

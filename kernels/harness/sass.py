@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .machine_code import Instruction, Listing
+from .machine_code import Instruction, Listing, read_lines
 
 WARP_THREADS = 32
 ISSUE_SLOTS = 4
@@ -93,14 +93,7 @@ _BULK_COPIES = ("UTMALDG", "UTMASTG", "UBLKCP", "UTMACMDFLUSH", "UTMACCTL", "UTM
 
 def parse(text: str) -> Listing:
     """Read the output of ``nvdisasm -c`` for one kernel."""
-    instructions: list[Instruction] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        if label := _LABEL.match(line):
-            labels[label.group(1)] = len(instructions)
-        elif found := _INSTRUCTION.match(line):
-            guard, opcode, operands = found.groups()
-            instructions.append(Instruction(opcode, operands, guard or ""))
+    instructions, labels = read_lines(text, _LABEL, _INSTRUCTION)
     joins: dict[str, list[int]] = {}
     successors = []
     for at, instruction in enumerate(instructions):
