@@ -23,6 +23,7 @@ from kvsim.rendering.cells import (
     format_share,
     metric_cell,
 )
+from kvsim.rendering.pools import pools_view
 from kvsim.report import Report
 from kvsim.units import format_bytes, format_seconds
 
@@ -86,7 +87,7 @@ def _stacked(cell: Cell, *, show_band: bool = True) -> Text:
 def report_view(report: Report) -> RenderableType:
     """One report, section by section."""
     scenario = report.scenario
-    devices = scenario.tensor_parallel_size * scenario.replicas
+    devices = scenario.num_devices
     head = Text(
         f"{report.strategy}: {report.provenance.model} on {devices} x {report.provenance.device} ({report.method}); "
         f"workload {report.provenance.workload_source}",
@@ -99,6 +100,7 @@ def report_view(report: Report) -> RenderableType:
         _memory(report),
         _latency(report),
         *(_section(report, title, tags) for title, tags in others),
+        *(pools_view(report.disaggregation) if report.disaggregation is not None else ()),
         _time_split(report),
         _foot(report),
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,8 +24,9 @@ from kvsim.cost.sequence import SequenceProfile
 from kvsim.cost.step import StepModel
 from kvsim.cost.tables import StepTables
 from kvsim.errors import InvariantViolation
-from kvsim.sim.arrivals import NEVER, ArrivalSource
+from kvsim.sim.arrivals import NEVER, Source
 from kvsim.sim.batch import DecodeBatch, SequenceState
+from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
 from kvsim.sim.scheduler import Chunk, Leaving, PrefixSharing, Scheduler, SchedulerLimits
@@ -59,7 +60,7 @@ class ReplicaEngine:
         self,
         env: simpy.Environment,
         device: SharedDevice,
-        source: ArrivalSource,
+        source: Source,
         lengths: tuple[list[int], list[int]],
         log: RequestLog,
         step: StepModel,
@@ -100,6 +101,8 @@ class ReplicaEngine:
         """Sequences that wait for a compaction or for blocks from the host; each has a seat."""
         self._side_stream = step.deployment.engine.compression_stream == "side"
         self._runs_ahead = coalesce and not self._side_stream and self._host is None
+        self._ends_seated = self._side_stream
+        """Whether prompts that end keep their seats beyond the step that ends them."""
         self._in_company = self.overlaps and (self._side_stream or self._host is not None)
         """Whether every step is an activity of the shared device, whose end is known when it comes."""
         self._foresees_ends = self._runs_ahead and sharing is None and step.deployment.replicas == 1
@@ -112,13 +115,21 @@ class ReplicaEngine:
         self._prompts_out: list[PromptOut] = []
         """Prompts that end with the step planned last."""
         self._flight: Flight | None = None
+        self.horizon: Callable[[], int] | None = None
+        """When something from outside may come next, where arrivals alone do not say it."""
+        self.sleep: Callable[[int], simpy.Event] = env.timeout
         self.load = 0
-        """Requests routed here that have not ended; counted by the router, and only where it has a choice."""
+        """Requests routed here that have not left; counted by the router, and only where it has a choice."""
 
     @property
     def waiting(self) -> deque[int]:
         """Requests that the router left here and the scheduler has not admitted."""
         return self.scheduler.waiting
+
+    @property
+    def cache(self) -> PrefixCache | None:
+        """The prefix cache, where there is one."""
+        return self.scheduler.sharing.cache if self.scheduler.sharing is not None else None
 
     # --- the clock --------------------------------------------------------------------------------------------------
 
@@ -129,7 +140,7 @@ class ReplicaEngine:
         its own state, so they are taken ahead of the clock and paid for in one event.
         """
         env, source, scheduler, batch = self.env, self.source, self.scheduler, self.batch
-        overlaps = self.overlaps
+        overlaps, sleep = self.overlaps, self.sleep
         while True:
             if source.next_ticks <= self.seen:
                 source.deliver(self.seen)
@@ -140,12 +151,14 @@ class ReplicaEngine:
                 if self._plain and len(scheduler.waiting) == 1 and (ticks := self._begin_lone_prompt()):
                     lone, last = True, ticks
                 else:
-                    aside = len(self.waits) + len(scheduler.loaded) + len(scheduler.leaving)
-                    if self._side_stream:
+                    aside = self.waits.seats + len(scheduler.loaded) + len(scheduler.leaving)
+                    if self._ends_seated:
                         aside += sum(left > 0 for _, _, left in self._prompts_out)
                     chunks = scheduler.schedule(self.seen, aside, self.now)
                     if scheduler.loads:
                         self._start_loads()
+                    if scheduler.incoming:
+                        self._await_arrivals()
                     if self._late:
                         self._forget_preempted()
                     if scheduler.rejected:
@@ -171,12 +184,14 @@ class ReplicaEngine:
                 if self._in_company:
                     yield from self._step_in_company([])
                     continue
-                if self._shares_device or self._late:
+                if self._shares_device or (self._late and not overlaps):
                     yield from self._shared_step()
                     continue
                 steps, ticks, last = self._plan_run()
                 if not steps:
                     scheduler.make_room(self.now)
+                    if self._late:
+                        self._forget_preempted()
                     if not batch.size:
                         if self.seen < self.now:
                             yield from self._run_dry()
@@ -194,7 +209,7 @@ class ReplicaEngine:
                 self._end_mixed(chunks, ending, ticks)
             self.seen = self.now - last if overlaps else self.now
             if self.seen >= source.next_ticks or not self._runs_ahead:
-                yield env.timeout(self.seen - int(env.now))
+                yield sleep(self.seen - int(env.now))
                 # Before anything comes out: the router sees who was there when the request came.
                 source.deliver(self.seen)
             if not overlaps:
@@ -226,7 +241,7 @@ class ReplicaEngine:
             yield from self._land()
         self.seen = self.now
         if self.seen >= self.source.next_ticks or not self._runs_ahead:
-            yield self.env.timeout(self.seen - int(self.env.now))
+            yield self.sleep(self.seen - int(self.env.now))
             self.source.deliver(self.seen)
         self._come_out(prompts, leaving, self.seen)
 
@@ -269,7 +284,7 @@ class ReplicaEngine:
         first = self.tables.step[size] + batch.variable
         # Who waits was held back for as long as nobody ends, or a step that preempted did not look at the queue.
         steps = 1
-        if self.coalesce and (scheduler.looked or not scheduler.waiting):
+        if self.coalesce and not self._late and (scheduler.looked or not scheduler.waiting):
             steps = batch.finishing[0][0] - batch.counter
         if scheduler.leaving:
             if scheduler.waiting or not self._foresees_ends:
@@ -297,9 +312,9 @@ class ReplicaEngine:
                 return 0, 0, 0
         ticks = steps * first + slope * (steps * (steps - 1) // 2)
         last = first + slope * (steps - 1)
-        # A new arrival changes nothing while an earlier one is still held back.
-        gap = self.source.next_ticks - self.now
-        if not scheduler.waiting and ticks > gap:
+        # A new arrival changes nothing while an earlier one is still held back; who is on the way has room already.
+        gap = (self.source.next_ticks if self.horizon is None else self.horizon()) - self.now
+        if ticks > gap and (not scheduler.waiting or self.waits):
             if not self.overlaps:
                 steps, ticks = steps_to_cover(gap, first, slope)
             elif ticks - last > gap:
@@ -313,6 +328,10 @@ class ReplicaEngine:
             own = steps * own_first + own_slope * (steps * (steps - 1) // 2)
             self.record.host_ticks += ticks - own
         self.variable_total += own - steps * self.tables.step[size]
+        if self._late:
+            self.record.gaps += [self.now + ticks - since for since in self._late.values()]
+            size -= len(self._late)
+            self._late.clear()
         self.record.runs.append((steps, size, first, slope))
         return steps, ticks, last
 
@@ -521,6 +540,10 @@ class ReplicaEngine:
     def _take_loaded(self, sequence: SequenceState, tokens: int) -> None:
         sequence.done += tokens
         self.scheduler.loaded.append(sequence)
+
+    def _await_arrivals(self) -> None:
+        """Receive what was admitted with KV from elsewhere; only engines of a decode pool admit such."""
+        raise NotImplementedError
 
     def _occupy(self, ticks: int) -> simpy.Event:
         """The engine's step as an activity that shares the device with compaction."""

@@ -21,6 +21,11 @@ class PrefixCache:
         self._unused: OrderedDict[int, None] = OrderedDict()
 
     @property
+    def units(self) -> int:
+        """Units that can be found."""
+        return len(self._users)
+
+    @property
     def evictable_bytes(self) -> int:
         """Bytes of units that are findable but not in use."""
         return len(self._unused) * self.unit_bytes

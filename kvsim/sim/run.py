@@ -6,7 +6,6 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +24,14 @@ from kvsim.pool import prefill_growths
 from kvsim.requests import RequestTable
 from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
 from kvsim.sim.engine import ReplicaEngine
+from kvsim.sim.handover import TransferRecord
 from kvsim.sim.host_tier import HostTier, HostTierLimits
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.resources import SharedDevice
+from kvsim.sim.routing import Router
 from kvsim.sim.scheduler import PrefixSharing, SchedulerLimits
+from kvsim.specs.routing import RouterThresholds, Routing
 from kvsim.units import TICKS_PER_SECOND
 
 PROGRESS_SLICES = 50
@@ -43,6 +45,11 @@ class RunResult:
     records: tuple[ReplicaRecord, ...]
     end_ticks: int
     pool_bytes: int
+    """Of one replica; of the decode pool where there are two."""
+    prefill_replicas: int = 0
+    """How many of ``records``, the first ones, are of a prefill pool."""
+    prefill_pool_bytes: int = 0
+    transfers: TransferRecord | None = None
 
 
 def run_requests(
@@ -51,7 +58,8 @@ def run_requests(
     plan: MemoryPlan,
     max_model_len: int,
     *,
-    routing: Literal["round_robin", "least_loaded"] = "round_robin",
+    routing: Routing = "round_robin",
+    thresholds: RouterThresholds | None = None,
     edge: Edge = Edge.CENTRAL,
     coalesce: bool = True,
     progress: Callable[[float], None] | None = None,
@@ -62,13 +70,13 @@ def run_requests(
     engine = deployment.engine
     tables = build_tables(step, engine.max_num_batched_tokens, engine.max_num_seqs)
     front = front_end_ticks(front_end(deployment, edge))
-    source = ArrivalSource(env, requests, routing, front)
+    source = ArrivalSource(env, requests, build_router(requests, routing, thresholds), front)
     count = len(requests)
     log = RequestLog(
         source.sent_ticks, source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count, front.egress
     )
     lengths = (requests.prompt_tokens.tolist(), requests.output_tokens.tolist())
-    limits = _limits(deployment, plan, max_model_len)
+    limits = scheduler_limits(deployment, plan, max_model_len)
     replicas = []
     for _ in range(deployment.replicas):
         device = SharedDevice(env)
@@ -81,21 +89,25 @@ def run_requests(
             step,
             tables,
             limits,
-            _prefix_sharing(deployment, requests, limits, device, edge),
+            prefix_sharing(deployment, requests, limits, device, edge),
             token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
-            coalesce=coalesce and _foreseeable(deployment, source),
+            coalesce=coalesce and _foreseeable(deployment, source, routing),
             host_work=host_work_ticks(step),
         )
         replicas.append(replica)
         env.process(replica.run())
     source.replicas.extend(replicas)
-    _play(env, requests, progress)
+    play_clock(env, requests, progress)
     for replica in replicas:
-        _split_prompt_time(replica.record, tables)
-        _split_decode_time(replica, tables, step)
-        _check_replica(replica)
-    _check_requests(log, requests)
+        settle_replica(replica, tables, step)
+    check_requests(log, requests)
     return RunResult(log, tuple(replica.record for replica in replicas), int(env.now), limits.pool_bytes)
+
+
+def build_router(requests: RequestTable, routing: Routing, thresholds: RouterThresholds | None) -> Router:
+    """A router that knows the requests' prefixes."""
+    units = (requests.prompt_tokens / requests.hash_block_tokens).tolist() if routing == "prefix_aware" else ()
+    return Router(routing, thresholds or RouterThresholds(), requests.prefix_hashes, units)
 
 
 def host_work_ticks(step: StepModel) -> list[int]:
@@ -105,12 +117,16 @@ def host_work_ticks(step: StepModel) -> list[int]:
     return ticks
 
 
-def _foreseeable(deployment: Deployment, source: ArrivalSource) -> bool:
-    """Whether a replica can know the next arrival: not when another replica's completions release requests."""
-    return deployment.replicas == 1 or not source.is_dynamic
+def _foreseeable(deployment: Deployment, source: ArrivalSource, routing: Routing) -> bool:
+    """Whether a replica's run of steps looks the same from outside whenever the next request comes.
+
+    Not where another replica's completions release requests, nor where the router reads the prefix caches, from which
+    a replica evicts step by step.
+    """
+    return deployment.replicas == 1 or not (source.is_dynamic or routing == "prefix_aware")
 
 
-def _play(env: simpy.Environment, requests: RequestTable, progress: Callable[[float], None] | None) -> None:
+def play_clock(env: simpy.Environment, requests: RequestTable, progress: Callable[[float], None] | None) -> None:
     """Run the clock. The cycle collector is paused: the loop makes no cycles, and its scans cost a tenth of the run."""
     collecting = gc.isenabled()
     gc.disable()
@@ -131,7 +147,8 @@ def _play(env: simpy.Environment, requests: RequestTable, progress: Callable[[fl
             gc.enable()
 
 
-def _limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> SchedulerLimits:
+def scheduler_limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> SchedulerLimits:
+    """Limits of one replica of a deployment."""
     engine = deployment.engine
     growths, fixed_bytes = prefill_growths(deployment)
     return SchedulerLimits(
@@ -146,7 +163,7 @@ def _limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> Sch
     )
 
 
-def _prefix_sharing(
+def prefix_sharing(
     deployment: Deployment, requests: RequestTable, limits: SchedulerLimits, device: SharedDevice, edge: Edge
 ) -> PrefixSharing | None:
     """A prefix cache, where the workload shares prefixes and the deployment can reuse them."""
@@ -177,6 +194,13 @@ def _host_tier(deployment: Deployment, unit_bytes: int, device: SharedDevice, ed
         hbm_bytes_per_s=deployment.device.bandwidth_bytes_per_s,
     )
     return HostTier(device, limits, unit_bytes)
+
+
+def settle_replica(replica: ReplicaEngine, tables: StepTables, step: StepModel) -> None:
+    """Divide a replica's busy time by component, and check that it has nothing left."""
+    _split_prompt_time(replica.record, tables)
+    _split_decode_time(replica, tables, step)
+    _check_replica(replica)
 
 
 def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
@@ -235,7 +259,7 @@ def _check_replica(replica: ReplicaEngine) -> None:
         raise InvariantViolation(msg)
 
 
-def _check_requests(log: RequestLog, requests: RequestTable) -> None:
+def check_requests(log: RequestLog, requests: RequestTable) -> None:
     """Every request ended exactly one way, and its life ran forward."""
     for index in range(len(requests)):
         arrived, scheduled = log.arrived[index], log.scheduled[index]

@@ -75,6 +75,10 @@ class Scheduler:
         """Prompts admitted since the engine last looked whose blocks must first come back from the host."""
         self.loaded: deque[SequenceState] = deque()
         """Prompts whose blocks are back, in the order to go on; all their blocks are reserved."""
+        self.remote: dict[int, int] = {}
+        """Waiting requests whose prompt was processed elsewhere, and the bytes that its KV takes here."""
+        self.incoming: list[SequenceState] = []
+        """Such requests admitted since the engine last looked; their KV can come."""
         self.partial: SequenceState | None = None
         self.leaving: list[Leaving] = []
         """Sequences that end with the running step: they keep seats and blocks until it is over, oldest first."""
@@ -235,6 +239,11 @@ class Scheduler:
                 continue
             sequence = SequenceState(index, target)
             pinned_bytes = self._match_prefix(sequence) if self.sharing is not None else 0
+            if index in self.remote:
+                if not self._reserve_arrival(sequence, reserved, pinned_bytes, now_ticks):
+                    break
+                running += 1
+                continue
             if self.sharing is not None and self.sharing.host is not None:
                 back = self._match_host(self.sharing, self.sharing.host, sequence)
                 if back:
@@ -283,6 +292,17 @@ class Scheduler:
         unit_tokens = self.sharing.unit_tokens if self.sharing is not None else 0
         self._seat(sequence, need, pinned_bytes, sequence.done + len(back) * unit_tokens, now_ticks)
         self.loads.append((sequence, back))
+        return True
+
+    def _reserve_arrival(self, sequence: SequenceState, reserved: int, pinned_bytes: int, now_ticks: int) -> bool:
+        """Admit a sequence whose KV comes from elsewhere, with blocks for all of it; False if too few."""
+        need = self.remote[sequence.index] - self.shared_bytes(sequence)
+        if need + pinned_bytes + reserved > self.free:
+            self.reusable_bytes = pinned_bytes
+            return False
+        del self.remote[sequence.index]
+        self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks)
+        self.incoming.append(sequence)
         return True
 
     def _seat(

@@ -26,8 +26,10 @@ from kvsim.scenario_file import load_scenario
 from kvsim.simulate import Comparison, compare, simulate
 from kvsim.specs import workload
 from kvsim.specs.base import Basis
+from kvsim.specs.disaggregation import Disaggregation, PoolSpec
 from kvsim.specs.engine import EngineSpec
 from kvsim.specs.price import Price
+from kvsim.specs.routing import RouterThresholds
 from kvsim.workload_catalog import list_workloads
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -200,6 +202,9 @@ SECTIONS = [
     ("docs/scenarios.md", "Scenario", Scenario),
     ("docs/scenarios.md", "Slo", Slo),
     ("docs/scenarios.md", "Engine", EngineSpec),
+    ("docs/scenarios.md", "Router", RouterThresholds),
+    ("docs/scenarios.md", "Disaggregation", Disaggregation),
+    ("docs/scenarios.md", "Pool", PoolSpec),
     ("docs/scenarios.md", "Price", Price),
     ("docs/scenarios.md", "Sweep files", SweepSpec),
     *(("docs/scenarios.md", kind_of(part), part) for part in (*SELECTIONS, *ENCODINGS)),
