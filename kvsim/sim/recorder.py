@@ -39,6 +39,8 @@ class ReplicaRecord:
     """Compression that ran on a side stream."""
     prefill: PhaseTicks = field(default_factory=PhaseTicks)
     decode: PhaseTicks = field(default_factory=PhaseTicks)
+    host_ticks: int = 0
+    """Time that steps took longer for the host's work."""
     contention_ticks: int = 0
     """Time lost to sharing the device with side activities."""
     preemptions: int = 0

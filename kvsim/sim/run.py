@@ -28,6 +28,7 @@ from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.resources import SharedDevice
 from kvsim.sim.scheduler import PrefixSharing, SchedulerLimits
+from kvsim.units import TICKS_PER_SECOND
 
 PROGRESS_SLICES = 50
 
@@ -78,6 +79,7 @@ def run_requests(
             _prefix_sharing(deployment, requests, limits, device, edge),
             token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
             coalesce=coalesce and _foreseeable(deployment, source),
+            host_work=host_work_ticks(step),
         )
         replicas.append(replica)
         env.process(replica.run())
@@ -89,6 +91,19 @@ def run_requests(
         _check_replica(replica)
     _check_requests(log, requests)
     return RunResult(log, tuple(replica.record for replica in replicas), int(env.now), limits.pool_bytes)
+
+
+def host_work_ticks(step: StepModel) -> list[int]:
+    """Ticks of host work of a step, by its sequences.
+
+    None for llama.cpp, whose loop has no scheduler in Python, and none where a fit to whole engines has it already.
+    """
+    sequences = np.arange(step.deployment.engine.max_num_seqs + 1, dtype=np.float64)
+    if step.deployment.engine.kind == "llamacpp" or step.deployment.engine_fit is not None:
+        return [0] * len(sequences)
+    seconds = np.asarray(step.host_step_seconds(sequences), dtype=np.float64)
+    ticks: list[int] = np.rint(seconds * TICKS_PER_SECOND).astype(np.int64).tolist()
+    return ticks
 
 
 def _foreseeable(deployment: Deployment, source: ArrivalSource) -> bool:
@@ -200,6 +215,7 @@ def _split_decode_time(replica: ReplicaEngine, tables: StepTables, step: StepMod
         unpack = replica.batch.unpack_total
     decode.compression += unpack
     decode.attention += replica.variable_total - unpack
+    decode.overhead += replica.record.host_ticks
     replica.record.decode = decode
 
 

@@ -36,5 +36,13 @@ class EngineSpec(Spec):
     attention_kernel: str = "auto"
     """Attention kernel as calibration sets name it, such as ``vllm/flash_attn_fa3``, for the operations and formats
     that it has; ``auto`` takes the set's default."""
+    async_scheduling: bool | None = None
+    """Plan a step while the one before it runs; None takes the engine's default: on, off for llama.cpp.
+    Source: vLLM 0.15.1 config/vllm.py, on for the mp and uni executors."""
     cuda_graphs: bool = True
     """Pad decode batches to captured sizes and pay one launch per graph instead of one per kernel."""
+
+    @property
+    def schedules_ahead(self) -> bool:
+        """Whether a step is planned while the one before it runs."""
+        return self.kind != "llamacpp" if self.async_scheduling is None else self.async_scheduling

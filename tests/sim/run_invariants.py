@@ -26,14 +26,16 @@ class AuditedScheduler(Scheduler):
         self.audits = 0
         self.ledger.append(self)
 
-    def schedule(self, now_ticks: int, seats_taken: int) -> list[Chunk]:
+    def schedule(self, now_ticks: int, seats_taken: int, start_ticks: int) -> list[Chunk]:
         # A sequence that is compacted aside is in no list; a prompt that comes back from the host is paid for ahead.
-        if not seats_taken and (self.sharing is None or self.sharing.host is None):
+        if seats_taken == len(self.leaving) and (self.sharing is None or self.sharing.host is None):
             self.audit()
-        return super().schedule(now_ticks, seats_taken)
+        return super().schedule(now_ticks, seats_taken, start_ticks)
 
     def audit(self) -> None:
         held = sum(self._own_bytes(sequence) for sequence in self.batch.active.values())
+        for _, sequence, held_bytes in self.leaving:
+            held += (held_bytes or 0)
         if self.partial is not None:
             held += self.prefill_bytes(self.partial.done) - self._shared(self.partial)
         if self.sharing is not None:
