@@ -141,6 +141,8 @@ class ReplicaEngine:
                     lone, last = True, ticks
                 else:
                     aside = len(self.waits) + len(scheduler.loaded) + len(scheduler.leaving)
+                    if self._side_stream:
+                        aside += sum(left > 0 for _, _, left in self._prompts_out)
                     chunks = scheduler.schedule(self.seen, aside, self.now)
                     if scheduler.loads:
                         self._start_loads()
@@ -182,10 +184,7 @@ class ReplicaEngine:
                     steps, ticks, last = self._plan_run()
             # The next plan counts the step's tokens; what ends with it comes out once the clock is there.
             prompts, leaving, ended = self._prompts_out, scheduler.leaving, self.now
-            if prompts:
-                self._prompts_out = []
-            if leaving:
-                scheduler.leaving = []
+            self._prompts_out, scheduler.leaving = [], []
             self.now += ticks
             if steps:
                 self._advance(steps)

@@ -23,6 +23,7 @@ from sim_cases import (
 )  # fmt: skip
 
 from kvsim.cost.tables import build_tables
+from kvsim.sim.run import host_work_ticks
 from kvsim.units import TICKS_PER_SECOND
 
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -34,6 +35,7 @@ def price_of(case: Case) -> Price:
     """Price of a step of ``case``: the tables, one price per attended token, prefill attention chunk by chunk."""
     step, engine = step_model(case.deployment), case.deployment.engine
     tables = build_tables(step, engine.max_num_batched_tokens, engine.max_num_seqs)
+    host_work = host_work_ticks(step)
 
     def price(decoding: Sequence[int], prompts: Sequence[tuple[int, int]], completed: int) -> int:
         size, tokens = len(decoding), sum(chunk for chunk, _ in prompts)
@@ -45,7 +47,8 @@ def price_of(case: Case) -> Price:
             ticks += tables.append[tokens] + (0 if size else tables.append_launch)
         for chunk, cached in prompts:
             ticks += sum(round(float(s) * TICKS_PER_SECOND) for s in step.prefill_attention_seconds(chunk, cached))
-        return ticks
+        host_ticks = host_work[size + len(prompts)]
+        return max(ticks, host_ticks) if engine.schedules_ahead else ticks + host_ticks
 
     return price
 
@@ -60,7 +63,7 @@ def assert_equals_plain(case: Case) -> None:
         PlainReplica(
             blocks=case.plan.num_blocks, block_size=engine.block_size, max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens, max_model_len=case.max_model_len,
-            chunked=engine.enable_chunked_prefill, price=price,
+            chunked=engine.enable_chunked_prefill, price=price, ahead=engine.schedules_ahead,
         )
         for _ in range(case.deployment.replicas)
     ]  # fmt: skip
