@@ -20,7 +20,9 @@ class SequenceState:
     ``held`` are bytes on top of its growing blocks (negative where blocks are shared through the prefix cache).
     """
 
-    __slots__ = ("alive", "done", "finish", "held", "index", "joined", "order", "pinned", "profile", "slope", "target", "ticks")  # fmt: skip
+    __slots__ = (
+        "alive", "done", "finish", "held", "index", "joined", "order", "pinned", "profile", "slope", "target", "ticks",
+    )  # fmt: skip
 
     joined: int
     order: int

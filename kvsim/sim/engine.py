@@ -259,7 +259,7 @@ class ReplicaEngine:
 
     # --- decode runs ------------------------------------------------------------------------------------------------
 
-    def _plan_run(self) -> tuple[int, int, int]:
+    def _plan_run(self) -> tuple[int, int, int]:  # noqa: C901, PLR0912 - hot, as the loop itself
         """Take steps until something can change: (steps, ticks, ticks of the last), written down.
 
         No steps where the pool is dry.

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
+from kvsim.cost.front_end import front_end
+from kvsim.cost.host import host_seconds
 from kvsim.cost.priors import Edge, look_up
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
@@ -21,7 +23,7 @@ from kvsim.errors import InvariantViolation
 from kvsim.memory import MemoryPlan
 from kvsim.pool import prefill_growths
 from kvsim.requests import RequestTable
-from kvsim.sim.arrivals import ArrivalSource
+from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
 from kvsim.sim.engine import ReplicaEngine
 from kvsim.sim.host_tier import HostTier, HostTierLimits
 from kvsim.sim.prefix_cache import PrefixCache
@@ -59,9 +61,12 @@ def run_requests(
     step = StepModel(deployment, build_rates(deployment.device, deployment.priors, edge))
     engine = deployment.engine
     tables = build_tables(step, engine.max_num_batched_tokens, engine.max_num_seqs)
-    source = ArrivalSource(env, requests, routing)
+    front = front_end_ticks(front_end(deployment, edge))
+    source = ArrivalSource(env, requests, routing, front)
     count = len(requests)
-    log = RequestLog(source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count)
+    log = RequestLog(
+        source.sent_ticks, source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count, front.egress
+    )
     lengths = (requests.prompt_tokens.tolist(), requests.output_tokens.tolist())
     limits = _limits(deployment, plan, max_model_len)
     replicas = []
@@ -94,15 +99,9 @@ def run_requests(
 
 
 def host_work_ticks(step: StepModel) -> list[int]:
-    """Ticks of host work of a step, by its sequences.
-
-    None for llama.cpp, whose loop has no scheduler in Python, and none where a fit to whole engines has it already.
-    """
+    """Ticks of host work of a step, by its sequences."""
     sequences = np.arange(step.deployment.engine.max_num_seqs + 1, dtype=np.float64)
-    if step.deployment.engine.kind == "llamacpp" or step.deployment.engine_fit is not None:
-        return [0] * len(sequences)
-    seconds = np.asarray(step.host_step_seconds(sequences), dtype=np.float64)
-    ticks: list[int] = np.rint(seconds * TICKS_PER_SECOND).astype(np.int64).tolist()
+    ticks: list[int] = np.rint(np.asarray(host_seconds(step, sequences)) * TICKS_PER_SECOND).astype(np.int64).tolist()
     return ticks
 
 

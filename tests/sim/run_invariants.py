@@ -34,8 +34,7 @@ class AuditedScheduler(Scheduler):
 
     def audit(self) -> None:
         held = sum(self._own_bytes(sequence) for sequence in self.batch.active.values())
-        for _, sequence, held_bytes in self.leaving:
-            held += (held_bytes or 0)
+        held += sum(held_bytes or 0 for _, _, held_bytes in self.leaving)
         if self.partial is not None:
             held += self.prefill_bytes(self.partial.done) - self._shared(self.partial)
         if self.sharing is not None:
@@ -98,7 +97,7 @@ def _lives(case: Case, result: RunResult) -> None:
     log = result.log
     for index, fits in enumerate(case.admitted):
         assert log.rejected[index] is not bool(fits)
-        assert 0 <= log.arrived[index] <= result.end_ticks
+        assert 0 <= log.sent[index] <= log.arrived[index] <= result.end_ticks
         if fits:
             assert log.arrived[index] <= log.scheduled[index] < log.first_token[index] <= log.finished[index]
             assert log.finished[index] <= result.end_ticks
@@ -106,7 +105,7 @@ def _lives(case: Case, result: RunResult) -> None:
             assert (log.scheduled[index], log.first_token[index], log.finished[index]) == (-1, -1, -1)
         parent = case.requests.parent[index]
         if parent >= 0 and not log.rejected[parent]:
-            assert log.arrived[index] == log.finished[parent] + case.requests.delay_ticks[index]
+            assert log.sent[index] == log.finished[parent] + log.egress_ticks + case.requests.delay_ticks[index]
 
 
 def _gaps(case: Case, result: RunResult) -> None:

@@ -51,7 +51,8 @@ def base_deployment(model: str, strategy: str, engine: EngineSpec, replicas: int
 
 
 def deploy(model: str = "llama-3.1-8b", strategy: str = "native", **options: Any) -> Deployment:
-    """A deployment; ``options`` are EngineSpec's, and ``replicas`` and ``ranks``."""
+    """A deployment; ``options`` are EngineSpec's, and ``replicas`` and ``ranks``. No front end unless asked for."""
+    options.setdefault("request_overhead_s", 0.0)
     replicas, ranks = options.pop("replicas", 1), options.pop("ranks", 8 if model == "deepseek-v3.2" else 1)
     return base_deployment(model, strategy, EngineSpec(**options), replicas, ranks)
 
