@@ -37,6 +37,8 @@ ClockedAnswer = Generator[simpy.Event, Any, bool]
 PromptOut = tuple[SequenceState, int, int]
 """(sequence, when its latest token came out or -1, tokens still to come where it is compacted aside first)."""
 UNKNOWN = -1
+LONE_STRIDE_TICKS = 10 * TICKS_PER_SECOND
+"""How far a replica without neighbours goes before it moves the clock."""
 
 
 class Flight(NamedTuple):
@@ -129,18 +131,20 @@ class ReplicaEngine:
         its own state, so they are taken ahead of the clock and paid for in one event.
         """
         env, source, scheduler, batch = self.env, self.source, self.scheduler, self.batch
-        overlaps = self.overlaps
+        overlaps, runs_ahead, waits = self.overlaps, self._runs_ahead, self.waits
+        # Nobody else looks at the clock of a replica that is alone; it still moves now and then, to show progress.
+        clock_from = LONE_STRIDE_TICKS if runs_ahead and len(source.replicas) == 1 else 0
         while True:
             if source.next_ticks <= self.seen:
                 source.deliver(self.seen)
-            if self.waits:
-                self.waits.settle()
+            if not runs_ahead and waits:
+                waits.settle()
             lone, chunks, steps, ticks = False, None, 0, 0
             if scheduler.waiting or scheduler.partial is not None or scheduler.loaded:
                 if self._plain and len(scheduler.waiting) == 1 and (ticks := self._begin_lone_prompt()):
                     lone, last = True, ticks
                 else:
-                    aside = len(self.waits) + len(scheduler.loaded) + len(scheduler.leaving)
+                    aside = len(waits) + len(scheduler.loaded) + len(scheduler.leaving)
                     if self._side_stream:
                         aside += sum(left > 0 for _, _, left in self._prompts_out)
                     chunks = scheduler.schedule(self.seen, aside, self.now)
@@ -171,7 +175,7 @@ class ReplicaEngine:
                 if self._in_company:
                     yield from self._step_in_company([])
                     continue
-                if self._shares_device or self._late:
+                if not runs_ahead and (self._shares_device or self._late):
                     yield from self._shared_step()
                     continue
                 steps, ticks, last = self._plan_run()
@@ -193,8 +197,10 @@ class ReplicaEngine:
             elif chunks:
                 self._end_mixed(chunks, ending, ticks)
             self.seen = self.now - last if overlaps else self.now
-            if self.seen >= source.next_ticks or not self._runs_ahead:
-                yield env.timeout(self.seen - int(env.now))
+            if self.seen >= source.next_ticks or not runs_ahead:
+                if self.seen >= clock_from:
+                    yield env.timeout(self.seen - int(env.now))
+                    clock_from = clock_from and self.seen + LONE_STRIDE_TICKS
                 # Before anything comes out: the router sees who was there when the request came.
                 source.deliver(self.seen)
             if not overlaps:
