@@ -135,13 +135,14 @@ class ReplicaEngine:
         overlaps, runs_ahead, waits = self.overlaps, self._runs_ahead, self.waits
         # Nobody else looks at the clock of a replica that is alone; it still moves now and then, to show progress.
         clock_from = LONE_STRIDE_TICKS if runs_ahead and len(source.replicas) == 1 else 0
+        # The loop that knows nothing but prompts and decoding takes over where it may.
         sprints = self._plain and clock_from > 0 and not source.is_dynamic
         while True:
             if sprints and not (scheduler.waiting or scheduler.partial or self._prompts_out):
                 sprint(self, clock_from)
             if source.next_ticks <= self.seen:
                 source.deliver(self.seen)
-            if not runs_ahead and waits:
+            if waits:
                 waits.settle()
             lone, chunks, steps, ticks = False, None, 0, 0
             if scheduler.waiting or scheduler.partial is not None or scheduler.loaded:
@@ -179,7 +180,7 @@ class ReplicaEngine:
                 if self._in_company:
                     yield from self._step_in_company([])
                     continue
-                if not runs_ahead and (self._shares_device or self._late):
+                if self._shares_device or self._late:
                     yield from self._shared_step()
                     continue
                 steps, ticks, last = self._plan_run()
