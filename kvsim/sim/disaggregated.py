@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import simpy
 from simpy.events import NORMAL, EventPriority
@@ -19,7 +19,7 @@ from kvsim.deployment import Deployment
 from kvsim.errors import InvariantViolation
 from kvsim.memory import MemoryPlan
 from kvsim.requests import RequestTable
-from kvsim.sim.arrivals import ArrivalSource, Source, front_end_ticks
+from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
 from kvsim.sim.batch import SequenceState
 from kvsim.sim.engine import PromptOut, ReplicaEngine
 from kvsim.sim.fabric import Fabric
@@ -250,7 +250,12 @@ class _Builder:
     max_model_len: int
     edge: Edge
 
-    def build(self, pool: Pool, engine_class: type[EngineT], sources: Sequence[Source]) -> _BuiltPool[EngineT]:
+    def build(
+        self,
+        pool: Pool,
+        engine_class: type[EngineT],
+        sources: Sequence[ArrivalSource | HandoverSource],
+    ) -> _BuiltPool[EngineT]:
         deployment, requests = pool.deployment, self.requests
         step = StepModel(deployment, build_rates(deployment.device, deployment.priors, self.edge))
         tables = build_tables(step, deployment.engine.max_num_batched_tokens, deployment.engine.max_num_seqs)
@@ -262,7 +267,8 @@ class _Builder:
             replica = engine_class(
                 self.env,
                 device,
-                source,
+                # One that offers has all that an engine uses which never runs ahead of the clock.
+                cast("ArrivalSource", source),
                 lengths,
                 self.log,
                 step,
