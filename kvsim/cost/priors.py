@@ -79,6 +79,8 @@ class Priors(Spec):
     host_link_efficiency: PriorTable
     host_copy_efficiency: PriorTable
     unpack_ops_per_element: dict[str, PriorTable]
+    host_step_s: PriorTable
+    host_step_per_sequence_s: PriorTable
     usable_memory_fraction: PriorTable
     runtime_memory_bytes: PriorTable
     power_fraction: PriorTable
