@@ -351,7 +351,12 @@ def _calibration_name(deployment: Deployment) -> str:
 
 
 def _kernels(deployment: Deployment) -> tuple[KernelUsed, ...]:
-    used = ((pricing.operation, pricing.kernel) for pricing in pricings(deployment))
+    used = (
+        (pricing.operation, member)
+        for pricing in pricings(deployment)
+        if pricing.kernel is not None
+        for member in pricing.kernel.members
+    )
     return tuple(
         KernelUsed(
             operation=operation,
@@ -361,7 +366,6 @@ def _kernels(deployment: Deployment) -> tuple[KernelUsed, ...]:
             basis=kernel.basis,
         )
         for operation, kernel in dict.fromkeys(used)
-        if kernel is not None
     )
 
 

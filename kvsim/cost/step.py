@@ -26,7 +26,8 @@ from kvsim.cost.calibrated import (
     summed_table,
 )
 from kvsim.cost.estimator import PricedGemm, all_reduce_seconds, prefill_attention_seconds, price_gemm, query_key_pairs
-from kvsim.cost.kernels import Kernel, all_reduce_kernel, linear_kernels
+from kvsim.cost.kernels import Kernel, all_reduce_kernel
+from kvsim.cost.linear import linear_kernels
 from kvsim.cost.projection import ClassKernels, attention_kernels
 from kvsim.cost.rates import Rates
 from kvsim.cost.sequence import SequenceModel, ops_seconds
