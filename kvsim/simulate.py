@@ -260,7 +260,7 @@ def _mean_batch(one: Outcome, prepared: Prepared) -> int:
     if not decode_s or not mean:
         return 1
     sequences = one.itl.count * mean / (decode_s + sum(one.prefill.values()))
-    return max(1, min(round(sequences), prepared.deployment.engine.max_num_seqs))
+    return max(1, min(round(sequences), prepared.deployment.max_running))
 
 
 def assemble(

@@ -22,6 +22,7 @@ from kvsim.cost.tables import StepTables
 from kvsim.errors import InvariantViolation
 from kvsim.sim.arrivals import NEVER, ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
+from kvsim.sim.lanes import LanePricing, Piece
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
 from kvsim.sim.scheduler import Chunk, PrefixSharing, Scheduler, SchedulerLimits
@@ -73,7 +74,11 @@ class ReplicaEngine:
         """Sequences that wait for a compaction or for blocks from the host; each has a seat."""
         self._side_stream = step.deployment.engine.compression_stream == "side"
         self._runs_ahead = coalesce and not self._side_stream and self._host is None
-        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None
+        self._lanes = LanePricing(step.deployment, step, tables) if tables.factors is not None else None
+        self._factors = tables.factors
+        self.unscaled_total = 0
+        """``variable_total`` before each batch's factor, where sequences are dealt to lanes."""
+        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None and self._lanes is None
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)
         self._late: dict[int, int] = {}
@@ -181,8 +186,10 @@ class ReplicaEngine:
     def _plan_run(self) -> tuple[int, int]:
         """Take steps until something can change: (steps, ticks), written down; no steps where the pool is dry."""
         batch, scheduler = self.batch, self.scheduler
-        size, slope = batch.size, batch.slope
-        first = self.tables.step[size] + batch.variable
+        size, slope, variable = batch.size, batch.slope, batch.variable
+        if self._factors is not None:
+            slope, variable = slope * self._factors[size], variable * self._factors[size]
+        first = self.tables.step[size] + variable
         # Who waits was held back for as long as nobody ends, or a step that preempted did not look at the queue.
         steps = 1
         if self.coalesce and (scheduler.looked or not scheduler.waiting):
@@ -206,6 +213,8 @@ class ReplicaEngine:
             steps, ticks = steps_to_cover(gap, first, slope)
         self.decode_steps[size] += steps
         self.variable_total += ticks - steps * self.tables.step[size]
+        if self._factors is not None:
+            self.unscaled_total += (ticks - steps * self.tables.step[size]) // self._factors[size]
         self.record.runs.append((steps, size, first, slope))
         return steps, ticks
 
@@ -242,7 +251,7 @@ class ReplicaEngine:
 
     def _begin_mixed(self, chunks: list[Chunk]) -> tuple[int, list[SequenceState]]:
         """Write down one step of all decoding sequences and some prompts: (ticks, prompts that it completes)."""
-        batch, tables = self.batch, self.tables
+        batch = self.batch
         tokens = compress = 0
         ending = []
         for sequence, chunk in chunks:
@@ -253,12 +262,19 @@ class ReplicaEngine:
                     profile = sequence.profile = self.step.sequences.profile(sequence.target)
                     compress += profile.compress_ticks
         ticks = self._prefill_ticks(chunks, tokens, len(ending), 0 if self._side_stream else compress)
-        size = batch.size
-        if size:
-            self.decode_steps[size] += 1
-            self.variable_total += batch.variable
-            ticks += tables.step[size] + batch.variable
+        if batch.size:
+            ticks += self._count_decode_step()
         return ticks, ending
+
+    def _count_decode_step(self) -> int:
+        """Write down one decode step of the whole batch; its ticks."""
+        size, variable = self.batch.size, self.batch.variable
+        if self._factors is not None:
+            self.unscaled_total += variable
+            variable *= self._factors[size]
+        self.decode_steps[size] += 1
+        self.variable_total += variable
+        return self.tables.step[size] + variable
 
     def _end_mixed(self, chunks: list[Chunk], ending: list[SequenceState], lasted: int) -> None:
         batch = self.batch
@@ -289,6 +305,8 @@ class ReplicaEngine:
 
     def _prefill_ticks(self, chunks: list[Chunk], tokens: int, ending: int, compress: int) -> int:
         """What the chunks add to a step: the difference of the tables, attention, and encoding the new tokens."""
+        if self._lanes is not None:
+            return self._lane_prefill_ticks(self._lanes, chunks)
         tables, size = self.tables, self.batch.size
         compression = compress + tables.append[tokens]
         if not size:
@@ -304,6 +322,20 @@ class ReplicaEngine:
         self.record.prompts.append((size, tokens, ending, attention, compression))
         base, head = tables.base, tables.head
         return base[size + tokens] - base[size] + head[size + ending] - head[size] + attention + compression
+
+    def _lane_prefill_ticks(self, lanes: LanePricing, chunks: list[Chunk]) -> int:
+        """The same where the chunks are dealt to lanes: what the fullest one takes longer."""
+        pieces = []
+        for sequence, chunk in chunks:
+            ends, profile = sequence.done + chunk == sequence.target, sequence.profile
+            compress = profile.compress_ticks if ends and profile is not None and not self._side_stream else 0
+            pieces.append(Piece(chunk, sequence.done, ends, compress))
+        size, record = self.batch.size, self.record
+        fullest = lanes.prompts(pieces, size)
+        decoding = self.step.deployment.parallelism.sequences_per_lane(size)
+        record.prompts.append((decoding, fullest.tokens, fullest.ending, fullest.attention, fullest.compression))
+        record.other_lanes_tokens += sum(piece.tokens for piece in pieces) - fullest.tokens
+        return fullest.ticks
 
     def _begin_lone_prompt(self) -> int:
         """Start the step of the one waiting request, the commonest of all, without a plan; its ticks.
@@ -409,7 +441,8 @@ class ReplicaEngine:
     def _occupy(self, ticks: int) -> simpy.Event:
         """The engine's step as an activity that shares the device with compaction."""
         size = self.batch.size
-        decode = self.tables.step[size] + self.batch.variable if size else 0
+        factor = self._factors[size] if self._factors is not None else 1
+        decode = self.tables.step[size] + self.batch.variable * factor if size else 0
         demand = Demand(hbm=decode / ticks, compute=(ticks - decode) / ticks)
         return self.device.start(ticks, demand, "step").done
 
@@ -427,9 +460,7 @@ class ReplicaEngine:
             self._forget_preempted()
             if not batch.size:
                 return
-        size, ticks = batch.size, self.tables.step[batch.size] + batch.variable
-        self.decode_steps[size] += 1
-        self.variable_total += batch.variable
+        size, ticks = batch.size, self._count_decode_step()
         yield self._occupy(ticks)
         ticks = self._contended(ticks)
         self.now += ticks

@@ -8,7 +8,8 @@ Run = tuple[int, int, int, int]
 """(steps, sequences, ticks of the first step, growth per step): every sequence waits each step's length once."""
 
 PromptStep = tuple[int, int, int, int, int]
-"""(decoding sequences, prompt tokens, prompts completed, attention ticks, compression ticks) of one step."""
+"""(decoding sequences, prompt tokens, prompts completed, attention ticks, compression ticks) of one step, in its
+fullest lane."""
 
 
 @dataclass
@@ -35,6 +36,8 @@ class ReplicaRecord:
     gaps: list[int] = field(default_factory=list)
     """Single inter-token gaps that span a preemption or a compaction."""
     prompts: list[PromptStep] = field(default_factory=list)
+    other_lanes_tokens: int = 0
+    """Prompt tokens that lanes beside the fullest processed in the same steps."""
     aside_ticks: int = 0
     """Compression that ran on a side stream."""
     prefill: PhaseTicks = field(default_factory=PhaseTicks)
@@ -56,7 +59,7 @@ class ReplicaRecord:
     @property
     def prefilled_tokens(self) -> int:
         """Prompt tokens processed, recomputed ones included."""
-        return sum(step[1] for step in self.prompts)
+        return sum(step[1] for step in self.prompts) + self.other_lanes_tokens
 
 
 @dataclass

@@ -28,7 +28,8 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from kvsim.closed_form import decode_split, prefill_split
-from kvsim.cost.estimator import all_reduce_seconds, query_key_pairs, smooth_maximum
+from kvsim.cost.collectives import all_reduce_seconds
+from kvsim.cost.estimator import query_key_pairs, smooth_maximum
 from kvsim.cost.priors import Edge, load_priors
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import captured_size
