@@ -20,6 +20,8 @@ LOGIT_BYTES = 2.0
 """The LM head's output is gathered in the model's 16-bit dtype."""
 PASSED_TENSORS = 2
 """Hidden states and residual, which vLLM passes from one stage to the next."""
+FP8_AND_HALF = 1.5
+"""Bytes sent and received of a hidden element, over its size in 16 bits: 8 bits out, 16 back."""
 ALL_REDUCE, GATHER = 2.0, 1.0
 """How often a collective moves its message over the links: reduce-scatter and all-gather, or one of them."""
 
@@ -106,13 +108,19 @@ class StepCommunication:
             gathered = rows * self._parallel.data * self._hidden_bytes
             ranks = self._group_span()
             return 2.0 * gather_seconds(gathered, ranks, self._rates)
-        latency_s, share = self._rates.deepep(self._backend)
-        link = self._rates.link_peak_bytes_per_s or float("inf")
-        if self._parallel.num_devices > self._rates.domain_devices:
-            link = self._rates.node_link_bytes_per_s
-        # FP8 out, 16 bits back, to every expert's rank but one's own.
-        remote = min(self._top_k, self._parallel.expert_ranks) * (1.0 - 1.0 / self._parallel.expert_ranks)
-        return Exchange(latency_s, link * share, remote * self._hidden_bytes * 1.5).seconds(rows)
+        return self._all_to_all().seconds(rows)
+
+    def _all_to_all(self) -> Exchange:
+        """DeepEP: FP8 out, 16 bits back, once to every rank that has one of a token's experts, but not to one's own."""
+        rates, ranks = self._rates, self._parallel.expert_ranks
+        latency_s, share = rates.deepep(self._backend)
+        rate = (rates.link_peak_bytes_per_s or float("inf")) * share
+        remote = min(self._top_k, ranks) * (1.0 - 1.0 / ranks)
+        if self._parallel.num_devices > rates.domain_devices:
+            domains = -(-self._parallel.num_devices // rates.domain_devices)
+            latency_s, rate = latency_s + 2.0 * rates.node_latency_s, rates.node_link_bytes_per_s
+            remote = min(self._top_k, ranks) * (1.0 - 1.0 / domains)
+        return Exchange(latency_s, rate, remote * self._hidden_bytes * FP8_AND_HALF)
 
     def _group_span(self) -> int:
         """Ranks of the data parallel group; they span as many domains as all ranks do."""

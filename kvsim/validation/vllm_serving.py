@@ -187,7 +187,9 @@ def setup_of(run: Run) -> Setup:
         gpu_memory_utilization=run.gpu_memory_utilization,
         num_gpu_blocks_override=run.total_kv_blocks,
     )
-    return Setup(find_preset(run.model) or "", find_device(run.hardware) or "", ranks=run.tp, engine=engine)
+    return Setup(
+        find_preset(run.model) or "", find_device(run.hardware) or "", ranks=run.tp, engine=engine, greedy=False
+    )
 
 
 def requests_of(run: Run) -> tuple[RequestTable, np.ndarray[tuple[int], np.dtype[np.int64]]]:
