@@ -103,7 +103,7 @@ def _prefill_terms(deployment: Deployment, steps: list[StepModel], prompt_tokens
             priors.prefill_attention_efficiency,
         ),
         Component.COMPRESSION: ("quantise new tokens, unpack earlier chunks, score and compact", None),
-        Component.COMMUNICATION: ("all-reduces x (latency + 2(r-1)/r·bytes/link)", _link_prior(deployment)),
+        Component.COMMUNICATION: (_collectives_formula(deployment), _link_prior(deployment)),
         Component.OVERHEAD: ("4 elementwise kernels a layer: launch + bytes/bandwidth", priors.elementwise_launch_s),
     }
     terms = []
@@ -218,7 +218,7 @@ def _collectives_formula(deployment: Deployment) -> str:
         parts.append(f"a dispatch and a combine per MoE layer over {parallel.data} ranks ({backend})")
     if parallel.pipeline > 1:
         parts.append(f"{parallel.pipeline} sends of hidden states and residual")
-    return " + ".join(parts)
+    return " + ".join(parts) or "one rank exchanges nothing"
 
 
 def _sampling_formula(deployment: Deployment) -> str:
@@ -252,7 +252,9 @@ def _gemm_term(deployment: Deployment, priced: PricedGemm | CalibratedGemm, rows
             "decode", gemm.name, f"{gemm.count} x kernel({rows} x {gemm.k} x {gemm.n})", values, kernel.basis, source
         )
     formula = f"{gemm.count} x (launch + smooth max(weights+activations/BW, 2·{rows}·{gemm.k}·{gemm.n} FLOPs/rate))"
-    source = _source(deployment, deployment.priors.weight_streaming_efficiency)
+    priors = deployment.priors
+    grouped = gemm.num_experts > 0 and deployment.engine_fit is None
+    source = _source(deployment, priors.grouped_streaming_efficiency if grouped else priors.weight_streaming_efficiency)
     return _term("decode", gemm.name, formula, values, _estimated_basis(deployment), source)
 
 
