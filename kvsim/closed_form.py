@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvsim.cost.host import exposed_host_seconds
 from kvsim.cost.step import StepModel
 from kvsim.ops import Component
 from kvsim.units import TICKS_PER_SECOND
@@ -42,6 +43,7 @@ def _chunk_split(step: StepModel, tokens: int, context_tokens: int) -> Split:
     attention_s, unpack_s = step.prefill_attention_seconds(tokens, context_tokens)
     split[Component.ATTENTION] += float(attention_s)
     split[Component.COMPRESSION] += float(unpack_s) + step.append_launch_s + tokens * step.append_s_per_token
+    split[Component.OVERHEAD] += exposed_host_seconds(step, 1, total_seconds(split))
     return split
 
 
@@ -56,6 +58,7 @@ def decode_split(step: StepModel, batch: int, prompt_tokens: int, generated_toke
     segment_ticks, unpack_ticks = (factor * ticks for ticks in variable_ticks(step, prompt_tokens, generated_tokens))
     split[Component.ATTENTION] += float(attention_s) + batch * (segment_ticks - unpack_ticks) / TICKS_PER_SECOND
     split[Component.COMPRESSION] += float(compression_s) + batch * unpack_ticks / TICKS_PER_SECOND
+    split[Component.OVERHEAD] += exposed_host_seconds(step, sequences, total_seconds(split))
     return split
 
 

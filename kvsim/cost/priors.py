@@ -92,6 +92,8 @@ class Priors(Spec):
     vocabulary_sort_per_token_s: PriorTable
     host_link_efficiency: PriorTable
     host_copy_efficiency: PriorTable
+    request_overhead_s: PriorTable
+    request_ingress_share: PriorTable
     unpack_ops_per_element: dict[str, PriorTable]
     host_step_s: PriorTable
     host_step_per_sequence_s: PriorTable
