@@ -25,6 +25,7 @@ from kvsim.cost.tables import StepTables
 from kvsim.errors import InvariantViolation
 from kvsim.sim.arrivals import NEVER, ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
+from kvsim.sim.lanes import LanePricing, Piece
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
 from kvsim.sim.scheduler import Chunk, Leaving, PrefixSharing, Scheduler, SchedulerLimits
@@ -107,7 +108,11 @@ class ReplicaEngine:
         """Whether every step is an activity of the shared device, whose end is known when it comes."""
         self._foresees_ends = self._runs_ahead and sharing is None and step.deployment.replicas == 1
         """Whether what a sequence's end changes can be worked out ahead of the clock."""
-        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None
+        self._lanes = LanePricing(step.deployment, step, tables) if tables.factors is not None else None
+        self._factors = tables.factors
+        self.unscaled_total = 0
+        """``variable_total`` before each batch's factor, where sequences are dealt to lanes."""
+        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None and self._lanes is None
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)
         self._late: dict[int, int] = {}
@@ -276,8 +281,10 @@ class ReplicaEngine:
         No steps where the pool is dry.
         """
         batch, scheduler = self.batch, self.scheduler
-        size, slope = batch.size, batch.slope
-        first = self.tables.step[size] + batch.variable
+        size, slope, variable = batch.size, batch.slope, batch.variable
+        if self._factors is not None:
+            slope, variable = slope * self._factors[size], variable * self._factors[size]
+        first = self.tables.step[size] + variable
         # Who waits was held back for as long as nobody ends, or a step that preempted did not look at the queue.
         steps = 1
         if self.coalesce and (scheduler.looked or not scheduler.waiting):
@@ -324,6 +331,8 @@ class ReplicaEngine:
             own = steps * own_first + own_slope * (steps * (steps - 1) // 2)
             self.record.host_ticks += ticks - own
         self.variable_total += own - steps * self.tables.step[size]
+        if self._factors is not None:
+            self.unscaled_total += (own - steps * self.tables.step[size]) // self._factors[size]
         self.record.runs.append((steps, size, first, slope))
         return steps, ticks, last
 
@@ -374,7 +383,7 @@ class ReplicaEngine:
 
     def _begin_mixed(self, chunks: list[Chunk]) -> tuple[int, list[SequenceState]]:
         """Write down one step of all decoding sequences and some prompts: (ticks, prompts that it completes)."""
-        batch, tables = self.batch, self.tables
+        batch = self.batch
         tokens = compress = 0
         ending = []
         for sequence, chunk in chunks:
@@ -385,12 +394,19 @@ class ReplicaEngine:
                     profile = sequence.profile = self.step.sequences.profile(sequence.target)
                     compress += profile.compress_ticks
         ticks = self._prefill_ticks(chunks, tokens, len(ending), 0 if self._side_stream else compress)
-        size = batch.size
-        if size:
-            self.decode_steps[size] += 1
-            self.variable_total += batch.variable
-            ticks += tables.step[size] + batch.variable
-        return self._add_host_work(ticks, size + len(chunks)), ending
+        if batch.size:
+            ticks += self._count_decode_step()
+        return self._add_host_work(ticks, batch.size + len(chunks)), ending
+
+    def _count_decode_step(self) -> int:
+        """Write down one decode step of the whole batch; its ticks."""
+        size, variable = self.batch.size, self.batch.variable
+        if self._factors is not None:
+            self.unscaled_total += variable
+            variable *= self._factors[size]
+        self.decode_steps[size] += 1
+        self.variable_total += variable
+        return self.tables.step[size] + variable
 
     def _end_mixed(self, chunks: list[Chunk], ending: list[SequenceState], lasted: int) -> None:
         batch = self.batch
@@ -424,6 +440,8 @@ class ReplicaEngine:
 
     def _prefill_ticks(self, chunks: list[Chunk], tokens: int, ending: int, compress: int) -> int:
         """What the chunks add to a step: the difference of the tables, attention, and encoding the new tokens."""
+        if self._lanes is not None:
+            return self._lane_prefill_ticks(self._lanes, chunks)
         tables, size = self.tables, self.batch.size
         compression = compress + tables.append[tokens]
         if not size:
@@ -439,6 +457,20 @@ class ReplicaEngine:
         self.record.prompts.append((size, tokens, ending, attention, compression))
         base, head = tables.base, tables.head
         return base[size + tokens] - base[size] + head[size + ending] - head[size] + attention + compression
+
+    def _lane_prefill_ticks(self, lanes: LanePricing, chunks: list[Chunk]) -> int:
+        """The same where the chunks are dealt to lanes: what the fullest one takes longer."""
+        pieces = []
+        for sequence, chunk in chunks:
+            ends, profile = sequence.done + chunk == sequence.target, sequence.profile
+            compress = profile.compress_ticks if ends and profile is not None and not self._side_stream else 0
+            pieces.append(Piece(chunk, sequence.done, ends, compress))
+        size, record = self.batch.size, self.record
+        fullest = lanes.prompts(pieces, size)
+        decoding = self.step.deployment.parallelism.sequences_per_lane(size)
+        record.prompts.append((decoding, fullest.tokens, fullest.ending, fullest.attention, fullest.compression))
+        record.other_lanes_tokens += sum(piece.tokens for piece in pieces) - fullest.tokens
+        return fullest.ticks
 
     def _begin_lone_prompt(self) -> int:
         """Start the step of the one waiting request, the commonest of all, without a plan; its ticks.
@@ -540,7 +572,8 @@ class ReplicaEngine:
     def _demand(self, ticks: int) -> Demand:
         """What a step of ``ticks`` asks of the device: memory while it decodes, compute for prompts."""
         size = self.batch.size
-        decode = self.tables.step[size] + self.batch.variable if size else 0
+        factor = self._factors[size] if self._factors is not None else 1
+        decode = self.tables.step[size] + self.batch.variable * factor if size else 0
         return Demand(hbm=decode / ticks, compute=(ticks - decode) / ticks)
 
     def _contended(self, alone: int) -> int:
@@ -570,10 +603,7 @@ class ReplicaEngine:
 
     def _begin_decode_step(self) -> int:
         """Write down one step of all decoding sequences, which may share the device; its ticks alone."""
-        size, variable = self.batch.size, self.batch.variable
-        self.decode_steps[size] += 1
-        self.variable_total += variable
-        return self._add_host_work(self.tables.step[size] + variable, size)
+        return self._add_host_work(self._count_decode_step(), self.batch.size)
 
     def _step_in_company(self, chunks: list[Chunk]) -> Clocked:
         """Plan a step behind the running one, whose end is known when it comes, and start it then."""
