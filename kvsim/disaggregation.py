@@ -172,6 +172,12 @@ def _check_pair(prefill: Deployment, decode: Deployment) -> None:
         if deployment.engine.kind != "vllm":
             msg = f"{where}.kind: {deployment.engine.kind} serves from one process and hands no KV over; use vllm"
             raise IncompatibleScenario(msg)
+        if deployment.parallelism.pipeline > 1 or deployment.lanes > 1:
+            msg = (
+                f"disaggregation.{name}: KV that is spread over pipeline stages or data parallel ranks is not modelled "
+                "between pools; use tensor_parallel_size and replicas"
+            )
+            raise IncompatibleScenario(msg)
         if deployment.engine.compression_stream == "side":
             msg = (
                 f"{where}.compression_stream: side is not modelled with disaggregation, where KV leaves once its "

@@ -52,6 +52,13 @@ class Scenario(Spec):
     """A strategy's name (``fp8``, ``snapkv+kivi-2``), or selection and encoding with their parameters."""
     engine: EngineSpec = EngineSpec()
     tensor_parallel_size: Annotated[int, Field(gt=0)] = 1
+    pipeline_parallel_size: Annotated[int, Field(gt=0)] = 1
+    """Stages of consecutive layers, each on its own devices."""
+    data_parallel_size: Annotated[int, Field(gt=0)] = 1
+    """Ranks with their own sequences and KV pool. They share the experts of a model that has them, and run in step;
+    of a dense model each is a replica."""
+    enable_expert_parallel: bool = False
+    """Keep experts whole, spread over tensor and data parallel ranks, instead of slicing each of them."""
     replicas: Annotated[int, Field(gt=0)] = 1
     calibration: str = "default"
     """Fitted kernels that the cost model uses: the shipped set ``default`` or another by name, one's own set by the
@@ -71,10 +78,11 @@ class Scenario(Spec):
     @property
     def num_devices(self) -> int:
         """Devices of all replicas and pools."""
+        others = self.pipeline_parallel_size * self.data_parallel_size
         if self.disaggregation is None:
-            return self.tensor_parallel_size * self.replicas
+            return self.tensor_parallel_size * others * self.replicas
         pools = (self.disaggregation.prefill, self.disaggregation.decode)
-        return sum(pool.replicas * (pool.tensor_parallel_size or self.tensor_parallel_size) for pool in pools)
+        return others * sum(pool.replicas * (pool.tensor_parallel_size or self.tensor_parallel_size) for pool in pools)
 
     def fingerprint(self) -> str:
         """Hash of the canonical scenario and kvsim's version; equal scenarios give equal reports."""

@@ -233,8 +233,7 @@ def weakest_basis(shares: tuple[TimeShare, ...]) -> Basis:
 
 def hourly_usd(deployment: Deployment) -> float | None:
     """Price of a deployment's devices for an hour; None where it is unknown."""
-    devices = deployment.tensor_parallel_size * deployment.replicas
-    return deployment.price.usd_per_device_hour * devices if deployment.price else None
+    return deployment.price.usd_per_device_hour * deployment.num_devices if deployment.price else None
 
 
 def cost(

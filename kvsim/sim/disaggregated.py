@@ -66,13 +66,13 @@ class Crossing:
 class PrefillEngine(ReplicaEngine):
     """A replica that processes prompts and gives their KV away."""
 
+    hands_over = True
     place: int
     transfers: Transfers
 
     def start(self, place: int, transfers: Transfers) -> None:
         """Serve from ``place`` in the pool, and hand over to ``transfers``."""
         self.place, self.transfers = place, transfers
-        self._ends_seated = True
         self.env.process(self.run())
 
     def _begin_mixed(self, chunks: list[Chunk]) -> tuple[int, list[SequenceState]]:
@@ -130,8 +130,11 @@ class DecodeEngine(ReplicaEngine):
         self._runs_ahead = self._plain = False
         self.coalesce = coalesce
         self.horizon = partial(getattr, source, "horizon_ticks")
-        self.sleep = partial(_LateTimeout, self.env)
         self.env.process(self.run())
+
+    def sleep(self, delay_ticks: int) -> simpy.Event:
+        """Let the clock move on, behind all that the other pool and the link do in that tick."""
+        return _LateTimeout(self.env, delay_ticks)
 
     def expect(self, handover: Handover) -> None:
         """Queue a sequence whose KV will come."""

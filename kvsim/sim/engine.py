@@ -25,6 +25,7 @@ from kvsim.cost.tables import StepTables
 from kvsim.errors import InvariantViolation
 from kvsim.sim.arrivals import NEVER, ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
+from kvsim.sim.lanes import LanePricing, Piece
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
@@ -58,6 +59,11 @@ class Flight(NamedTuple):
 
 class ReplicaEngine:
     """Plays a scheduler's steps on the clock and writes down what happened."""
+
+    horizon: Callable[[], int] | None = None
+    """When something from outside may come next, where arrivals alone do not say it."""
+    hands_over = False
+    """Whether prompts leave with their KV once the step that ends them is over."""
 
     def __init__(
         self,
@@ -104,13 +110,15 @@ class ReplicaEngine:
         """Sequences that wait for a compaction or for blocks from the host; each has a seat."""
         self._side_stream = step.deployment.engine.compression_stream == "side"
         self._runs_ahead = coalesce and not self._side_stream and self._host is None
-        self._ends_seated = self._side_stream
-        """Whether prompts that end keep their seats beyond the step that ends them."""
         self._in_company = self.overlaps and (self._side_stream or self._host is not None)
         """Whether every step is an activity of the shared device, whose end is known when it comes."""
         self._foresees_ends = self._runs_ahead and sharing is None and step.deployment.replicas == 1
         """Whether what a sequence's end changes can be worked out ahead of the clock."""
-        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None
+        self._lanes = LanePricing(step.deployment, step, tables) if tables.factors is not None else None
+        self._factors = tables.factors
+        self.unscaled_total = 0
+        """``variable_total`` before each batch's factor, where sequences are dealt to lanes."""
+        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None and self._lanes is None
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)
         self._late: dict[int, int] = {}
@@ -118,9 +126,6 @@ class ReplicaEngine:
         self._prompts_out: list[PromptOut] = []
         """Prompts that end with the step planned last."""
         self._flight: Flight | None = None
-        self.horizon: Callable[[], int] | None = None
-        """When something from outside may come next, where arrivals alone do not say it."""
-        self.sleep: Callable[[int], simpy.Event] = env.timeout
         self.load = 0
         """Requests routed here that have not left; counted by the router, and only where it has a choice."""
 
@@ -133,6 +138,10 @@ class ReplicaEngine:
     def cache(self) -> PrefixCache | None:
         """The prefix cache, where there is one."""
         return self.scheduler.sharing.cache if self.scheduler.sharing is not None else None
+
+    def sleep(self, delay_ticks: int) -> simpy.Event:
+        """Let the clock move on to where the replica is."""
+        return self.env.timeout(delay_ticks)
 
     # --- the clock --------------------------------------------------------------------------------------------------
 
@@ -161,7 +170,7 @@ class ReplicaEngine:
                     lone, last = True, ticks
                 else:
                     aside = waits.seats + len(scheduler.loaded) + len(scheduler.leaving)
-                    if self._ends_seated:
+                    if self._side_stream or self.hands_over:
                         aside += sum(left > 0 for _, _, left in self._prompts_out)
                     chunks = scheduler.schedule(self.seen, aside, self.now)
                     if scheduler.loads:
@@ -285,14 +294,16 @@ class ReplicaEngine:
 
     # --- decode runs ------------------------------------------------------------------------------------------------
 
-    def _plan_run(self) -> tuple[int, int, int]:  # noqa: C901, PLR0912 - hot, as the loop itself
+    def _plan_run(self) -> tuple[int, int, int]:  # noqa: C901, PLR0912, PLR0915 - hot, as the loop itself
         """Take steps until something can change: (steps, ticks, ticks of the last), written down.
 
         No steps where the pool is dry.
         """
         batch, scheduler = self.batch, self.scheduler
-        size, slope = batch.size, batch.slope
-        first = self.tables.step[size] + batch.variable
+        size, slope, variable = batch.size, batch.slope, batch.variable
+        if self._factors is not None:
+            slope, variable = slope * self._factors[size], variable * self._factors[size]
+        first = self.tables.step[size] + variable
         # Who waits was held back for as long as nobody ends, or a step that preempted did not look at the queue.
         steps = 1
         if self.coalesce and not self._late and (scheduler.looked or not scheduler.waiting):
@@ -339,11 +350,12 @@ class ReplicaEngine:
             own = steps * own_first + own_slope * (steps * (steps - 1) // 2)
             self.record.host_ticks += ticks - own
         self.variable_total += own - steps * self.tables.step[size]
+        if self._factors is not None:
+            self.unscaled_total += (own - steps * self.tables.step[size]) // self._factors[size]
         if self._late:
-            self.record.gaps += [self.now + ticks - since for since in self._late.values()]
-            size -= len(self._late)
-            self._late.clear()
-        self.record.runs.append((steps, size, first, slope))
+            self._record_step(size, ticks, self.now + ticks)
+        else:
+            self.record.runs.append((steps, size, first, slope))
         return steps, ticks, last
 
     def _come_out_behind_first_step(self) -> None:
@@ -393,7 +405,7 @@ class ReplicaEngine:
 
     def _begin_mixed(self, chunks: list[Chunk]) -> tuple[int, list[SequenceState]]:
         """Write down one step of all decoding sequences and some prompts: (ticks, prompts that it completes)."""
-        batch, tables = self.batch, self.tables
+        batch = self.batch
         tokens = compress = 0
         ending = []
         for sequence, chunk in chunks:
@@ -404,12 +416,19 @@ class ReplicaEngine:
                     profile = sequence.profile = self.step.sequences.profile(sequence.target)
                     compress += profile.compress_ticks
         ticks = self._prefill_ticks(chunks, tokens, len(ending), 0 if self._side_stream else compress)
-        size = batch.size
-        if size:
-            self.decode_steps[size] += 1
-            self.variable_total += batch.variable
-            ticks += tables.step[size] + batch.variable
-        return self._add_host_work(ticks, size + len(chunks)), ending
+        if batch.size:
+            ticks += self._count_decode_step()
+        return self._add_host_work(ticks, batch.size + len(chunks)), ending
+
+    def _count_decode_step(self) -> int:
+        """Write down one decode step of the whole batch; its ticks."""
+        size, variable = self.batch.size, self.batch.variable
+        if self._factors is not None:
+            self.unscaled_total += variable
+            variable *= self._factors[size]
+        self.decode_steps[size] += 1
+        self.variable_total += variable
+        return self.tables.step[size] + variable
 
     def _end_mixed(self, chunks: list[Chunk], ending: list[SequenceState], lasted: int) -> None:
         batch = self.batch
@@ -417,7 +436,7 @@ class ReplicaEngine:
             sequence.done += chunk
         if batch.size:
             if self._late:
-                self._record_step(batch.size, lasted)
+                self._record_step(batch.size, lasted, self.now)
             else:
                 self.record.runs.append((1, batch.size, lasted, 0))
             self._advance(1)
@@ -443,6 +462,8 @@ class ReplicaEngine:
 
     def _prefill_ticks(self, chunks: list[Chunk], tokens: int, ending: int, compress: int) -> int:
         """What the chunks add to a step: the difference of the tables, attention, and encoding the new tokens."""
+        if self._lanes is not None:
+            return self._lane_prefill_ticks(self._lanes, chunks)
         tables, size = self.tables, self.batch.size
         compression = compress + tables.append[tokens]
         if not size:
@@ -458,6 +479,20 @@ class ReplicaEngine:
         self.record.prompts.append((size, tokens, ending, attention, compression))
         base, head = tables.base, tables.head
         return base[size + tokens] - base[size] + head[size + ending] - head[size] + attention + compression
+
+    def _lane_prefill_ticks(self, lanes: LanePricing, chunks: list[Chunk]) -> int:
+        """The same where the chunks are dealt to lanes: what the fullest one takes longer."""
+        pieces = []
+        for sequence, chunk in chunks:
+            ends, profile = sequence.done + chunk == sequence.target, sequence.profile
+            compress = profile.compress_ticks if ends and profile is not None and not self._side_stream else 0
+            pieces.append(Piece(chunk, sequence.done, ends, compress))
+        size, record = self.batch.size, self.record
+        fullest = lanes.prompts(pieces, size)
+        decoding = self.step.deployment.parallelism.sequences_per_lane(size)
+        record.prompts.append((decoding, fullest.tokens, fullest.ending, fullest.attention, fullest.compression))
+        record.other_lanes_tokens += sum(piece.tokens for piece in pieces) - fullest.tokens
+        return fullest.ticks
 
     def _begin_lone_prompt(self) -> int:
         """Start the step of the one waiting request, the commonest of all, without a plan; its ticks.
@@ -563,7 +598,8 @@ class ReplicaEngine:
     def _demand(self, ticks: int) -> Demand:
         """What a step of ``ticks`` asks of the device: memory while it decodes, compute for prompts."""
         size = self.batch.size
-        decode = self.tables.step[size] + self.batch.variable if size else 0
+        factor = self._factors[size] if self._factors is not None else 1
+        decode = self.tables.step[size] + self.batch.variable * factor if size else 0
         return Demand(hbm=decode / ticks, compute=(ticks - decode) / ticks)
 
     def _contended(self, alone: int) -> int:
@@ -586,17 +622,14 @@ class ReplicaEngine:
         self.now += ticks
         self.seen = self.now
         self.source.deliver(self.now)
-        self._record_step(size, ticks)
+        self._record_step(size, ticks, self.now)
         self._advance(1)
         leaving, scheduler.leaving = scheduler.leaving, []
         self._come_out([], leaving, self.now)
 
     def _begin_decode_step(self) -> int:
         """Write down one step of all decoding sequences, which may share the device; its ticks alone."""
-        size, variable = self.batch.size, self.batch.variable
-        self.decode_steps[size] += 1
-        self.variable_total += variable
-        return self._add_host_work(self.tables.step[size] + variable, size)
+        return self._add_host_work(self._count_decode_step(), self.batch.size)
 
     def _step_in_company(self, chunks: list[Chunk]) -> Clocked:
         """Plan a step behind the running one, whose end is known when it comes, and start it then."""
@@ -646,12 +679,12 @@ class ReplicaEngine:
                 self.scheduler.last_token[index] = self.now
         self.source.deliver(self.now)
 
-    def _record_step(self, size: int, lasted: int) -> None:
-        """One step's gaps; a sequence that waited for its compaction counts that wait as part of its gap."""
+    def _record_step(self, size: int, lasted: int, end_ticks: int) -> None:
+        """One step's gaps; a sequence that waited before its first step counts that wait as part of its gap."""
         late = self._late
         self.record.runs.append((1, size - len(late), lasted, 0))
         if late:
-            self.record.gaps += [self.now - since for since in late.values()]
+            self.record.gaps += [end_ticks - since for since in late.values()]
             late.clear()
 
     def _forget_preempted(self) -> None:

@@ -27,7 +27,7 @@ from kvsim.simulate import Comparison, compare, simulate
 from kvsim.specs import workload
 from kvsim.specs.base import Basis
 from kvsim.specs.disaggregation import Disaggregation, PoolSpec
-from kvsim.specs.engine import EngineSpec
+from kvsim.specs.engine import EngineSpec, SamplingSpec
 from kvsim.specs.price import Price
 from kvsim.specs.routing import RouterThresholds
 from kvsim.workload_catalog import list_workloads
@@ -202,6 +202,7 @@ SECTIONS = [
     ("docs/scenarios.md", "Scenario", Scenario),
     ("docs/scenarios.md", "Slo", Slo),
     ("docs/scenarios.md", "Engine", EngineSpec),
+    ("docs/scenarios.md", "Sampling", SamplingSpec),
     ("docs/scenarios.md", "Router", RouterThresholds),
     ("docs/scenarios.md", "Disaggregation", Disaggregation),
     ("docs/scenarios.md", "Pool", PoolSpec),

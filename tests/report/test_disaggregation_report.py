@@ -162,6 +162,7 @@ REFUSED = [
     ({"prefill": {"engine": {"kv_offloading_size": 2**34}}}, {}, IncompatibleScenario, "prefill.engine.kv_offloading"),
     ({}, {"engine": {"compression_stream": "side"}}, IncompatibleScenario, "compression_stream: side"),
     ({}, {"engine": {"kind": "llamacpp"}}, IncompatibleScenario, "hands no KV over"),
+    ({}, {"pipeline_parallel_size": 2}, IncompatibleScenario, "pipeline stages"),
     ({"decode": {"engine": {"request_overhead_s": 0.1}}}, {}, IncompatibleScenario, "one front end"),
     ({"prefill": {"device": "h1000"}}, {}, UnknownName, "disaggregation.prefill"),
     ({"transfer_compression": "fp8"}, {"compression": "fp8"}, IncompatibleScenario, "is stored as fp8"),
