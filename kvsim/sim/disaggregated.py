@@ -209,7 +209,8 @@ def run_disaggregated(
         giver.start(place, transfers)
     for taker, source in zip(takers.replicas, sources, strict=True):
         taker.rank_count = decode.deployment.tensor_parallel_size
-        taker.start(source, coalesce=coalesce)
+        # A router that reads caches must see them as they are at every step.
+        taker.start(source, coalesce=coalesce and (len(sources) == 1 or crossing.decode_routing != "prefix_aware"))
     arrivals.replicas.extend(givers.replicas)
     play_clock(env, requests, progress)
     givers.settle()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from run_invariants import AuditedScheduler, check_schedulers
 from sim_cases import AHEAD, MS, build_case, deploy, gap_counts, shared_tables, step_model, table, talk_tables
 from test_coalescing import assert_same
+from test_routing import sessions
 
 from kvsim.cost.tables import build_tables
 from kvsim.sim import engine
@@ -286,3 +287,37 @@ def test_compressed_kv_moves_as_encoded_bytes() -> None:
     assert sizes["native"] == 1024 * 131072
     assert sizes["fp8"] * 2 == sizes["native"]
     assert sizes["snapkv(budget_tokens=256,window_size=64)"] * 4 == sizes["native"]
+
+
+def test_prompts_of_a_conversation_find_their_prefix_by_routing() -> None:
+    """The prefill side keeps prompts, not answers: a turn finds all that the turn before it was asked."""
+    requests = sessions(4, 4)
+    hits = {}
+    for routing in ("round_robin", "prefix_aware"):
+        result = split(requests, prefills=2, routing=routing, max_num_batched_tokens=512).play()
+        hits[routing] = sum(record.cached_prompt_tokens for record in result.records[:2])
+    before = [prompt - 96 for prompt in requests.prompt_tokens.tolist() if prompt > 64]
+    assert hits["prefix_aware"] == sum(tokens // 16 * 16 for tokens in before)
+    assert hits["prefix_aware"] > hits["round_robin"]
+
+
+@given(
+    prompt=st.integers(1, 600),
+    output=st.integers(2, 40),
+    mode=st.sampled_from(("after_prefill", "layerwise")),
+    rates=st.lists(st.sampled_from((1e7, 3e8, 2e9, 5e10, FREE)), min_size=2, max_size=2).map(sorted),
+    setups=st.lists(st.sampled_from((0, MS, 30 * MS)), min_size=2, max_size=2).map(sorted),
+    ahead=AHEAD,
+)
+@settings(SETTINGS, max_examples=40)
+def test_a_faster_link_never_ends_a_request_later(prompt, output, mode, rates, setups, ahead) -> None:
+    """Of a request that is alone; neither does a shorter set-up. Its first token does not depend on the link."""
+
+    def log(rate: float, setup_ticks: int):
+        way = crossing(rate, mode=mode, setup_ticks=setup_ticks)
+        return split(table([0], [prompt], [output]), way=way, async_scheduling=ahead).play().log
+
+    slow, fast, quick = log(rates[0], setups[1]), log(rates[1], setups[1]), log(rates[0], setups[0])
+    assert fast.finished[0] <= slow.finished[0]
+    assert quick.finished[0] <= slow.finished[0]
+    assert slow.first_token == fast.first_token == quick.first_token
