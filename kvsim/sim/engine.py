@@ -324,10 +324,13 @@ class ReplicaEngine:
             elif first < work:
                 steps = min(steps, steps_within(work - first, slope))
                 first, slope = work, 0
-        if scheduler.waiting and scheduler.reusable_bytes and scheduler.sharing is not None and batch.growth_total:
+        if scheduler.waiting and scheduler.reusable_bytes and batch.growth_total:
             # Evicting what the head of the queue would reuse changes what it needs: look again after an eviction.
-            spare = scheduler.free - scheduler.sharing.cache.evictable_bytes
-            steps = min(steps, max(1, batch.steps_until_dry(spare)))
+            if scheduler.sharing is None:
+                steps = 1
+            else:
+                spare = scheduler.free - scheduler.sharing.cache.evictable_bytes
+                steps = min(steps, max(1, batch.steps_until_dry(spare)))
         if batch.growth_total * (steps // batch.block_size + 1) > scheduler.free:
             steps = min(steps, batch.steps_until_dry(scheduler.free))
             if not steps:

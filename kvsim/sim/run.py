@@ -169,6 +169,8 @@ def scheduler_limits(deployment: Deployment, plan: MemoryPlan, max_model_len: in
         chunked_prefill=engine.enable_chunked_prefill,
         prefill_growths=growths,
         fixed_bytes=fixed_bytes,
+        keeps_preempted=deployment.prefix_caching and len(growths) == 1 and growths[0][0] is None,
+        plans_ahead=engine.schedules_ahead,
     )
 
 
