@@ -280,7 +280,7 @@ class Scheduler:
         self.take(need)
         return partial, chunk
 
-    def _admit(  # noqa: C901 - one decision after the other, in vLLM's order
+    def _admit(  # noqa: C901, PLR0912 - one decision after the other, in vLLM's order
         self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int
     ) -> None:
         waiting, limits, log, record = self.waiting, self.limits, self.log, self.record
