@@ -68,11 +68,11 @@ class ReplicaEngine:
         self.variable_total = 0
         """Ticks of all decode steps above the batches' fixed parts."""
         self._dynamic = source.is_dynamic
-        self._host = sharing.host if sharing is not None else None
+        self._tiers = sharing.tiers if sharing is not None else None
         self.waits = Waits()
-        """Sequences that wait for a compaction or for blocks from the host; each has a seat."""
+        """Sequences that wait for a compaction or for blocks from a tier; each has a seat."""
         self._side_stream = step.deployment.engine.compression_stream == "side"
-        self._runs_ahead = coalesce and not self._side_stream and self._host is None
+        self._runs_ahead = coalesce and not self._side_stream and self._tiers is None
         self._plain = self._runs_ahead and token_ticks > 0 and sharing is None
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)
@@ -195,6 +195,8 @@ class ReplicaEngine:
             # Evicting what the head of the queue would reuse changes what it needs: look again after an eviction.
             spare = scheduler.free - scheduler.sharing.cache.evictable_bytes
             steps = min(steps, max(1, batch.steps_until_dry(spare)))
+        if self._tiers is not None and scheduler.sharing is not None:
+            steps = min(steps, self._steps_to_tiers(scheduler.sharing.cache.evictable_bytes))
         if batch.growth_total * (steps // batch.block_size + 1) > scheduler.free:
             steps = min(steps, batch.steps_until_dry(scheduler.free))
             if not steps:
@@ -208,6 +210,15 @@ class ReplicaEngine:
         self.variable_total += ticks - steps * self.tables.step[size]
         self.record.runs.append((steps, size, first, slope))
         return steps, ticks
+
+    def _steps_to_tiers(self, evictable_bytes: int) -> int:
+        """Steps until the tiers may hear of an eviction, or another replica may change what is found in them."""
+        tiers, batch = self._tiers, self.batch
+        if tiers is not None and tiers.is_shared and self.scheduler.waiting:
+            return 1
+        if tiers is None or not tiers.writes_back or not batch.growth_total:
+            return batch.finishing[0][0] - batch.counter
+        return max(1, batch.steps_until_dry(self.scheduler.free - evictable_bytes))
 
     def _advance(self, steps: int) -> None:
         """Every decoding sequence has gained ``steps`` tokens: account for blocks, let the finished go."""
@@ -391,15 +402,15 @@ class ReplicaEngine:
     @property
     def _shares_device(self) -> bool:
         """Whether anything runs beside the engine's steps."""
-        return not self.device.is_idle
+        return not self.device.is_idle or (self._tiers is not None and self._tiers.copies > 0)
 
     def _start_loads(self) -> None:
         """Copy back what newly admitted prompts wait for."""
-        scheduler, host = self.scheduler, self._host
-        if host is not None and scheduler.sharing is not None:
-            for sequence, values in scheduler.loads:
-                tokens = len(values) * scheduler.sharing.unit_tokens
-                self.waits.add(host.load(values), partial(self._take_loaded, sequence, tokens))
+        scheduler, tiers = self.scheduler, self._tiers
+        if tiers is not None and scheduler.sharing is not None:
+            for sequence, reload in scheduler.loads:
+                tokens = len(reload.values) * scheduler.sharing.unit_tokens
+                self.waits.add(tiers.load(reload), partial(self._take_loaded, sequence, tokens))
         scheduler.loads.clear()
 
     def _take_loaded(self, sequence: SequenceState, tokens: int) -> None:
@@ -407,10 +418,12 @@ class ReplicaEngine:
         self.scheduler.loaded.append(sequence)
 
     def _occupy(self, ticks: int) -> simpy.Event:
-        """The engine's step as an activity that shares the device with compaction."""
+        """The engine's step as an activity that shares the device with compaction and copies."""
         size = self.batch.size
         decode = self.tables.step[size] + self.batch.variable if size else 0
         demand = Demand(hbm=decode / ticks, compute=(ticks - decode) / ticks)
+        if self._tiers is not None and self._tiers.write_backs:
+            return self._tiers.after_write_backs(partial(self.device.start, ticks, demand, "step"))
         return self.device.start(ticks, demand, "step").done
 
     def _contended(self, alone: int) -> int:

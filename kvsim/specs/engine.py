@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kvsim.specs.base import Spec
+from kvsim.specs.tier import HostTier, KvTier
 from kvsim.units import Bytes
 
 Count = Annotated[int, Field(gt=0)]
@@ -30,7 +31,11 @@ class EngineSpec(Spec):
     kv_cache_dtype_skip_layers: tuple[int | Literal["sliding_window"], ...] = ()
     kv_offloading_size: Bytes | None = None
     """Host memory for KV blocks, over all tensor-parallel ranks of a replica; None offloads nothing. Blocks are copied
-    out as they are computed and copied back on a prefix hit, beside the engine's steps."""
+    out as they are computed and copied back on a prefix hit, beside the engine's steps. Short for one host tier."""
+    kv_tiers: tuple[KvTier, ...] = ()
+    """Where KV blocks go beside the device's pool, nearest first."""
+    kv_reload: Literal["always", "by_cost"] = "always"
+    """Whether blocks found in a tier are always loaded, or only where that is estimated faster than computing them."""
     compression_stream: Literal["inline", "side"] = "inline"
     """Where scoring and compaction after a prompt run: inside the step, or beside later steps, sharing the device."""
     attention_kernel: str = "auto"
@@ -38,3 +43,10 @@ class EngineSpec(Spec):
     that it has; ``auto`` takes the set's default."""
     cuda_graphs: bool = True
     """Pad decode batches to captured sizes and pay one launch per graph instead of one per kernel."""
+
+    @property
+    def all_kv_tiers(self) -> tuple[KvTier, ...]:
+        """Tiers in order of nearness, with ``kv_offloading_size`` spelled out."""
+        if self.kv_offloading_size is None:
+            return self.kv_tiers
+        return (HostTier(size=self.kv_offloading_size), *self.kv_tiers)
