@@ -68,7 +68,7 @@ def tier_encoding(index: int, tier: KvTier) -> AnyEncoding | None:
         compression = parse_compression(tier.encoding)
     except UnknownName as error:
         known = (*coders, "none", *(name for part in ENCODINGS for name in part.names))
-        raise UnknownName("encoding of a tier", error.name, known, where=where) from None
+        raise UnknownName(kind="encoding of a tier", name=error.name, known=known, where=where) from None
     if not isinstance(compression.selection, KeepAll):
         msg = f"{where}: {tier.encoding!r} drops or selects tokens, and a tier keeps all of a prefix; name an encoding"
         raise InvalidSpec(msg)

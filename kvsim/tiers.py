@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvsim.cost.coders import CoderPriors, load_coders, recode_seconds_per_token
@@ -12,7 +13,7 @@ from kvsim.cost.rates import build_rates
 from kvsim.deployment import Deployment, LayerClass
 from kvsim.errors import IncompatibleScenario, InvalidSpec
 from kvsim.pool import prefill_growths
-from kvsim.specs.tier import KvTier, NvmeTier, RecomputeTier, RemoteTier, StoringTier, TierStorePolicy
+from kvsim.specs.tier import KvReload, KvTier, NvmeTier, RecomputeTier, RemoteTier, StoringTier, TierStorePolicy
 
 NO_ENCODING = "none"
 
@@ -63,7 +64,7 @@ class TiersPlan:
     plain: Coding
     remembers: bool
     """Whether a recompute tier keeps the token ids of all that was ever computed."""
-    by_cost: bool
+    reload: KvReload
     link_bytes_per_s: float
     """One direction of the host link, efficiency applied; 0 where there is none, and then no tier that keeps KV."""
     hbm_bytes_per_s: float
@@ -93,13 +94,33 @@ def plan_tiers(deployment: Deployment, unit_bytes: int, unit_tokens: int, edge: 
         tiers=tiers,
         plain=plain,
         remembers=len(storing) < len(specs),
-        by_cost=deployment.engine.kv_reload == "by_cost",
+        reload=deployment.engine.kv_reload,
         link_bytes_per_s=link.value * copy_efficiency if link is not None else 0.0,
         hbm_bytes_per_s=deployment.device.bandwidth_bytes_per_s,
     )
 
 
-def _names(specs: list[StoringTier]) -> list[str]:
+def tier_notes(deployment: Deployment, *, shares_prefixes: bool) -> tuple[str, ...]:
+    """What a reader must know of the tiers; raise as :func:`plan_tiers` does where they cannot be priced."""
+    size = deployment.engine.block_size
+    growths, _ = prefill_growths(deployment)
+    growing = sum(block_bytes for cap, block_bytes in growths if cap is None)
+    plan = plan_tiers(deployment, max(1, growing), size, Edge.CENTRAL)
+    if plan is None:
+        return ()
+    if not shares_prefixes or not deployment.prefix_caching:
+        where = "to the host" if deployment.engine.kv_offloading_size is not None else "to any tier"
+        return (f"nothing is offloaded {where}: without prefix caching no request could hit a block there",)
+    if not growing:
+        return ("nothing is offloaded to any tier: no layer keeps a whole prompt, so no prefix can be shared",)
+    lossy = [tier for tier in plan.tiers if tier.coding.lossy]
+    return tuple(
+        f"KV loaded from {tier.name} is lossy ({tier.coding.name}): its effect on quality is not modelled"
+        for tier in lossy
+    )
+
+
+def _names(specs: Sequence[StoringTier]) -> list[str]:
     """Name tiers by their kind, numbered from the second of a kind on."""
     kinds = [str(spec.kind) for spec in specs]  # type: ignore[attr-defined]
     counts = [kinds[: index + 1].count(kind) for index, kind in enumerate(kinds)]
@@ -180,9 +201,7 @@ def _coded_by_figures(
     )
 
 
-def _rate(
-    deployment: Deployment, where: str, spec: StoringTier, field: str, table: PriorTable, edge: Edge
-) -> float:
+def _rate(deployment: Deployment, where: str, spec: StoringTier, field: str, table: PriorTable, edge: Edge) -> float:
     """Bytes per second of one rank's coder: as given for the replica, or the prior of one device."""
     given: float | None = getattr(spec, field)
     if given is not None:

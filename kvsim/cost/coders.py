@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from kvsim.cost.estimator import smooth_maximum, streaming_seconds
-from kvsim.cost.priors import PriorTable
+from kvsim.cost.priors import Prior, PriorTable
 from kvsim.cost.rates import Rates
 from kvsim.data_files import data_dir
 from kvsim.deployment import LayerClass
 from kvsim.documents import load_yaml, validate
-from kvsim.cost.priors import Prior
 from kvsim.ops import Work
 from kvsim.specs.base import Spec
 from kvsim.specs.model import ModelSpec

@@ -201,9 +201,7 @@ class Scheduler:
         self.take(need)
         return partial, chunk
 
-    def _admit(  # noqa: C901 - one decision after the other, in vLLM's order
-        self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int
-    ) -> None:
+    def _admit(self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int) -> None:
         waiting, limits, log, record = self.waiting, self.limits, self.log, self.record
         record.max_waiting = max(record.max_waiting, len(waiting))
         self.reusable_bytes = 0
@@ -248,7 +246,8 @@ class Scheduler:
         if sharing.tiers is None:
             return None
         own, units = sharing.hashes[sequence.index], (sequence.target - 1) // sharing.unit_tokens
-        return sharing.tiers.plan(own, len(sequence.pinned), units, sequence.target, self.batch.size)
+        waiting = len(self.waiting) - 1
+        return sharing.tiers.plan(own, len(sequence.pinned), units, sequence.target, self.batch.size, waiting)
 
     def _reserve_load(
         self, sequence: SequenceState, reload: Reload, reserved: int, pinned_bytes: int, now_ticks: int

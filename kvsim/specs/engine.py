@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kvsim.specs.base import Spec
-from kvsim.specs.tier import HostTier, KvTier
+from kvsim.specs.tier import HostTier, KvReload, KvTier
 from kvsim.units import Bytes
 
 Count = Annotated[int, Field(gt=0)]
@@ -34,8 +34,9 @@ class EngineSpec(Spec):
     out as they are computed and copied back on a prefix hit, beside the engine's steps. Short for one host tier."""
     kv_tiers: tuple[KvTier, ...] = ()
     """Where KV blocks go beside the device's pool, nearest first."""
-    kv_reload: Literal["always", "by_cost"] = "always"
-    """Whether blocks found in a tier are always loaded, or only where that is estimated faster than computing them."""
+    kv_reload: KvReload = "always"
+    """Whether blocks found in a tier are always loaded, or only where computing them is estimated to take longer: for
+    the prompt itself (``by_cost``), or for all who would wait for its prefill together (``by_total_cost``)."""
     compression_stream: Literal["inline", "side"] = "inline"
     """Where scoring and compaction after a prompt run: inside the step, or beside later steps, sharing the device."""
     attention_kernel: str = "auto"

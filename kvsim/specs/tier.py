@@ -11,6 +11,7 @@ from kvsim.specs.link import CustomLink
 from kvsim.units import Bytes, BytesPerSecond, Seconds
 
 TierStorePolicy = Literal["on_compute", "on_evict"]
+KvReload = Literal["always", "by_cost", "by_total_cost"]
 
 
 class StoringTier(Spec):

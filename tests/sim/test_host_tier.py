@@ -27,7 +27,7 @@ from kvsim.tiers import Coding, TierPlan, TiersPlan
 UNIT_BYTES = 1000
 PLAIN = Coding("none", UNIT_BYTES)
 HOST = TierPlan("host", "host", "on_compute", 4 * UNIT_BYTES, PLAIN)
-PLAN = TiersPlan((HOST,), PLAIN, remembers=False, by_cost=False, link_bytes_per_s=1e9, hbm_bytes_per_s=1e10)
+PLAN = TiersPlan((HOST,), PLAIN, remembers=False, reload="always", link_bytes_per_s=1e9, hbm_bytes_per_s=1e10)
 UNIT_TICKS = 10**6
 """1,000 bytes at 1 GB/s, in picoseconds."""
 

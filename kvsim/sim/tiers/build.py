@@ -12,6 +12,7 @@ from kvsim.sim.tiers.moves import Level, Mover
 from kvsim.sim.tiers.reload import PrefillEstimate
 from kvsim.sim.tiers.store import TierStore
 from kvsim.sim.tiers.tally import ReloadTally, TierTally
+from kvsim.specs.tier import KvReload
 from kvsim.tiers import TierPlan, TiersPlan
 
 
@@ -35,7 +36,7 @@ class TiersResult:
 
     tiers: tuple[TierResult, ...]
     reloads: ReloadTally
-    by_cost: bool
+    reload: KvReload
     remembers: bool
     unit_tokens: int
 
@@ -61,7 +62,7 @@ class TierBuilder:
             levels,
             self._unit_tokens,
             prefill=self._prefill,
-            by_cost=self._plan.by_cost,
+            reload=self._plan.reload,
             remembers=self._plan.remembers,
         )
         self.built.append(tiers)
@@ -78,7 +79,7 @@ class TierBuilder:
         for tiers in self.built:
             reloads.add(tiers.reloads)
         found = tuple(self._tier_result(index) for index in range(len(self._plan.tiers)))
-        return TiersResult(found, reloads, self._plan.by_cost, self._plan.remembers, self._unit_tokens)
+        return TiersResult(found, reloads, self._plan.reload, self._plan.remembers, self._unit_tokens)
 
     def _tier_result(self, index: int) -> TierResult:
         tally = TierTally()

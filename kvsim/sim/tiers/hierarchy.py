@@ -7,7 +7,7 @@ are written back before its next step, so nobody writes into a block that is sti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import simpy
 
@@ -15,6 +15,7 @@ from kvsim.sim.resources import Activity
 from kvsim.sim.tiers.moves import Level, Moment, Mover, all_ended
 from kvsim.sim.tiers.reload import PrefillEstimate, Reload, Segment, best_cut
 from kvsim.sim.tiers.tally import ReloadTally, TierTally
+from kvsim.specs.tier import KvReload
 
 
 class KvTiers:
@@ -27,14 +28,14 @@ class KvTiers:
         unit_tokens: int,
         *,
         prefill: PrefillEstimate | None = None,
-        by_cost: bool = False,
+        reload: KvReload = "always",
         remembers: bool = False,
     ) -> None:
         self._mover = mover
         self.levels = tuple(levels)
         self._unit_tokens = unit_tokens
         self._prefill = prefill
-        self._by_cost = by_cost
+        self._reload = reload
         self._known: set[int] | None = set() if remembers else None
         self.tallies = [TierTally() for _ in levels]
         self.reloads = ReloadTally()
@@ -63,16 +64,28 @@ class KvTiers:
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
-    def plan(self, hashes: Sequence[int], present: int, max_units: int, target_tokens: int, sequences: int) -> Reload:
-        """What to load for a prompt whose first ``present`` units are on the device, at most ``max_units`` in all."""
+    def plan(
+        self,
+        hashes: Sequence[int],
+        present: int,
+        max_units: int,
+        target_tokens: int = 0,
+        sequences: int = 0,
+        waiting: int = 0,
+    ) -> Reload:
+        """What to load for a prompt whose first ``present`` units are on the device, at most ``max_units`` in all.
+
+        ``sequences`` decode meanwhile and ``waiting`` prompts wait behind it; both are for the choice by cost.
+        """
         found = self._find(hashes[present:max_units])
         looked = max(0, min(len(hashes), max_units))
         chosen, against_load, against_compute = "", 0.0, 0.0
         segments = tuple(found)
         context = present * self._unit_tokens
-        if segments and self._by_cost and self._prefill is not None:
+        if segments and self._reload != "always" and self._prefill is not None:
+            delayed = 1 + sequences + waiting if self._reload == "by_total_cost" else 1
             choice = best_cut(
-                self._mover, self._prefill, segments, self._unit_tokens, context, target_tokens, sequences
+                self._mover, self._prefill, segments, self._unit_tokens, context, target_tokens, sequences, delayed
             )
             segments, chosen = choice.segments, choice.name
             against_load, against_compute = choice.against_load_ticks, choice.against_compute_ticks
@@ -169,35 +182,34 @@ class KvTiers:
         for index in self._on_compute:
             level = self.levels[index]
             accepted, victims = level.store.reserve(values)
-            for way, units in self._ways(index, accepted, coming).items():
-                if way is None:
+            for (above, arrived), units in self._ways(index, accepted, coming).items():
+                if above is None:
                     done = self._copy(None, index, units)
                     if level.server is None:
                         coming |= dict.fromkeys(units, (index, done))
                 else:
-                    self._relay(way, coming.get(units[0]), index, units)
+                    self._relay(above, arrived, index, units)
             self._demote(index, victims)
 
     def _ways(
-        self, index: int, values: Sequence[int], coming: dict[int, tuple[int, simpy.Event]]
-    ) -> dict[int | None, list[int]]:
-        """Where to copy units from: host memory that has them, or will, in the same form; None is the device."""
-        ways: dict[int | None, list[int]] = {}
+        self, index: int, values: Sequence[int], coming: Mapping[int, tuple[int, simpy.Event]]
+    ) -> dict[tuple[int | None, simpy.Event | None], list[int]]:
+        """Where to copy units from, and when: host memory that has them, or will, in the same form; else the device."""
+        coding = self.levels[index].plan.coding
+        hosts = [one for one in range(index) if self._is_host(one) and self.levels[one].plan.coding == coding]
+        ways: dict[tuple[int | None, simpy.Event | None], list[int]] = {}
         for value in values:
-            way = next(
-                (
-                    above
-                    for above in range(index)
-                    if self.levels[above].server is None
-                    and self.levels[above].plan.coding == self.levels[index].plan.coding
-                    and (self.levels[above].store.has(value) or (value in coming and coming[value][0] == above))
-                ),
-                None,
-            )
+            above = next((one for one in hosts if self.levels[one].store.has(value)), None)
+            way: tuple[int | None, simpy.Event | None] = (above, None)
+            if above is None and value in coming and coming[value][0] in hosts:
+                way = coming[value]
             ways.setdefault(way, []).append(value)
         return ways
 
-    def _relay(self, above: int, coming: tuple[int, simpy.Event] | None, index: int, values: list[int]) -> None:
+    def _is_host(self, index: int) -> bool:
+        return self.levels[index].server is None
+
+    def _relay(self, above: int, arrived: simpy.Event | None, index: int, values: list[int]) -> None:
         """Write through from host memory, once the units are there: the host link is crossed only once."""
         source = self.levels[above].store
 
@@ -208,10 +220,10 @@ class KvTiers:
             done.callbacks.append(lambda _: source.end_read(values))
 
         self.copies += 1
-        if coming is None or coming[1].processed:
+        if arrived is None:
             begin()
         else:
-            coming[1].callbacks.append(begin)
+            arrived.callbacks.append(begin)
 
     def evicted(self, values: Sequence[int]) -> None:
         """The device forgets units: write them back to the first tier that takes them, before the next step."""

@@ -52,6 +52,7 @@ class Moment(simpy.Event):
     """An event that happens at once, as `kvsim.sim.resources.ActivityEnd` does."""
 
     def fire(self) -> None:
+        """Process the event."""
         self._ok = True
         self._value = None
         callbacks, self.callbacks = self.callbacks, None  # type: ignore[assignment]

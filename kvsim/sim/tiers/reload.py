@@ -100,12 +100,17 @@ def best_cut(
     context_tokens: int,
     target_tokens: int,
     sequences: int,
+    delayed: int = 1,
 ) -> Choice:
-    """Load the first segments and compute the rest, so that the estimated sum is least; more loading where equal."""
+    """Load the first segments and compute the rest, so that the estimated sum is least; more loading where equal.
+
+    A prefill counts once for each of the ``delayed`` requests that wait for it, a load for its own prompt alone.
+    """
     costs: list[float] = []
     for kept in range(len(segments) + 1):
         loaded = sum(len(values) for _, values in segments[:kept])
         done = context_tokens + loaded * unit_tokens
-        costs.append(load_ticks(mover, segments[:kept]) + prefill.ticks(target_tokens - done, done, sequences))
+        computed = prefill.ticks(target_tokens - done, done, sequences)
+        costs.append(load_ticks(mover, segments[:kept]) + delayed * computed)
     best = min(range(len(costs)), key=lambda kept: (costs[kept], -kept))
     return Choice(tuple(segments[:best]), costs[-1] - costs[best], costs[0] - costs[best])
