@@ -89,6 +89,7 @@ def tiered_cases(draw: st.DrawFn) -> Case:
         kv_reload=draw(st.sampled_from(("always", "by_cost", "by_total_cost"))),
         replicas=draw(st.sampled_from((1, 1, 2))),
         enable_chunked_prefill=draw(st.sampled_from((True, True, True, False))),
+        async_scheduling=draw(st.booleans()),
     )
     return build_case(deployment, draw(ANY_SHARED), spare_blocks=draw(st.integers(0, 12)))
 
@@ -104,6 +105,7 @@ def hosted_cases(draw: st.DrawFn) -> Case:
         kv_offloading_size=draw(SIZES),
         replicas=draw(st.sampled_from((1, 1, 2))),
         enable_chunked_prefill=draw(st.sampled_from((True, True, True, False))),
+        async_scheduling=draw(st.booleans()),
     )
     return build_case(deployment, draw(ANY_SHARED), spare_blocks=draw(st.integers(0, 12)))
 

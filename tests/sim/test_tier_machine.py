@@ -91,7 +91,7 @@ class CheckedStore(TierStore):
             assert self.has(value) == (value in self.order), "found if and only if stored and not evicted"
 
 
-class Sequence_:
+class Prompt:
     """One admitted prompt: the units that it shares, its own, and what it still waits for."""
 
     def __init__(self, hashes: list[int], pinned: list[int], own_units: int, reload: Reload) -> None:
@@ -130,7 +130,7 @@ class TierMachine(RuleBasedStateMachine):
         for cache, tiers in zip(self.caches, self.tiers, strict=True):
             cache.on_evict = tiers.evicted
         self.free = [POOL_UNITS * UNIT for _ in range(replicas)]
-        self.running: list[list[Sequence_]] = [[] for _ in range(replicas)]
+        self.running: list[list[Prompt]] = [[] for _ in range(replicas)]
         self.computed: set[int] = set()
 
     def pick(self, replica: int) -> int:
@@ -143,7 +143,7 @@ class TierMachine(RuleBasedStateMachine):
         hashes = [prefix * 100 + i for i in range(units)]
         present = cache.match(hashes, units)
         reload = tiers.plan(hashes, present, units)
-        found = [value for value in reload.values]
+        found = reload.values
         assert found == hashes[present : present + len(found)], "a load continues the prefix without a gap"
         for level, values in reload.segments:
             assert all(level.store.has(value) for value in values)
@@ -157,7 +157,7 @@ class TierMachine(RuleBasedStateMachine):
         cache.pin(hashes[:present])
         self.free[at] -= pinned_bytes + own * UNIT
         cache.evict_until(self.free[at])
-        sequence = Sequence_(hashes, hashes[:present], own, reload)
+        sequence = Prompt(hashes, hashes[:present], own, reload)
         self.running[at].append(sequence)
         if reload.segments:
             tiers.load(reload).callbacks.append(lambda _: setattr(sequence, "loaded", True))
@@ -236,7 +236,7 @@ class TierMachine(RuleBasedStateMachine):
             assert set(store.order) | set(store.coming) <= self.computed, "only what was computed is stored"
         for at, cache in enumerate(self.caches):
             own = sum(one.own_units for one in self.running[at])
-            assert 0 <= self.free[at]
+            assert self.free[at] >= 0
             assert self.free[at] + (own + cache.pinned_units) * UNIT == POOL_UNITS * UNIT, "free + used = all"
             assert cache.evictable_bytes <= self.free[at]
             for one in self.running[at]:

@@ -41,6 +41,9 @@ class KvTiers:
         self.reloads = ReloadTally()
         self.copies = 0
         """Copies under way."""
+        self.is_planned_ahead = False
+        """Whether units are announced before the step that computes them."""
+        self._announced: list[int] = []
         self.write_backs: list[simpy.Event] = []
         """Copies of evicted blocks that the next step waits for."""
         policies = [level.plan.store for level in self.levels]
@@ -178,6 +181,18 @@ class KvTiers:
         """Newly computed units can be shared: copy them to every tier that stores on compute."""
         if self._known is not None:
             self._known.update(values)
+        if self.is_planned_ahead:
+            self._announced += values
+        else:
+            self._store(values)
+
+    def compute_with(self, step: simpy.Event) -> None:
+        """The units announced since the last step are there once ``step`` has ended."""
+        if self._announced:
+            values, self._announced = self._announced, []
+            step.callbacks.append(lambda _: self._store(values))
+
+    def _store(self, values: Sequence[int]) -> None:
         coming: dict[int, tuple[int, simpy.Event]] = {}
         for index in self._on_compute:
             level = self.levels[index]
