@@ -222,7 +222,7 @@ ESTIMATE = estimate()
 def test_the_cut_is_as_good_as_the_best_of_all_cuts(
     units: int, rate: float, latency_s: float, rest: int, context: int, delayed: int
 ) -> None:
-    """Looking only where the tier changes loses nothing against looking at every unit, but for the steps' own cliffs."""
+    """Looking only where the tier changes loses nothing against looking at every unit, but for cliffs of steps."""
     env = simpy.Environment(initial_time=0)
     unit_bytes = HASH_TOKENS * 131072
     plain = Coding("none", unit_bytes)
