@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvsim.deployment import Deployment
 from kvsim.report import Report, TiersUse, TierUse
 from kvsim.sim.tiers.build import TierResult, TiersResult
+from kvsim.tiers import holders
 from kvsim.units import TICKS_PER_SECOND
 
 
@@ -12,7 +13,7 @@ def tiers_use(result: TiersResult, deployment: Deployment) -> TiersUse:
     """Reduce a run's tiers to the report's numbers."""
     reloads, unit = result.reloads, result.unit_tokens
     looked, by_cost = reloads.looked_units, result.reload != "always"
-    tiers = tuple(_tier_use(one, looked, unit, deployment.tensor_parallel_size) for one in result.tiers)
+    tiers = tuple(_tier_use(one, looked, unit, holders(deployment)) for one in result.tiers)
     chosen = reloads.chosen if by_cost else dict.fromkeys(reloads.chosen)
     return TiersUse(
         looked_up_tokens=looked * unit,

@@ -100,6 +100,11 @@ def plan_tiers(deployment: Deployment, unit_bytes: int, unit_tokens: int, edge: 
     )
 
 
+def holders(deployment: Deployment) -> int:
+    """Devices that each hold a part of a sequence's KV: those that slice its layers, and those of all stages."""
+    return deployment.parallelism.tensor * deployment.parallelism.pipeline
+
+
 def tier_notes(deployment: Deployment, *, shares_prefixes: bool) -> tuple[str, ...]:
     """What a reader must know of the tiers; raise as :func:`plan_tiers` does where they cannot be priced."""
     size = deployment.engine.block_size
@@ -133,7 +138,7 @@ def _plan_tier(
     if isinstance(spec, RecomputeTier):
         msg = "a recompute tier keeps no KV"
         raise InvalidSpec(msg)
-    ranks = deployment.tensor_parallel_size
+    ranks = holders(deployment)
     read = write = None
     latency_s = 0.0
     if isinstance(spec, NvmeTier):
@@ -205,7 +210,7 @@ def _rate(deployment: Deployment, where: str, spec: StoringTier, field: str, tab
     """Bytes per second of one rank's coder: as given for the replica, or the prior of one device."""
     given: float | None = getattr(spec, field)
     if given is not None:
-        return given / deployment.tensor_parallel_size
+        return given / holders(deployment)
     device = deployment.device
     found = next((table[key] for key in prior_keys(device) if key in table), None)
     if found is None or spec.coder == "host":
@@ -242,15 +247,16 @@ def _coded_by_format(
         )
         raise IncompatibleScenario(msg)
     pool, tier = _growing(deployment.layer_classes), _growing(classes)
-    model, ranks = deployment.model, deployment.tensor_parallel_size
+    model, ranks = deployment.model, holders(deployment)
     rates = build_rates(deployment.device, deployment.priors, edge)
-    encode_s, encode_share = recode_seconds_per_token(pool, tier, model, ranks, rates)
-    decode_s, decode_share = recode_seconds_per_token(tier, pool, model, ranks, rates)
+    encode_s, encode_share = recode_seconds_per_token(pool, tier, model, deployment.tensor_parallel_size, rates)
+    decode_s, decode_share = recode_seconds_per_token(tier, pool, model, deployment.tensor_parallel_size, rates)
+    unit_share = unit_tokens * deployment.parallelism.stage_share(model.num_layers)
     return Coding(
         name=spec.encoding,
         unit_bytes=unit_bytes,
-        encode_s=plain.unit_bytes * ranks / spec.encode_rate if spec.encode_rate else encode_s * unit_tokens,
-        decode_s=plain.unit_bytes * ranks / spec.decode_rate if spec.decode_rate else decode_s * unit_tokens,
+        encode_s=plain.unit_bytes * ranks / spec.encode_rate if spec.encode_rate else encode_s * unit_share,
+        decode_s=plain.unit_bytes * ranks / spec.decode_rate if spec.decode_rate else decode_s * unit_share,
         on_device=spec.coder == "device",
         hbm_share=max(encode_share, decode_share),
         lossy=True,

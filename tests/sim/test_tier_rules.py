@@ -213,3 +213,22 @@ def test_every_name_of_an_encoding_that_is_smaller_can_be_stored() -> None:
         report = simulate(scenario({**HOST, "encoding": name}))
         assert report.tiers is not None
         assert report.tiers.tiers[0].stored_bytes > 0
+
+
+def test_a_pipeline_holds_its_share_on_each_device() -> None:
+    """Two stages of half the layers: half the bytes on each device, over two host links, in half a tier each."""
+    one = scenario({**HOST, "encoding": "fp8"}, NVME)
+    piped = one.model_copy(update={"pipeline_parallel_size": 2})
+    found = []
+    for each in (one, piped):
+        deployment = resolve(each)
+        plan = plan_tiers(deployment, block_bytes(deployment), 16, Edge.CENTRAL)
+        assert plan is not None
+        found.append(plan)
+    whole, half = found
+    for tier, part in zip(whole.tiers, half.tiers, strict=True):
+        assert tier.capacity_bytes is not None
+        assert part.capacity_bytes == tier.capacity_bytes // 2
+        assert part.coding.unit_bytes == tier.coding.unit_bytes // 2
+        assert part.coding.decode_s == pytest.approx(tier.coding.decode_s / 2)
+    assert half.tiers[1].read_bytes_per_s == NVME["read_bandwidth"] / 2

@@ -30,6 +30,7 @@ class PrefillEstimate:
     def ticks(self, tokens: int, context_tokens: int, sequences: int) -> int:
         """Process ``tokens`` after ``context_tokens`` that are cached, in chunks of what the budget leaves."""
         base, append = self.tables.base, self.tables.append
+        sequences = self.step.deployment.parallelism.sequences_per_lane(sequences)
         chunk = max(1, self.budget_tokens - sequences)
         whole, rest = divmod(tokens, chunk)
         total = whole * (base[sequences + chunk] - base[sequences] + append[chunk])
