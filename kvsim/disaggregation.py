@@ -184,9 +184,10 @@ def _check_pair(prefill: Deployment, decode: Deployment) -> None:
                 "prompt is in; use inline"
             )
             raise IncompatibleScenario(msg)
-        if deployment.engine.kv_offloading_size is not None:
+        if deployment.engine.all_kv_tiers:
+            option = "kv_tiers" if deployment.engine.kv_offloading_size is None else "kv_offloading_size"
             msg = (
-                f"{where}.kv_offloading_size: offloading is not modelled with disaggregation (both would share the "
+                f"{where}.{option}: offloading is not modelled with disaggregation (both would share the "
                 "device's ports); leave it out"
             )
             raise IncompatibleScenario(msg)

@@ -42,6 +42,8 @@ from kvsim.summary import (
     time_split,
     weakest_basis,
 )
+from kvsim.tier_use import tiers_use, with_tiers
+from kvsim.tiers import tier_notes
 from kvsim.workload_catalog import load_workload
 from kvsim.workloads import build_requests
 
@@ -102,6 +104,8 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
     batch = _mean_batch(outcomes[0], prepared) if prepared.split is None else _mean_decode_batch(central)
     models = price_edges(prepared.deployment, edges)
     report = assemble(prepared, models, outcomes, "simulation", counts(central, prepared.requests), used, batch)
+    if central.tiers is not None:
+        return with_tiers(report, tiers_use(central.tiers, prepared.deployment))
     if prepared.split is None:
         return report
     return _with_pools(report, prepared, prepared.split, central, outcomes, batch)
@@ -318,10 +322,7 @@ def _prepare_pool(scenario: Scenario, deployment: Deployment, base_dir: Path | N
         notes.append(
             f"prefix caching is off: {scenario.compression.name} evicts tokens, so a cached prompt cannot be reused"
         )
-    if scenario.engine.kv_offloading_size is not None and (
-        requests.prefix_hashes is None or not deployment.prefix_caching
-    ):
-        notes.append("nothing is offloaded to the host: without prefix caching no request could hit a block there")
+    notes += tier_notes(deployment, shares_prefixes=requests.prefix_hashes is not None)
     if scenario.engine.max_model_len is not None and fits < scenario.engine.max_model_len:
         msg = (
             f"engine.max_model_len: one sequence of {scenario.engine.max_model_len} tokens does not fit the KV pool; "

@@ -28,11 +28,11 @@ from kvsim.sim.recorder import RequestLog
 from kvsim.sim.resources import SharedDevice
 from kvsim.sim.run import (
     RunResult,
+    Sharing,
     build_router,
     check_requests,
     host_work_ticks,
     play_clock,
-    prefix_sharing,
     scheduler_limits,
     settle_replica,
 )
@@ -265,6 +265,7 @@ class _Builder:
         tables = build_tables(step, deployment.engine.max_num_batched_tokens, deployment.engine.max_num_seqs)
         limits = scheduler_limits(deployment, pool.plan, self.max_model_len)
         lengths = (requests.prompt_tokens.tolist(), requests.output_tokens.tolist())
+        sharing = Sharing.of(deployment, requests, limits)
         replicas = []
         for source in sources:
             device = SharedDevice(self.env)
@@ -278,7 +279,7 @@ class _Builder:
                 step,
                 tables,
                 limits,
-                prefix_sharing(deployment, requests, limits, device, self.edge),
+                sharing.build(device) if sharing is not None else None,
                 token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
                 coalesce=False,
                 host_work=host_work_ticks(step),

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from kvsim.errors import InvariantViolation
 from kvsim.sim.batch import DecodeBatch, SequenceState
-from kvsim.sim.host_tier import HostTier
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
+from kvsim.sim.tiers.hierarchy import KvTiers
+from kvsim.sim.tiers.reload import Reload
 
 Chunk = tuple[SequenceState, int]
 Leaving = tuple[int, SequenceState, int | None]
@@ -59,8 +60,8 @@ class PrefixSharing:
     cache: PrefixCache
     hashes: Sequence[tuple[int, ...]]
     unit_tokens: int
-    host: HostTier | None = None
-    """Where blocks go that the device forgets."""
+    tiers: KvTiers | None = None
+    """Where blocks go beside the device's pool."""
 
 
 class Scheduler:
@@ -85,8 +86,8 @@ class Scheduler:
         self.record = record
         self.sharing = sharing
         self.waiting: deque[int] = deque()
-        self.loads: list[tuple[SequenceState, Sequence[int]]] = []
-        """Prompts admitted since the engine last looked whose blocks must first come back from the host."""
+        self.loads: list[tuple[SequenceState, Reload]] = []
+        """Prompts admitted since the engine last looked whose blocks must first come back from a tier."""
         self.loaded: deque[SequenceState] = deque()
         """Prompts whose blocks are back, in the order to go on; all their blocks are reserved."""
         self.remote: dict[int, int] = {}
@@ -256,7 +257,7 @@ class Scheduler:
                 chunks.append(chunk)
                 budget -= chunk[1]
         running = batch.size + seats_taken + (self.partial is not None)
-        # Prompts back from the host hold all their blocks and a seat already.
+        # Prompts back from a tier hold all their blocks and a seat already.
         while self.loaded and budget > 0:
             sequence = self.loaded.popleft()
             tokens = min(sequence.target - sequence.done, budget)
@@ -303,13 +304,12 @@ class Scheduler:
                     break
                 running += 1
                 continue
-            if self.sharing is not None and self.sharing.host is not None:
-                back = self._match_host(self.sharing, self.sharing.host, sequence)
-                if back:
-                    if not self._reserve_load(sequence, back, reserved, pinned_bytes, now_ticks):
-                        break
-                    running += 1
-                    continue
+            reload = self._plan_reload(self.sharing, sequence) if self.sharing is not None else None
+            if reload is not None and reload.segments:
+                if not self._reserve_load(sequence, reload, reserved, pinned_bytes, now_ticks):
+                    break
+                running += 1
+                continue
             chunk = target - sequence.done
             if chunk > budget:
                 if not limits.chunked_prefill:
@@ -324,7 +324,7 @@ class Scheduler:
                 break
             if index in self._kept:
                 self._take_again(index, sequence.done // limits.block_size)
-            self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks)
+            self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks, reload)
             chunks.append((sequence, chunk))
             budget -= chunk
             running += 1
@@ -333,17 +333,18 @@ class Scheduler:
                 break
         record.max_running = max(record.max_running, running)
 
-    @staticmethod
-    def _match_host(sharing: PrefixSharing, host: HostTier, sequence: SequenceState) -> Sequence[int]:
-        """Units right after the device's that the host holds."""
-        own, present = sharing.hashes[sequence.index], len(sequence.pinned)
-        units = host.match(own, present, (sequence.target - 1) // sharing.unit_tokens)
-        return own[present : present + units]
+    def _plan_reload(self, sharing: PrefixSharing, sequence: SequenceState) -> Reload | None:
+        """What the tiers have of a prompt right after the device's own units; None without tiers."""
+        if sharing.tiers is None:
+            return None
+        own, units = sharing.hashes[sequence.index], (sequence.target - 1) // sharing.unit_tokens
+        waiting = len(self.waiting) - 1
+        return sharing.tiers.plan(own, len(sequence.pinned), units, sequence.target, self.batch.size, waiting)
 
     def _reserve_load(
-        self, sequence: SequenceState, back: Sequence[int], reserved: int, pinned_bytes: int, now_ticks: int
+        self, sequence: SequenceState, reload: Reload, reserved: int, pinned_bytes: int, now_ticks: int
     ) -> bool:
-        """Admit a prompt whose blocks come back from the host, with blocks for the whole of it; False if too few.
+        """Admit a prompt whose blocks come back from a tier, with blocks for the whole of it; False if too few.
 
         It holds blocks while it waits, so it must never need more to go on: two such prompts could block each other.
         """
@@ -352,8 +353,9 @@ class Scheduler:
             self.reusable_bytes = pinned_bytes
             return False
         unit_tokens = self.sharing.unit_tokens if self.sharing is not None else 0
-        self._seat(sequence, need, pinned_bytes, sequence.done + len(back) * unit_tokens, now_ticks)
-        self.loads.append((sequence, back))
+        cached = sequence.done + len(reload.values) * unit_tokens
+        self._seat(sequence, need, pinned_bytes, cached, now_ticks, reload)
+        self.loads.append((sequence, reload))
         return True
 
     def _reserve_arrival(self, sequence: SequenceState, reserved: int, pinned_bytes: int, now_ticks: int) -> bool:
@@ -363,15 +365,24 @@ class Scheduler:
             self.reusable_bytes = pinned_bytes
             return False
         del self.remote[sequence.index]
-        self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks)
+        self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks, None)
         self.incoming.append(sequence)
         return True
 
     def _seat(
-        self, sequence: SequenceState, need_bytes: int, pinned_bytes: int, cached_tokens: int, now_ticks: int
+        self,
+        sequence: SequenceState,
+        need_bytes: int,
+        pinned_bytes: int,
+        cached_tokens: int,
+        now_ticks: int,
+        reload: Reload | None,
     ) -> None:
         """Take the head of the waiting queue in: its shared units, its own blocks, and the time, if it is its first."""
         index = self.waiting.popleft()
+        if reload is not None and self.sharing is not None and self.sharing.tiers is not None:
+            # Before blocks are evicted for it: what it loads must not make way for them.
+            self.sharing.tiers.commit(reload)
         if sequence.pinned:
             self._pin_prefix(sequence, pinned_bytes)
         sequence.held = need_bytes
@@ -423,7 +434,7 @@ class Scheduler:
             if not sharing.cache.insert(value):
                 break
             pinned.append(value)
-        if sharing.host is not None:
-            sharing.host.store(pinned[len(sequence.pinned) :])
+        if sharing.tiers is not None:
+            sharing.tiers.computed(pinned[len(sequence.pinned) :])
         sequence.held -= (len(pinned) - len(sequence.pinned)) * sharing.cache.unit_bytes
         sequence.pinned = pinned
