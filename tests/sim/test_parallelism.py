@@ -214,16 +214,19 @@ def test_pipelines_fill_micro_batches_in_order_and_ranks_get_whole_prompts():
     assert [piece.context_tokens for lane in filled for piece in lane] == [0, 60, 10, 30, 0]
     assert [piece.compress_ticks for lane in filled for piece in lane] == [0, 5, 0, 0, 0]
     assert sum(piece.ends for lane in filled for piece in lane) == 2
-    dealt = deal(pieces, 2)
+    dealt = deal(pieces, 2, 8)
     assert [[piece.tokens for piece in lane] for lane in dealt] == [[100], [30, 20]]
-    assert deal(pieces[:1], 8) == [pieces[:1]]
+    assert deal(pieces[:1], 8, 1) == [pieces[:1]]
+    assert [len(lane) for lane in deal([Piece(90, 0, ends=True), *[Piece(1, 0, ends=True)] * 5], 2, 3)] == [3, 3]
 
 
 @settings(max_examples=60, deadline=None)
 @given(tokens=st.lists(st.integers(1, 200), min_size=1, max_size=9), lanes=st.integers(2, 8), room=st.integers(1, 90))
 def test_dealing_loses_no_token(tokens, lanes, room):
     pieces = [Piece(count, 0, ends=True) for count in tokens]
-    for dealt in (deal(pieces, lanes), fill(pieces, lanes, room)):
+    seats = -(-len(tokens) // lanes)
+    assert max(len(lane) for lane in deal(pieces, lanes, seats)) <= seats
+    for dealt in (deal(pieces, lanes, seats), deal(pieces, lanes, 0), fill(pieces, lanes, room)):
         assert len(dealt) <= lanes
         assert sum(piece.tokens for lane in dealt for piece in lane) == sum(tokens)
         assert sum(piece.ends for lane in dealt for piece in lane) == len(tokens)
