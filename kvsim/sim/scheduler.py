@@ -277,7 +277,9 @@ class Scheduler:
         self.take(need)
         return partial, chunk
 
-    def _admit(self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int) -> None:
+    def _admit(  # noqa: C901 - one decision after the other, in vLLM's order
+        self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int
+    ) -> None:
         waiting, limits, log, record = self.waiting, self.limits, self.log, self.record
         record.max_waiting = max(record.max_waiting, len(waiting))
         self.reusable_bytes = 0
