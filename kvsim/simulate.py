@@ -17,7 +17,7 @@ from kvsim.cost.priors import EDGES, Edge
 from kvsim.deployment import Deployment
 from kvsim.errors import KvsimError, RequestDoesNotFit
 from kvsim.explain import Explanation, Term, explain_deployment
-from kvsim.memory import MemoryPlan, plan_memory, plan_or, waterfall
+from kvsim.memory import MemoryPlan, plan_memory, plan_or, slot_tokens, waterfall
 from kvsim.pool import block_bytes, longest_prompt
 from kvsim.quality import published_quality
 from kvsim.report import Counts, Figure, KernelUsed, Provenance, Report
@@ -197,6 +197,7 @@ def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
     requests = _load_requests(scenario, base_dir)
     plan = plan_memory(deployment, block_bytes(deployment))
     limit = scenario.engine.max_model_len or deployment.model.max_position_embeddings
+    limit = min(limit, slot_tokens(deployment) or limit)
     fits = longest_prompt(deployment, plan.num_blocks * plan.block_bytes, limit)
     notes = [*deployment.notes, *kernel_notes(deployment), *requests.notes]
     if deployment.engine_fit is not None:

@@ -123,6 +123,10 @@ class ModelSpec(Spec):
     """Parameters that one token touches (equal to all for a dense model)."""
     num_embedding_parameters: Count
     """Input embedding and LM head, kept in ``dtype``."""
+    num_encoder_parameters: CountOrZero = 0
+    """Encoders of other modalities beside the language model (vision), where the config describes them."""
+    rotary_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of a head that rotary embedding turns (``partial_rotary_factor``)."""
 
     @model_validator(mode="after")
     def _every_layer_once(self) -> Self:
