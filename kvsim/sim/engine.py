@@ -11,6 +11,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Generator
+from functools import partial
 from typing import Any
 
 import simpy
@@ -24,6 +25,7 @@ from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
 from kvsim.sim.scheduler import Chunk, PrefixSharing, Scheduler, SchedulerLimits
+from kvsim.sim.waits import Waits
 from kvsim.units import TICKS_PER_SECOND
 
 Clocked = Generator[simpy.Event, Any, None]
@@ -67,14 +69,13 @@ class ReplicaEngine:
         """Ticks of all decode steps above the batches' fixed parts."""
         self._dynamic = source.is_dynamic
         self._host = sharing.host if sharing is not None else None
-        self._loading: list[tuple[simpy.Event, SequenceState, int]] = []
-        """Copies from the host under way, the prompt that waits for each, and the tokens it brings."""
+        self.waits = Waits()
+        """Sequences that wait for a compaction or for blocks from the host; each has a seat."""
         self._side_stream = step.deployment.engine.compression_stream == "side"
         self._runs_ahead = coalesce and not self._side_stream and self._host is None
         self._plain = self._runs_ahead and token_ticks > 0 and sharing is None
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)
-        self._compacting: list[tuple[simpy.Event, SequenceState, int, int]] = []
         self._late: dict[int, int] = {}
         """When sequences that were just compacted aside, and have not decoded since, got their latest token."""
         self.load = 0
@@ -97,10 +98,8 @@ class ReplicaEngine:
         while True:
             if source.next_ticks <= self.now:
                 source.deliver(self.now)
-            if self._compacting:
-                self._join_compacted()
-            if self._loading:
-                self._take_loaded()
+            if self.waits:
+                self.waits.settle()
             if scheduler.waiting or scheduler.partial is not None or scheduler.loaded:
                 if self._plain and len(scheduler.waiting) == 1 and (ticks := self._begin_lone_prompt()):
                     self.now += ticks
@@ -109,7 +108,7 @@ class ReplicaEngine:
                         source.deliver(self.now)
                     self._end_lone_prompt(ticks)
                     continue
-                aside = len(self._compacting) + len(self._loading) + len(scheduler.loaded)
+                aside = len(self.waits) + len(scheduler.loaded)
                 chunks = scheduler.schedule(self.now, aside)
                 if scheduler.loads:
                     self._start_loads()
@@ -151,9 +150,9 @@ class ReplicaEngine:
                 return
 
     def _idle(self) -> ClockedAnswer:
-        """Wait for a compaction, an arrival or a release; False where none can come."""
+        """Wait for what a sequence waits for, an arrival or a release; False where none can come."""
         source = self.source
-        if self._compacting or self._loading:
+        if self.waits:
             yield self.env.any_of(self._wake_events())
         elif self.scheduler.waiting:
             msg = f"request {self.scheduler.waiting[0]} waits although the replica is idle"
@@ -262,7 +261,7 @@ class ReplicaEngine:
         return ticks, ending
 
     def _end_mixed(self, chunks: list[Chunk], ending: list[SequenceState], lasted: int) -> None:
-        batch, scheduler = self.batch, self.scheduler
+        batch = self.batch
         for sequence, chunk in chunks:
             sequence.done += chunk
         if batch.size:
@@ -272,16 +271,21 @@ class ReplicaEngine:
                 self.record.runs.append((1, batch.size, lasted, 0))
             self._advance(1)
         for sequence in ending:
-            if sequence is scheduler.partial:
-                scheduler.partial = None
-            if scheduler.sharing is not None:
-                scheduler.register_prompt(sequence)
-            left = self._emit(sequence.index)
-            profile = sequence.profile
-            if self._side_stream and profile is not None and profile.compress_ticks and left:
-                self._compact_aside(sequence, profile, left)
-            else:
-                self._join(sequence, left)
+            self._end_prompt(sequence)
+
+    def _end_prompt(self, sequence: SequenceState) -> None:
+        """A prompt is in: its blocks can be shared, its token comes out, and it decodes or is compacted first."""
+        scheduler = self.scheduler
+        if sequence is scheduler.partial:
+            scheduler.partial = None
+        if scheduler.sharing is not None:
+            scheduler.register_prompt(sequence)
+        left = self._emit(sequence.index)
+        profile = sequence.profile
+        if self._side_stream and profile is not None and profile.compress_ticks and left:
+            self._compact_aside(sequence, profile, left)
+        else:
+            self._join(sequence, left)
 
     def _prefill_ticks(self, chunks: list[Chunk], tokens: int, ending: int, compress: int) -> int:
         """What the chunks add to a step: the difference of the tables, attention, and encoding the new tokens."""
@@ -385,14 +389,9 @@ class ReplicaEngine:
     # --- sharing the device -----------------------------------------------------------------------------------------
 
     @property
-    def num_loading(self) -> int:
-        """Prompts that wait for blocks from the host."""
-        return len(self._loading)
-
-    @property
     def _shares_device(self) -> bool:
         """Whether anything runs beside the engine's steps."""
-        return bool(self._compacting) or (self._host is not None and self._host.copies > 0)
+        return not self.device.is_idle
 
     def _start_loads(self) -> None:
         """Copy back what newly admitted prompts wait for."""
@@ -400,19 +399,12 @@ class ReplicaEngine:
         if host is not None and scheduler.sharing is not None:
             for sequence, values in scheduler.loads:
                 tokens = len(values) * scheduler.sharing.unit_tokens
-                self._loading.append((host.load(values), sequence, tokens))
+                self.waits.add(host.load(values), partial(self._take_loaded, sequence, tokens))
         scheduler.loads.clear()
 
-    def _take_loaded(self) -> None:
-        still = []
-        for entry in self._loading:
-            done, sequence, tokens = entry
-            if done.processed:
-                sequence.done += tokens
-                self.scheduler.loaded.append(sequence)
-            else:
-                still.append(entry)
-        self._loading = still
+    def _take_loaded(self, sequence: SequenceState, tokens: int) -> None:
+        sequence.done += tokens
+        self.scheduler.loaded.append(sequence)
 
     def _occupy(self, ticks: int) -> simpy.Event:
         """The engine's step as an activity that shares the device with compaction."""
@@ -462,23 +454,15 @@ class ReplicaEngine:
         """Score and compact on a side stream; the sequence decodes once its cache is compact."""
         self.record.aside_ticks += profile.compress_ticks
         activity = self.device.start(profile.compress_ticks, Demand(hbm=1.0), "compact")
-        self._compacting.append((activity.done, sequence, left, self.now))
+        self.waits.add(activity.done, partial(self._join_compacted, sequence, left, self.now))
 
-    def _join_compacted(self) -> None:
-        still = []
-        for entry in self._compacting:
-            done, sequence, left, since = entry
-            if done.processed:
-                self._join(sequence, left)
-                self._late[sequence.index] = since
-            else:
-                still.append(entry)
-        self._compacting = still
+    def _join_compacted(self, sequence: SequenceState, left: int, since: int) -> None:
+        self._join(sequence, left)
+        self._late[sequence.index] = since
 
     def _wake_events(self) -> list[simpy.Event]:
-        """What can end an idle wait beside a compaction or a load: its end, the next arrival, or a release."""
-        events: list[simpy.Event] = [entry[0] for entry in self._compacting]
-        events += [entry[0] for entry in self._loading]
+        """What can end an idle wait: the end of what a sequence waits for, the next arrival, or a release."""
+        events = self.waits.events()
         if self._dynamic:
             events.append(self.source.released)
         if self.source.next_ticks < NEVER:

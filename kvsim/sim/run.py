@@ -209,7 +209,7 @@ def _check_replica(replica: ReplicaEngine) -> None:
     left = {
         "sequences": batch.size,
         "waiting requests": len(scheduler.waiting),
-        "prompts between host and device": replica.num_loading + len(scheduler.loaded),
+        "sequences that wait beside the steps": len(replica.waits) + len(scheduler.loaded),
         "missing pool bytes": scheduler.limits.pool_bytes - scheduler.free,
         "ticks of decode work": batch.variable,
         "bytes of pending growth": batch.growth_total,
