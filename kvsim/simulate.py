@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from kvsim import __version__
 from kvsim.analysis import EdgeModels, LoadShape, capacity, effects, load_shape, price_edges
@@ -40,6 +40,9 @@ from kvsim.summary import (
 from kvsim.workload_catalog import load_workload
 from kvsim.workloads import build_requests
 
+if TYPE_CHECKING:
+    from kvsim.sim.observer import RunObserver
+
 Progress = Callable[[float], None]
 
 
@@ -71,11 +74,17 @@ class Prepared:
         return load_shape(self.requests)
 
 
-def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Progress | None = None) -> Report:
+def simulate(
+    scenario: Scenario,
+    *,
+    base_dir: Path | None = None,
+    progress: Progress | None = None,
+    observer: RunObserver | None = None,
+) -> Report:
     """Play ``scenario`` request by request.
 
     Raises a ScenarioError for wrong input and an InfeasibleScenario where nothing fits. ``progress`` is called with
-    the share done, from 0 to 1.
+    the share done, from 0 to 1; ``observer`` watches the central estimate's run.
     """
     from kvsim.sim.run import run_requests
 
@@ -91,6 +100,7 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
             routing=scenario.routing,
             edge=edge,
             progress=_part(progress, position, len(edges)),
+            observer=observer if edge is Edge.CENTRAL else None,
         )
         results.append((result, outcome(result, prepared.requests, scenario.slo, edge)))
     central = results[0][0]

@@ -22,6 +22,7 @@ from kvsim.cost.tables import StepTables
 from kvsim.errors import InvariantViolation
 from kvsim.sim.arrivals import NEVER, ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
+from kvsim.sim.observer import ReplicaWatch, prompts_of
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
 from kvsim.sim.scheduler import Chunk, PrefixSharing, Scheduler, SchedulerLimits
@@ -78,6 +79,7 @@ class ReplicaEngine:
         self._lone = SequenceState(-1, 0)
         self._late: dict[int, int] = {}
         """When sequences that were just compacted aside, and have not decoded since, got their latest token."""
+        self.observer: ReplicaWatch | None = None
         self.load = 0
         """Requests routed here that have not ended; counted by the router, and only where it has a choice."""
 
@@ -152,6 +154,8 @@ class ReplicaEngine:
     def _idle(self) -> ClockedAnswer:
         """Wait for what a sequence waits for, an arrival or a release; False where none can come."""
         source = self.source
+        if self.observer is not None:
+            self.observer.idle(self)
         if self.waits:
             yield self.env.any_of(self._wake_events())
         elif self.scheduler.waiting:
@@ -207,6 +211,8 @@ class ReplicaEngine:
         self.decode_steps[size] += steps
         self.variable_total += ticks - steps * self.tables.step[size]
         self.record.runs.append((steps, size, first, slope))
+        if self.observer is not None:
+            self.observer.step(self, ticks, steps=steps)
         return steps, ticks
 
     def _advance(self, steps: int) -> None:
@@ -258,6 +264,8 @@ class ReplicaEngine:
             self.decode_steps[size] += 1
             self.variable_total += batch.variable
             ticks += tables.step[size] + batch.variable
+        if self.observer is not None:
+            self.observer.step(self, ticks, prompt_tokens=tokens, prompts=prompts_of(chunks))
         return ticks, ending
 
     def _end_mixed(self, chunks: list[Chunk], ending: list[SequenceState], lasted: int) -> None:
@@ -342,7 +350,10 @@ class ReplicaEngine:
         else:
             compression += tables.append_launch
         record.prompts.append((size, target, 1, attention, compression))
-        return ticks + attention + compression
+        ticks += attention + compression
+        if self.observer is not None:
+            self.observer.step(self, ticks, prompt_tokens=target, prompts=(index,))
+        return ticks
 
     def _end_lone_prompt(self, ticks: int) -> None:
         batch, scheduler, sequence = self.batch, self.scheduler, self._lone
@@ -430,6 +441,8 @@ class ReplicaEngine:
         size, ticks = batch.size, self.tables.step[batch.size] + batch.variable
         self.decode_steps[size] += 1
         self.variable_total += batch.variable
+        if self.observer is not None:
+            self.observer.step(self, ticks)
         yield self._occupy(ticks)
         ticks = self._contended(ticks)
         self.now += ticks

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import simpy
 from simpy.events import NORMAL, EventPriority
 
 from kvsim.errors import InvariantViolation
+
+if TYPE_CHECKING:
+    from kvsim.sim.observer import ReplicaWatch
 
 SPEED_UNITS: Final = 144_403_552_893_600
 """Units in full speed: lcm(1..32), so that halves, thirds, 5/6 or 20/21 of full speed are whole numbers of units."""
@@ -174,6 +177,7 @@ class SharedDevice:
         self._wake_up: _WakeUp | None = None
         self._wake_up_ticks = -1
         self._ending = False
+        self.observer: ReplicaWatch | None = None
         self._finished_busy_ticks = [0.0] * len(_INDEX)
 
     @property
@@ -213,6 +217,8 @@ class SharedDevice:
         else:
             self._updated_ticks = now
         active.append(activity)
+        if self.observer is not None:
+            self.observer.started(activity)
         # A wake-up due at this tick, or running now, plans for everyone when it is done.
         if not self._ending and self._wake_up_ticks != now:
             self._plan(now)
@@ -265,6 +271,8 @@ class SharedDevice:
         for activity in due:
             activity.finished_ticks = now
             self._account(activity)
+            if self.observer is not None:
+                self.observer.finished(activity)
         self._ending = True
         for activity in due:
             activity.done.fire(activity)

@@ -24,6 +24,7 @@ from kvsim.requests import RequestTable
 from kvsim.sim.arrivals import ArrivalSource
 from kvsim.sim.engine import ReplicaEngine
 from kvsim.sim.host_tier import HostTier, HostTierLimits
+from kvsim.sim.observer import RunObserver
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.resources import SharedDevice
@@ -52,6 +53,7 @@ def run_requests(
     edge: Edge = Edge.CENTRAL,
     coalesce: bool = True,
     progress: Callable[[float], None] | None = None,
+    observer: RunObserver | None = None,
 ) -> RunResult:
     """Simulate every request to its end; raise InvariantViolation if anything is lost on the way."""
     env = simpy.Environment(initial_time=0)
@@ -80,6 +82,8 @@ def run_requests(
             coalesce=coalesce and _foreseeable(deployment, source),
         )
         replicas.append(replica)
+        if observer is not None:
+            observer.watch(replica)
         env.process(replica.run())
     source.replicas.extend(replicas)
     _play(env, requests, progress)
@@ -88,7 +92,10 @@ def run_requests(
         _split_decode_time(replica, tables, step)
         _check_replica(replica)
     _check_requests(log, requests)
-    return RunResult(log, tuple(replica.record for replica in replicas), int(env.now), limits.pool_bytes)
+    result = RunResult(log, tuple(replica.record for replica in replicas), int(env.now), limits.pool_bytes)
+    if observer is not None:
+        observer.finish(replicas, result, requests)
+    return result
 
 
 def _foreseeable(deployment: Deployment, source: ArrivalSource) -> bool:
