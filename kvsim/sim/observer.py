@@ -73,7 +73,9 @@ class ReplicaWatch:
     busy_ticks: int = 0
     """Length of all runs of steps, those not kept included."""
     unkept_steps: int = 0
-    _current: StepRun | None = None
+    _planned: StepRun | None = None
+    _running: StepRun | None = None
+    """The step whose activity runs; another may be planned behind it."""
     _stride: int = 1
     _seen: int = 0
 
@@ -92,7 +94,7 @@ class ReplicaWatch:
             self.served_by.setdefault(index, self.number)
         start = engine.now
         size = engine.batch.size
-        self._current = run = StepRun(start, start + ticks, steps, size, len(prompts), prompt_tokens)
+        self._planned = run = StepRun(start, start + ticks, steps, size, len(prompts), prompt_tokens)
         self.busy_ticks += ticks
         if len(self.steps) < MAX_STEPS:
             self.steps.append(run)
@@ -102,10 +104,14 @@ class ReplicaWatch:
 
     def started(self, activity: Activity) -> None:
         """A step that shares the device starts when its activity does."""
-        run = self._current
-        if activity.name == STEP and run is not None:
-            run.end_ticks += activity.started_ticks - run.start_ticks
-            run.start_ticks = activity.started_ticks
+        run = self._planned
+        if activity.name != STEP or run is None:
+            return
+        if self.samples and self.samples[-1].ticks == run.start_ticks:
+            self.samples[-1].ticks = activity.started_ticks
+        run.end_ticks += activity.started_ticks - run.start_ticks
+        run.start_ticks = activity.started_ticks
+        self._running = run
 
     def finished(self, activity: Activity) -> None:
         """An activity of the shared device is over."""
@@ -114,12 +120,10 @@ class ReplicaWatch:
             return
         if activity.name != STEP:
             self.beside.append(SideActivity(activity.name, activity.started_ticks, end, activity.alone_ticks))
-            return
-        for run in (self._current, *self.steps[-2:]):
-            if run is not None and run.start_ticks == activity.started_ticks:
-                self.busy_ticks += end - run.end_ticks
-                run.end_ticks = end
-                return
+        elif self._running is not None:
+            self.busy_ticks += end - self._running.end_ticks
+            self._running.end_ticks = end
+            self._running = None
 
     def idle(self, engine: ReplicaEngine) -> None:
         """No step can be taken until something comes."""

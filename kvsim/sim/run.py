@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
+from kvsim.cost.front_end import front_end
+from kvsim.cost.host import host_seconds
 from kvsim.cost.priors import Edge, look_up
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
@@ -21,7 +23,7 @@ from kvsim.errors import InvariantViolation
 from kvsim.memory import MemoryPlan
 from kvsim.pool import prefill_growths
 from kvsim.requests import RequestTable
-from kvsim.sim.arrivals import ArrivalSource
+from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
 from kvsim.sim.engine import ReplicaEngine
 from kvsim.sim.host_tier import HostTier, HostTierLimits
 from kvsim.sim.observer import RunObserver
@@ -29,6 +31,7 @@ from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.resources import SharedDevice
 from kvsim.sim.scheduler import PrefixSharing, SchedulerLimits
+from kvsim.units import TICKS_PER_SECOND
 
 PROGRESS_SLICES = 50
 
@@ -60,9 +63,12 @@ def run_requests(
     step = StepModel(deployment, build_rates(deployment.device, deployment.priors, edge))
     engine = deployment.engine
     tables = build_tables(step, engine.max_num_batched_tokens, engine.max_num_seqs)
-    source = ArrivalSource(env, requests, routing)
+    front = front_end_ticks(front_end(deployment, edge))
+    source = ArrivalSource(env, requests, routing, front)
     count = len(requests)
-    log = RequestLog(source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count)
+    log = RequestLog(
+        source.sent_ticks, source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count, front.egress
+    )
     lengths = (requests.prompt_tokens.tolist(), requests.output_tokens.tolist())
     limits = _limits(deployment, plan, max_model_len)
     replicas = []
@@ -80,6 +86,7 @@ def run_requests(
             _prefix_sharing(deployment, requests, limits, device, edge),
             token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
             coalesce=coalesce and _foreseeable(deployment, source),
+            host_work=host_work_ticks(step),
         )
         replicas.append(replica)
         if observer is not None:
@@ -96,6 +103,13 @@ def run_requests(
     if observer is not None:
         observer.finish(replicas, result, requests)
     return result
+
+
+def host_work_ticks(step: StepModel) -> list[int]:
+    """Ticks of host work of a step, by its sequences."""
+    sequences = np.arange(step.deployment.engine.max_num_seqs + 1, dtype=np.float64)
+    ticks: list[int] = np.rint(np.asarray(host_seconds(step, sequences)) * TICKS_PER_SECOND).astype(np.int64).tolist()
+    return ticks
 
 
 def _foreseeable(deployment: Deployment, source: ArrivalSource) -> bool:
@@ -207,6 +221,7 @@ def _split_decode_time(replica: ReplicaEngine, tables: StepTables, step: StepMod
         unpack = replica.batch.unpack_total
     decode.compression += unpack
     decode.attention += replica.variable_total - unpack
+    decode.overhead += replica.record.host_ticks
     replica.record.decode = decode
 
 

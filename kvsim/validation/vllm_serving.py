@@ -250,11 +250,7 @@ def _prompt_hashes(shared: SharedPrefix) -> Iterator[tuple[int, ...]]:
 
 def latencies(played: Played, chosen: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> StageLatencies:
     """Latencies of some requests of a run."""
-    log = played.result.log
-    arrived, first, finished = (
-        np.asarray(ticks, dtype=np.float64)[chosen] / TICKS_PER_SECOND
-        for ticks in (log.arrived, log.first_token, log.finished)
-    )
+    arrived, first, finished = (times[chosen] for times in played.result.log.client_seconds())
     gaps = np.maximum(played.requests.output_tokens[chosen] - 1, 0)
     decode_s = finished - first
     several = gaps > 0
