@@ -52,6 +52,8 @@ class _Replica:
     labels: str
     watch: ReplicaWatch
     record: ReplicaRecord
+    egress_ticks: int
+    sent: IntArray
     arrived: IntArray
     scheduled: IntArray
     first: IntArray
@@ -92,6 +94,8 @@ def _replica(observer: RunObserver, watch: ReplicaWatch, model_name: str) -> _Re
         f'{{model_name="{name}",engine="{watch.number}"',
         watch,
         result.records[watch.number],
+        log.egress_ticks,
+        of(log.sent),
         of(log.arrived),
         of(log.scheduled),
         of(log.first_token),
@@ -198,11 +202,11 @@ def _generated(replica: _Replica, times: IntArray) -> IntArray:
 
 def _histograms(replicas: list[_Replica], end: int) -> Iterator[str]:
     texts = {
-        "time_to_first_token_seconds": (FIRST_TOKEN_BUCKETS, "Time from arrival to the first token."),
+        "time_to_first_token_seconds": (FIRST_TOKEN_BUCKETS, "Time from sending to the first token."),
         "inter_token_latency_seconds": (TOKEN_BUCKETS, "Time between two tokens of a request."),
         "request_time_per_output_token_seconds": (TOKEN_BUCKETS, "Mean time per token after the first, by request."),
-        "e2e_request_latency_seconds": (REQUEST_BUCKETS, "Time from arrival to the last token."),
-        "request_queue_time_seconds": (REQUEST_BUCKETS, "Time from arrival until scheduled."),
+        "e2e_request_latency_seconds": (REQUEST_BUCKETS, "Time from sending to the last token."),
+        "request_queue_time_seconds": (REQUEST_BUCKETS, "Time from the engine's queue until scheduled."),
         "request_prefill_time_seconds": (REQUEST_BUCKETS, "Time from scheduled to the first token."),
         "request_decode_time_seconds": (REQUEST_BUCKETS, "Time from the first to the last token."),
         "request_inference_time_seconds": (REQUEST_BUCKETS, "Time from scheduled to the last token."),
@@ -218,9 +222,9 @@ def _requests(replica: _Replica, name: str, bounds: tuple[float, ...]) -> _Histo
     decode = replica.finished - replica.first
     several = replica.output > 1
     seconds = {
-        "time_to_first_token_seconds": replica.first - replica.arrived,
+        "time_to_first_token_seconds": replica.first + replica.egress_ticks - replica.sent,
         "request_time_per_output_token_seconds": decode[several] / np.maximum(replica.output[several] - 1, 1),
-        "e2e_request_latency_seconds": replica.finished - replica.arrived,
+        "e2e_request_latency_seconds": replica.finished + replica.egress_ticks - replica.sent,
         "request_queue_time_seconds": replica.scheduled - replica.arrived,
         "request_prefill_time_seconds": replica.first - replica.scheduled,
         "request_decode_time_seconds": decode,

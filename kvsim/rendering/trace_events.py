@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from kvsim.errors import InvariantViolation
 from kvsim.sim.observer import ReplicaWatch, RunObserver, Sample, SideActivity, StepRun
+from kvsim.sim.recorder import RequestLog
 
 TICKS_PER_US: Final = 10**6
 MAX_REQUESTS: Final = 5_000
@@ -105,23 +106,37 @@ def _counter_events(watch: ReplicaWatch, pid: int) -> Iterator[Event]:
 
 
 def _request_events(observer: RunObserver) -> Iterator[Event]:
-    """Lives of requests, as nested asynchronous slices: waiting, prompt, answer."""
+    """Lives of requests, as nested asynchronous slices: front end, queue, prompt, answer, front end."""
     if observer.result is None or observer.requests is None:
         msg = "a trace needs a finished run"
         raise InvariantViolation(msg)
     log, requests = observer.result.log, observer.requests
     for index in range(min(len(requests), MAX_REQUESTS)):
-        finished = log.finished[index]
-        if finished < 0:
+        if log.finished[index] < 0:
             continue
         at = {"cat": "request", "id": str(index), "pid": _process(observer.served_by.get(index, 0)), "tid": 0}
-        times = (log.arrived[index], log.scheduled[index], log.first_token[index], finished)
+        life = _life(log, index)
         args = {
-            "prompt_tokens": int(requests.prompt_tokens[index]), "output_tokens": int(requests.output_tokens[index]),
-        }  # fmt: skip
+            "prompt_tokens": int(requests.prompt_tokens[index]),
+            "output_tokens": int(requests.output_tokens[index]),
+        }
         whole = f"request {index}"
-        yield {**at, "ph": "b", "name": whole, "ts": _us(times[0]), "args": args}
-        for name, start, end in zip(("queue", "prefill", "decode"), times[:-1], times[1:], strict=True):
+        yield {**at, "ph": "b", "name": whole, "ts": _us(life[0][1]), "args": args}
+        for name, start, end in life:
             yield {**at, "ph": "b", "name": name, "ts": _us(start)}
             yield {**at, "ph": "e", "name": name, "ts": _us(end)}
-        yield {**at, "ph": "e", "name": whole, "ts": _us(finished)}
+        yield {**at, "ph": "e", "name": whole, "ts": _us(life[-1][2])}
+
+
+def _life(log: RequestLog, index: int) -> list[tuple[str, int, int]]:
+    """Parts of a request's life with start and end; the front end's where it takes time."""
+    sent, arrived, finished = log.sent[index], log.arrived[index], log.finished[index]
+    scheduled, first = log.scheduled[index], log.first_token[index]
+    parts = [
+        ("front end", sent, arrived),
+        ("queue", arrived, scheduled),
+        ("prefill", scheduled, first),
+        ("decode", first, finished),
+        ("front end", finished, finished + log.egress_ticks),
+    ]
+    return [part for part in parts if part[0] != "front end" or part[1] < part[2]]

@@ -184,6 +184,18 @@ def test_a_trace_needs_a_finished_run() -> None:
         openmetrics_document(RunObserver(), "none")
 
 
+def test_a_life_runs_from_the_client_to_the_client() -> None:
+    observer = watch(chat(request_overhead_s=0.008))
+    assert observer.result is not None
+    sent_s, _, last_s = observer.result.log.client_seconds()
+    mine = [event for event in trace(observer) if event["ph"] in "be" and event["id"] == "3"]
+    whole = [float(event["ts"]) / 1e6 for event in mine if event["name"] == "request 3"]
+    assert whole == [pytest.approx(sent_s[3]), pytest.approx(last_s[3])]
+    assert [event["name"] for event in mine if event["ph"] == "b"] == [
+        "request 3", "front end", "queue", "prefill", "decode", "front end",
+    ]  # fmt: skip
+
+
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 
@@ -204,8 +216,9 @@ def test_metrics_parse_and_end_at_the_runs_totals(case: Case) -> None:
         assert all(sample.value >= 0 for sample in found[f"kvsim_{gauge}"].samples)
     first = found["kvsim_time_to_first_token_seconds"]
     assert last(first, "_count") == len(done)
-    waited = sum(log.first_token[index] - log.arrived[index] for index in done) / TICKS_PER_SECOND
-    assert last(first, "_sum") == pytest.approx(waited)
+    sent_s, first_s, last_s = log.client_seconds()
+    assert last(first, "_sum") == pytest.approx((first_s - sent_s)[done].sum())
+    assert last(found["kvsim_e2e_request_latency_seconds"], "_sum") == pytest.approx((last_s - sent_s)[done].sum())
 
 
 @given(case=cases())
