@@ -7,7 +7,7 @@ SGLang (docs, hyperparameter tuning)
 TensorRT-LLM (docs, ``KvCacheConfig``)
     pool = ``free_gpu_memory_fraction`` x what weights and buffers leave free.
 llama.cpp (``llama-context.cpp``)
-    ``ctx_size`` cells, divided among ``parallel`` slots; no fraction. Without ``ctx_size``: all that is left.
+    ``ctx_size`` cells, divided among slots (``max_num_seqs``); no fraction. Without ``ctx_size``: all that is left.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _budget_and_pool(deployment: Deployment, usable: float, terms: tuple[EngineT
         fraction = engine.free_gpu_memory_fraction or TENSORRT_LLM_FRACTION
         return usable, fraction * (usable - taken)
     if engine.ctx_size is not None:
-        slots = engine.parallel or 1
+        slots = engine.max_num_seqs
         return usable, float(slots * prompt_bytes(deployment, engine.ctx_size // slots))
     return usable, usable - taken
 
@@ -105,7 +105,7 @@ def plan_or(central: MemoryPlan, deployment: Deployment, edge: Edge) -> MemoryPl
 def slot_tokens(deployment: Deployment) -> int | None:
     """Longest sequence that one slot of llama.cpp holds; None where slots do not limit."""
     engine = deployment.engine
-    return None if engine.ctx_size is None else engine.ctx_size // (engine.parallel or 1)
+    return None if engine.ctx_size is None else engine.ctx_size // engine.max_num_seqs
 
 
 def _too_large(deployment: Deployment, usable: float, terms: tuple[EngineTerm, ...], pool: float) -> str:
@@ -164,7 +164,7 @@ def _pool_formula(deployment: Deployment) -> str:
         return f"num_gpu_blocks_override ({engine.num_gpu_blocks_override}) x block"
     if engine.kv_cache_memory_bytes is not None:
         return "kv_cache_memory_bytes"
-    slots = engine.parallel or 1
+    slots = engine.max_num_seqs
     return {
         "vllm": f"gpu_memory_utilization ({engine.gpu_memory_utilization:g}) x usable - weights - engine's terms",
         "sglang": f"mem_fraction_static ({engine.mem_fraction_static or SGLANG_FRACTION:g}) x usable - weights",

@@ -92,8 +92,9 @@ class VllmLog:
         value = self.options.get(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-            msg = f"{self.name}: {name} is {value!r}, which is not a whole number"
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not abs(value) < MAX_NUMBER or value != int(value):
+            msg = f"{self.name}: {name} is {value!r:.40}, which is not a whole number of any engine's size"
             raise InvalidSpec(msg)
         return int(value)
 

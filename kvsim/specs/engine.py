@@ -20,7 +20,7 @@ MEMORY_OPTIONS: Final = {
     ),
     "sglang": ("mem_fraction_static",),
     "tensorrt_llm": ("free_gpu_memory_fraction",),
-    "llamacpp": ("ctx_size", "parallel"),
+    "llamacpp": ("ctx_size",),
 }  # fmt: skip
 """Options that only one engine has; they mean different things, so none is read for another engine."""
 
@@ -44,9 +44,7 @@ class EngineSpec(Spec):
     free_gpu_memory_fraction: Share | None = None
     """TensorRT-LLM: the KV pool's share of what weights and buffers leave free; None takes its default of 0.9."""
     ctx_size: Count | None = None
-    """llama.cpp: KV cells in tokens, over all slots; None takes all memory that is left."""
-    parallel: Count | None = None
-    """llama.cpp: slots that ``ctx_size`` is divided among; None is one."""
+    """llama.cpp: KV cells in tokens, cut equally among ``max_num_seqs`` slots; None takes all memory that is left."""
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     num_gpu_blocks_override: Count | None = None
@@ -93,8 +91,8 @@ class EngineSpec(Spec):
                         f"{self.kind}: {', '.join(MEMORY_OPTIONS[self.kind])}"
                     )
                     raise ValueError(msg)
-        if self.parallel is not None and self.ctx_size is None:
-            msg = "parallel divides ctx_size, which is missing; give engine.ctx_size"
+        if self.ctx_size is not None and self.ctx_size < self.max_num_seqs:
+            msg = f"ctx_size {self.ctx_size} leaves no token for each of max_num_seqs {self.max_num_seqs} slots"
             raise ValueError(msg)
         return self
 

@@ -141,14 +141,14 @@ def test_each_engine_means_its_own_by_its_share() -> None:
 
 
 def test_llamacpp_allocates_its_context_and_divides_it_among_slots() -> None:
-    whole = deploy(device="apple-m4-max", kind="llamacpp", ctx_size=32768)
-    split = deploy(device="apple-m4-max", kind="llamacpp", ctx_size=32768, parallel=4)
+    whole = deploy(device="apple-m4-max", kind="llamacpp", ctx_size=32768, max_num_seqs=1)
+    split = deploy(device="apple-m4-max", kind="llamacpp", ctx_size=32768, max_num_seqs=4)
     plans = [plan_memory(one, block_bytes(one)) for one in (whole, split)]
     assert plans[0].pool_bytes == prompt_bytes(whole, 32768) == 32768 * 131072
     assert plans[1].pool_bytes == plans[0].pool_bytes
     assert (slot_tokens(whole), slot_tokens(split)) == (32768, 8192)
     with pytest.raises(InfeasibleScenario, match=r"lower engine\.ctx_size"):
-        blocks(deploy(device="apple-m1", kind="llamacpp", ctx_size=10_000_000))
+        blocks(deploy(device="apple-m1", kind="llamacpp", ctx_size=10_000_000, max_num_seqs=1))
 
 
 def test_stated_sizes_win() -> None:
@@ -168,7 +168,7 @@ def test_stated_sizes_win() -> None:
         ({"kind": "sglang", "free_gpu_memory_fraction": 0.8}, "memory options of sglang: mem_fraction_static"),
         ({"kind": "tensorrt_llm", "num_gpu_blocks_override": 9}, "num_gpu_blocks_override is an option of vllm"),
         ({"kind": "vllm", "ctx_size": 4096}, "ctx_size is an option of llamacpp"),
-        ({"kind": "llamacpp", "parallel": 4}, "parallel divides ctx_size"),
+        ({"kind": "llamacpp", "ctx_size": 100}, "leaves no token for each of max_num_seqs 256 slots"),
         ({"kind": "vllm", "version": "main"}, "version"),
     ],
 )
