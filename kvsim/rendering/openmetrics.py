@@ -236,8 +236,7 @@ def _requests(replica: _Replica, name: str, bounds: tuple[float, ...]) -> _Histo
 
 def _gaps(record: ReplicaRecord, bounds: tuple[float, ...]) -> _Histogram:
     """Gaps between tokens: those of runs of steps, counted in closed form, and the single ones."""
-    runs = np.array(record.runs, dtype=np.int64).reshape(-1, 4)
-    steps, sequences, first, slope = runs.T
+    steps, sequences, first, slope = record.runs.table().T
     counts = []
     for bound in bounds:
         ticks = round(bound * TICKS_PER_SECOND)
