@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from kvsim.cost.priors import Edge, Prior
 from kvsim.deployment import Deployment
+from kvsim.parallelism import Parallelism
 from kvsim.specs.base import Basis
 from kvsim.specs.engine import EngineSpec
 from kvsim.specs.model import ModelSpec
@@ -49,15 +50,23 @@ def engine_terms(deployment: Deployment, edge: Edge = Edge.CENTRAL) -> tuple[Eng
     return tuple(term for term in terms if term.size_bytes)
 
 
-def weight_bytes_per_rank(model: ModelSpec, ranks: int) -> float:
-    """Bytes of weights on one tensor-parallel rank: linear layers are cut, what no rank can cut is on all of them.
+def rank_weight_bytes(model: ModelSpec, parallel: Parallelism) -> float:
+    """Bytes of weights on one rank of the largest stage.
 
-    Norms, routers, the down projections of latent attention, and KV projections beyond one head a rank stay whole.
-    Encoders of other modalities are cut too (vLLM's ``mm_encoder_tp_mode`` weights) and kept in 16 bits.
+    Tensor parallel ranks slice everything that can be sliced; norms, routers, the down projections of latent attention,
+    and KV projections beyond one head a rank are whole on each. Experts are sliced over data parallel ranks as well, or
+    whole on as many ranks; everything else is whole on each data parallel rank. Stages share embedding and LM head as
+    they do layers. Encoders of other modalities are sliced (vLLM's ``mm_encoder_tp_mode`` weights), in 16 bits.
     """
-    whole = replicated_bytes(model, ranks)
-    shared = model.weight_bytes + HALF_BYTES * model.num_encoder_parameters - whole
-    return shared / ranks + whole
+    stage, tensor = parallel.stage_share(model.num_layers), parallel.tensor
+    whole = replicated_bytes(model, tensor) * (1 - 1 / tensor) * stage
+    whole += HALF_BYTES * model.num_encoder_parameters / tensor
+    if model.moe is None or (parallel.expert_ranks == tensor and not parallel.expert):
+        return model.weight_bytes * stage / tensor + whole
+    rest = (model.weight_bytes - model.expert_bytes) * stage / tensor
+    ranks = parallel.expert_ranks
+    held = -(-model.moe.num_experts // ranks) / model.moe.num_experts if parallel.expert else 1.0 / ranks
+    return rest + model.expert_bytes * held * stage + whole
 
 
 def replicated_bytes(model: ModelSpec, ranks: int) -> float:
@@ -113,15 +122,22 @@ def activation_bytes(model: ModelSpec, engine: EngineSpec, ranks: int) -> int:
 def sampler_bytes(model: ModelSpec, engine: EngineSpec) -> int:
     """Bytes of sampling ``max_num_seqs`` tokens from the whole vocabulary, which every rank does."""
     sorts = engine.kind == "vllm" and engine.release is not None and engine.release < FIRST_WITHOUT_SORT
+    sorts = sorts and not engine.use_flashinfer_sampler
     per_logit = SORT_BYTES_PER_LOGIT if sorts else DRAW_BYTES_PER_LOGIT
     return engine.max_num_seqs * model.vocab_size * per_logit
 
 
 def _weights(deployment: Deployment) -> EngineTerm:
-    ranks = deployment.tensor_parallel_size
-    size = weight_bytes_per_rank(deployment.model, ranks)
-    formula = f"parameters x bits / 8 / tensor_parallel_size ({ranks}), norms and routers whole"
-    return EngineTerm("weights", size, formula, deployment.model.source, Basis.DATASHEET)
+    parallel, model = deployment.parallelism, deployment.model
+    formula = f"parameters x bits / 8 / tensor_parallel_size ({parallel.tensor}), norms and routers whole"
+    if parallel.pipeline > 1:
+        formula += f", x {parallel.stage_layers(model.num_layers)} of {model.num_layers} layers"
+    if model.moe is not None and parallel.expert:
+        held = -(-model.moe.num_experts // parallel.expert_ranks)
+        formula += f"; {held} of {model.moe.num_experts} experts, whole"
+    elif parallel.data > 1:
+        formula += f"; experts / {parallel.expert_ranks}"
+    return EngineTerm("weights", rank_weight_bytes(model, parallel), formula, model.source, Basis.DATASHEET)
 
 
 def _rotary(deployment: Deployment) -> EngineTerm:

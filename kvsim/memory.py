@@ -12,11 +12,11 @@ llama.cpp (``llama-context.cpp``)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvsim.cost.priors import Edge, look_up
 from kvsim.deployment import Deployment
-from kvsim.engine_memory import EngineTerm, engine_terms
+from kvsim.engine_memory import EngineTerm, engine_terms, rank_weight_bytes
 from kvsim.errors import InfeasibleScenario, WeightsDoNotFit
 from kvsim.pool import prompt_bytes
 from kvsim.report import MemoryTerm
@@ -31,7 +31,7 @@ ROUNDING = 1.0001
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes per device (one tensor-parallel rank)."""
+    """Bytes per device (one rank of the largest stage)."""
 
     total_bytes: int
     usable_bytes: float
@@ -125,13 +125,14 @@ def _too_large(deployment: Deployment, usable: float, terms: tuple[EngineTerm, .
 def _no_room(deployment: Deployment, usable: float, terms: tuple[EngineTerm, ...], budget: float) -> str:
     weights, taken = terms[0].size_bytes, sum(term.size_bytes for term in terms)
     runtime = taken - weights
-    ranks = deployment.tensor_parallel_size
-    enough = ranks
-    while deployment.model.weight_bytes / enough + runtime > budget * 0.95 and enough < 1024:
-        enough *= 2
-    hint = f"tensor_parallel_size: {enough} would hold the weights" if enough > ranks else "choose a smaller model"
+    parallel, ranks = deployment.parallelism, deployment.tensor_parallel_size
+    enough = parallel
+    while rank_weight_bytes(deployment.model, enough) + runtime > budget * 0.95 and enough.tensor < 1024:
+        enough = replace(enough, tensor=2 * enough.tensor)
+    more = enough.tensor > ranks
+    hint = f"tensor_parallel_size: {enough.tensor} would hold the weights" if more else "choose a smaller model"
     return (
-        f"{deployment.model.name} does not fit on {ranks} x {deployment.device.name}: weights "
+        f"{deployment.model.name} does not fit on {parallel.num_devices} x {deployment.device.name}: weights "
         f"{format_bytes(weights)} + engine {format_bytes(runtime)} = {format_bytes(taken)} per device, and the engine "
         f"may use {format_bytes(budget)} of {format_bytes(usable)}, so no KV block is left; {hint}, "
         "or quantised weights"

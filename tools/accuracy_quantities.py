@@ -40,7 +40,8 @@ def deploy(
                 "workload": "chat",
                 "compression": strategy,
                 "tensor_parallel_size": ranks,
-                "engine": {"kind": engine, **share, **dict(options)},
+                # vllm bench serve asks for greedy decoding where it is not told otherwise.
+                "engine": {"kind": engine, **share, "sampling": {"temperature": 0.0}, **dict(options)},
                 "calibration": "datasheet",
             }
         )

@@ -25,6 +25,7 @@ from kvsim.cost.tables import StepTables
 from kvsim.errors import InvariantViolation
 from kvsim.sim.arrivals import NEVER, ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
+from kvsim.sim.lanes import LanePricing, Piece
 from kvsim.sim.observer import ReplicaWatch, prompts_of
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
@@ -108,7 +109,11 @@ class ReplicaEngine:
         """Whether every step is an activity of the shared device, whose end is known when it comes."""
         self._foresees_ends = self._runs_ahead and sharing is None and step.deployment.replicas == 1
         """Whether what a sequence's end changes can be worked out ahead of the clock."""
-        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None
+        self._lanes = LanePricing(step.deployment, step, tables) if tables.factors is not None else None
+        self._factors = tables.factors
+        self.unscaled_total = 0
+        """``variable_total`` before each batch's factor, where sequences are dealt to lanes."""
+        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None and self._lanes is None
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)
         self._late: dict[int, int] = {}
@@ -193,6 +198,8 @@ class ReplicaEngine:
                             yield from self._run_dry()
                         continue
                     steps, ticks, last = self._plan_run()
+                if self.observer is not None:
+                    self.observer.step(self, ticks, steps=steps)
             # The next plan counts the step's tokens; what ends with it comes out once the clock is there.
             prompts, leaving, ended = self._prompts_out, scheduler.leaving, self.now
             self._prompts_out, scheduler.leaving = [], []
@@ -280,8 +287,10 @@ class ReplicaEngine:
         No steps where the pool is dry.
         """
         batch, scheduler = self.batch, self.scheduler
-        size, slope = batch.size, batch.slope
-        first = self.tables.step[size] + batch.variable
+        size, slope, variable = batch.size, batch.slope, batch.variable
+        if self._factors is not None:
+            slope, variable = slope * self._factors[size], variable * self._factors[size]
+        first = self.tables.step[size] + variable
         # Who waits was held back for as long as nobody ends, or a step that preempted did not look at the queue.
         steps = 1
         if self.coalesce and (scheduler.looked or not scheduler.waiting):
@@ -328,9 +337,9 @@ class ReplicaEngine:
             own = steps * own_first + own_slope * (steps * (steps - 1) // 2)
             self.record.host_ticks += ticks - own
         self.variable_total += own - steps * self.tables.step[size]
+        if self._factors is not None:
+            self.unscaled_total += (own - steps * self.tables.step[size]) // self._factors[size]
         self.record.runs.append((steps, size, first, slope))
-        if self.observer is not None:
-            self.observer.step(self, ticks, steps=steps)
         return steps, ticks, last
 
     def _come_out_behind_first_step(self) -> None:
@@ -380,7 +389,7 @@ class ReplicaEngine:
 
     def _begin_mixed(self, chunks: list[Chunk]) -> tuple[int, list[SequenceState]]:
         """Write down one step of all decoding sequences and some prompts: (ticks, prompts that it completes)."""
-        batch, tables = self.batch, self.tables
+        batch = self.batch
         tokens = compress = 0
         ending = []
         for sequence, chunk in chunks:
@@ -391,15 +400,22 @@ class ReplicaEngine:
                     profile = sequence.profile = self.step.sequences.profile(sequence.target)
                     compress += profile.compress_ticks
         ticks = self._prefill_ticks(chunks, tokens, len(ending), 0 if self._side_stream else compress)
-        size = batch.size
-        if size:
-            self.decode_steps[size] += 1
-            self.variable_total += batch.variable
-            ticks += tables.step[size] + batch.variable
-        ticks = self._add_host_work(ticks, size + len(chunks))
+        if batch.size:
+            ticks += self._count_decode_step()
+        ticks = self._add_host_work(ticks, batch.size + len(chunks))
         if self.observer is not None:
             self.observer.step(self, ticks, prompt_tokens=tokens, prompts=prompts_of(chunks))
         return ticks, ending
+
+    def _count_decode_step(self) -> int:
+        """Write down one decode step of the whole batch; its ticks."""
+        size, variable = self.batch.size, self.batch.variable
+        if self._factors is not None:
+            self.unscaled_total += variable
+            variable *= self._factors[size]
+        self.decode_steps[size] += 1
+        self.variable_total += variable
+        return self.tables.step[size] + variable
 
     def _end_mixed(self, chunks: list[Chunk], ending: list[SequenceState], lasted: int) -> None:
         batch = self.batch
@@ -433,6 +449,8 @@ class ReplicaEngine:
 
     def _prefill_ticks(self, chunks: list[Chunk], tokens: int, ending: int, compress: int) -> int:
         """What the chunks add to a step: the difference of the tables, attention, and encoding the new tokens."""
+        if self._lanes is not None:
+            return self._lane_prefill_ticks(self._lanes, chunks)
         tables, size = self.tables, self.batch.size
         compression = compress + tables.append[tokens]
         if not size:
@@ -448,6 +466,20 @@ class ReplicaEngine:
         self.record.prompts.append((size, tokens, ending, attention, compression))
         base, head = tables.base, tables.head
         return base[size + tokens] - base[size] + head[size + ending] - head[size] + attention + compression
+
+    def _lane_prefill_ticks(self, lanes: LanePricing, chunks: list[Chunk]) -> int:
+        """The same where the chunks are dealt to lanes: what the fullest one takes longer."""
+        pieces = []
+        for sequence, chunk in chunks:
+            ends, profile = sequence.done + chunk == sequence.target, sequence.profile
+            compress = profile.compress_ticks if ends and profile is not None and not self._side_stream else 0
+            pieces.append(Piece(chunk, sequence.done, ends, compress))
+        size, record = self.batch.size, self.record
+        fullest = lanes.prompts(pieces, size)
+        decoding = self.step.deployment.parallelism.sequences_per_lane(size)
+        record.prompts.append((decoding, fullest.tokens, fullest.ending, fullest.attention, fullest.compression))
+        record.other_lanes_tokens += sum(piece.tokens for piece in pieces) - fullest.tokens
+        return fullest.ticks
 
     def _begin_lone_prompt(self) -> int:
         """Start the step of the one waiting request, the commonest of all, without a plan; its ticks.
@@ -553,7 +585,8 @@ class ReplicaEngine:
     def _demand(self, ticks: int) -> Demand:
         """What a step of ``ticks`` asks of the device: memory while it decodes, compute for prompts."""
         size = self.batch.size
-        decode = self.tables.step[size] + self.batch.variable if size else 0
+        factor = self._factors[size] if self._factors is not None else 1
+        decode = self.tables.step[size] + self.batch.variable * factor if size else 0
         return Demand(hbm=decode / ticks, compute=(ticks - decode) / ticks)
 
     def _contended(self, alone: int) -> int:
@@ -583,10 +616,7 @@ class ReplicaEngine:
 
     def _begin_decode_step(self) -> int:
         """Write down one step of all decoding sequences, which may share the device; its ticks alone."""
-        size, variable = self.batch.size, self.batch.variable
-        self.decode_steps[size] += 1
-        self.variable_total += variable
-        ticks = self._add_host_work(self.tables.step[size] + variable, size)
+        ticks = self._add_host_work(self._count_decode_step(), self.batch.size)
         if self.observer is not None:
             self.observer.step(self, ticks)
         return ticks

@@ -13,15 +13,16 @@ from kvsim.cost.priors import EDGES
 from kvsim.deployment import Deployment
 from kvsim.engine_memory import (
     activation_bytes,
+    rank_weight_bytes,
     replicated_bytes,
     rotary_bytes,
     sampler_bytes,
-    weight_bytes_per_rank,
 )
 from kvsim.errors import InfeasibleScenario, InvalidSpec, WeightsDoNotFit
 from kvsim.hf_config import parse_hf_config
 from kvsim.memory import plan_memory, slot_tokens, waterfall
 from kvsim.model_catalog import load_model
+from kvsim.parallelism import Parallelism
 from kvsim.pool import block_bytes, logged_tokens, prefill_growths, prompt_bytes
 from kvsim.scenario import Scenario
 from kvsim.scenario_file import build_scenario
@@ -189,10 +190,10 @@ def test_a_scenario_of_another_engine_survives_a_round_trip() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_ranks_hold_at_least_their_share_of_the_weights(name: str) -> None:
     model = load_model(name)
-    assert weight_bytes_per_rank(model, 1) == model.weight_bytes
+    assert rank_weight_bytes(model, Parallelism()) == model.weight_bytes
     before = float(model.weight_bytes)
     for ranks in (2, 4, 8, 16):
-        per_rank = weight_bytes_per_rank(model, ranks)
+        per_rank = rank_weight_bytes(model, Parallelism(tensor=ranks))
         assert model.weight_bytes / ranks <= per_rank < before
         before = per_rank
 
@@ -204,7 +205,7 @@ def test_kv_projections_are_repeated_where_ranks_outnumber_heads() -> None:
     one_head = group.num_layers * model.hidden_size * 2 * group.k_head_dim * 2
     norms = 2 * model.hidden_size * (2 * model.num_layers + 1)
     rest = model.weight_bytes - norms - 2 * one_head
-    assert weight_bytes_per_rank(model, 8) == pytest.approx(rest / 8 + norms + one_head, rel=1e-12)
+    assert rank_weight_bytes(model, Parallelism(tensor=8)) == pytest.approx(rest / 8 + norms + one_head, rel=1e-12)
     assert replicated_bytes(model, 2) == norms
 
 
@@ -244,7 +245,10 @@ def test_vision_encoder_and_partial_rotation_are_read_from_a_config() -> None:
     seeing = parse_hf_config({"text_config": text, "vision_config": vision}, name="x", source="test")
     assert (plain.num_encoder_parameters, seeing.num_encoder_parameters) == (0, 3 * 32 * (4 * 32 + 2 * 64))
     assert rotary_bytes(plain) == 512 * 8 * 2
-    assert weight_bytes_per_rank(seeing, 1) - weight_bytes_per_rank(plain, 1) == 2 * seeing.num_encoder_parameters
+    assert (
+        rank_weight_bytes(seeing, Parallelism()) - rank_weight_bytes(plain, Parallelism())
+        == 2 * seeing.num_encoder_parameters
+    )
     with pytest.raises(InvalidSpec, match="partial_rotary_factor"):
         parse_hf_config({**text, "partial_rotary_factor": 2}, name="x", source="test")
 
