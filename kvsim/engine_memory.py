@@ -120,8 +120,13 @@ def activation_bytes(model: ModelSpec, engine: EngineSpec, ranks: int) -> int:
 
 
 def sampler_bytes(model: ModelSpec, engine: EngineSpec) -> int:
-    """Bytes of sampling ``max_num_seqs`` tokens from the whole vocabulary, which every rank does."""
-    sorts = engine.kind == "vllm" and engine.release is not None and engine.release < FIRST_WITHOUT_SORT
+    """Bytes of sampling ``max_num_seqs`` tokens from the whole vocabulary, which every rank of vLLM profiles.
+
+    0 for other engines, whose profiling steps are bounded by tokens.
+    """
+    if engine.kind != "vllm":
+        return 0
+    sorts = engine.release is not None and engine.release < FIRST_WITHOUT_SORT
     sorts = sorts and not engine.use_flashinfer_sampler
     per_logit = SORT_BYTES_PER_LOGIT if sorts else DRAW_BYTES_PER_LOGIT
     return engine.max_num_seqs * model.vocab_size * per_logit
