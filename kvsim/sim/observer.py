@@ -61,7 +61,7 @@ class SideActivity:
 
 @dataclass
 class ReplicaWatch:
-    """What one replica did. The engine calls `step`, its device `started` and `finished`."""
+    """What one replica did. The engine calls `step`, `begins` and `idle`, its device `finished`."""
 
     number: int
     served_by: dict[int, int]
@@ -102,27 +102,29 @@ class ReplicaWatch:
             self.unkept_steps += steps
         self._sample(engine, start, size + (running or len(prompts)))
 
-    def started(self, activity: Activity) -> None:
-        """A step that shares the device starts when its activity does."""
+    def begins(self, ticks: int) -> None:
+        """The run planned last begins now: the one before it, whose end was not known, is over."""
         run = self._planned
-        if activity.name != STEP or run is None:
+        if run is None:
             return
         if self.samples and self.samples[-1].ticks == run.start_ticks:
-            self.samples[-1].ticks = activity.started_ticks
-        run.end_ticks += activity.started_ticks - run.start_ticks
-        run.start_ticks = activity.started_ticks
+            self.samples[-1].ticks = ticks
+        run.end_ticks += ticks - run.start_ticks
+        run.start_ticks = ticks
         self._running = run
 
     def finished(self, activity: Activity) -> None:
-        """An activity of the shared device is over."""
+        """An activity of the shared device is over; a step's wait for copies before it began is part of the step."""
         end = activity.finished_ticks
         if end is None:
             return
         if activity.name != STEP:
             self.beside.append(SideActivity(activity.name, activity.started_ticks, end, activity.alone_ticks))
-        elif self._running is not None:
-            self.busy_ticks += end - self._running.end_ticks
-            self._running.end_ticks = end
+            return
+        run = self._running or self._planned
+        if run is not None:
+            self.busy_ticks += end - run.end_ticks
+            run.end_ticks = end
             self._running = None
 
     def idle(self, engine: ReplicaEngine) -> None:

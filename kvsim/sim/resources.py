@@ -190,6 +190,11 @@ class SharedDevice:
         """Activities started and not yet ended."""
         return len(self._active)
 
+    def num_using(self, resource: Resource) -> int:
+        """Activities under way that use a resource."""
+        index = _INDEX[resource]
+        return sum(1 for activity in self._active if activity.demand.shares()[index] > 0.0)
+
     def start(self, alone_ticks: int, demand: Demand, name: str) -> Activity:
         """Start an activity now; it ends, and `Activity.done` fires, when its work is done.
 
@@ -217,8 +222,6 @@ class SharedDevice:
         else:
             self._updated_ticks = now
         active.append(activity)
-        if self.observer is not None:
-            self.observer.started(activity)
         # A wake-up due at this tick, or running now, plans for everyone when it is done.
         if not self._ending and self._wake_up_ticks != now:
             self._plan(now)

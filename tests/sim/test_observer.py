@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from sim_cases import HASH_TOKENS, MS, Case, build_case, cases, deploy, table
-from test_host_tier_laws import hosted_cases
+from test_tier_laws import hosted_cases, tiered_cases
 
 from kvsim.cost.priors import Edge
 from kvsim.errors import InvariantViolation
@@ -28,7 +28,7 @@ from kvsim.units import GIBI, TICKS_PER_SECOND
 RELAXED = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
-ANY_CASE = st.one_of(cases(), cases(stream="side"), hosted_cases())
+ANY_CASE = st.one_of(cases(), cases(stream="side"), hosted_cases(), tiered_cases())
 
 
 def watch(case: Case, **options: Any) -> RunObserver:
