@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from kvsim.errors import InvariantViolation
-from kvsim.sim.observer import ReplicaWatch, RunObserver, Sample, SideActivity, StepRun
+from kvsim.sim.observer import LinkWatch, ReplicaWatch, RunObserver, Sample, SideActivity, StepRun
 from kvsim.sim.recorder import RequestLog
 
 TICKS_PER_US: Final = 10**6
@@ -37,11 +37,15 @@ def trace_document(observer: RunObserver, title: str) -> tuple[bytes, tuple[str,
 def _events(observer: RunObserver) -> Iterator[Event]:
     for watch in observer.replicas:
         pid = _process(watch.number)
-        yield _name("process_name", pid, 0, f"replica {watch.number}")
+        yield _name("process_name", pid, 0, watch.name)
         yield _name("thread_name", pid, STEP_TRACK, "engine steps")
         yield from (_step_event(run, pid) for run in watch.steps)
         yield from _beside_events(watch, pid)
         yield from _counter_events(watch, pid)
+    for number, link in enumerate(observer.links):
+        pid = _process(len(observer.replicas) + number)
+        yield _name("process_name", pid, 0, link.name)
+        yield from _beside_events(link, pid)
     yield from _request_events(observer)
 
 
@@ -71,7 +75,7 @@ def _step_event(run: StepRun, pid: int) -> Event:
     return _slice(kind, pid, STEP_TRACK, run.start_ticks, run.end_ticks, args)
 
 
-def _beside_events(watch: ReplicaWatch, pid: int) -> Iterator[Event]:
+def _beside_events(watch: ReplicaWatch | LinkWatch, pid: int) -> Iterator[Event]:
     """Side activities, each kind on as many tracks as run at once."""
     tracks: dict[tuple[str, int], tuple[int, int]] = {}
     for activity in sorted(watch.beside, key=lambda one: (one.start_ticks, one.end_ticks)):

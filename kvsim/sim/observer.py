@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from kvsim.requests import RequestTable
     from kvsim.sim.engine import ReplicaEngine
-    from kvsim.sim.resources import Activity
+    from kvsim.sim.resources import Activity, SharedDevice
     from kvsim.sim.run import RunResult
     from kvsim.sim.scheduler import Chunk
 
@@ -59,6 +59,27 @@ class SideActivity:
     alone_ticks: int
 
 
+class ActivityWatch(Protocol):
+    """Whoever is told what a shared device did."""
+
+    def finished(self, activity: Activity) -> None:
+        """Take note of an activity that is over."""
+
+
+@dataclass
+class LinkWatch:
+    """Transfers over a link that no replica owns."""
+
+    name: str
+    beside: list[SideActivity] = field(default_factory=list)
+
+    def finished(self, activity: Activity) -> None:
+        """Note a transfer."""
+        end = activity.finished_ticks
+        if end is not None:
+            self.beside.append(SideActivity(activity.name, activity.started_ticks, end, activity.alone_ticks))
+
+
 @dataclass
 class ReplicaWatch:
     """What one replica did. The engine calls `step`, `begins` and `idle`, its device `finished`."""
@@ -67,6 +88,7 @@ class ReplicaWatch:
     served_by: dict[int, int]
     """Replica of each request, shared by all watches."""
     pool_bytes: int
+    name: str = "replica"
     steps: list[StepRun] = field(default_factory=list)
     beside: list[SideActivity] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -156,15 +178,29 @@ class RunObserver:
     """Watches every replica of one run; empty until the run is over."""
 
     replicas: list[ReplicaWatch] = field(default_factory=list)
+    links: list[LinkWatch] = field(default_factory=list)
     served_by: dict[int, int] = field(default_factory=dict)
     result: RunResult | None = None
     requests: RequestTable | None = None
 
-    def watch(self, engine: ReplicaEngine) -> None:
+    def watch(self, engine: ReplicaEngine, name: str = "replica") -> None:
         """Follow a replica from now on."""
-        watch = ReplicaWatch(len(self.replicas), self.served_by, engine.scheduler.limits.pool_bytes)
+        number = len(self.replicas)
+        pool_bytes = engine.scheduler.limits.pool_bytes
+        watch = ReplicaWatch(number, self.served_by, pool_bytes, f"{name} {number}")
         engine.observer = engine.device.observer = watch
         self.replicas.append(watch)
+
+    def watch_pools(
+        self, givers: Sequence[ReplicaEngine], takers: Sequence[ReplicaEngine], between: SharedDevice
+    ) -> None:
+        """Follow the replicas of a prefill and of a decode pool, and what moves between them."""
+        for engine in givers:
+            self.watch(engine, "prefill replica")
+        for engine in takers:
+            self.watch(engine, "decode replica")
+        between.observer = LinkWatch("KV between pools")
+        self.links.append(between.observer)
 
     def finish(self, engines: Sequence[ReplicaEngine], result: RunResult, requests: RequestTable) -> None:
         """Take the run's result, and the state in which it left the replicas."""

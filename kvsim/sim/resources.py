@@ -13,7 +13,7 @@ from simpy.events import NORMAL, EventPriority
 from kvsim.errors import InvariantViolation
 
 if TYPE_CHECKING:
-    from kvsim.sim.observer import ReplicaWatch
+    from kvsim.sim.observer import ActivityWatch
 
 SPEED_UNITS: Final = 144_403_552_893_600
 """Units in full speed: lcm(1..32), so that halves, thirds, 5/6 or 20/21 of full speed are whole numbers of units."""
@@ -177,8 +177,12 @@ class SharedDevice:
         self._wake_up: _WakeUp | None = None
         self._wake_up_ticks = -1
         self._ending = False
-        self.observer: ReplicaWatch | None = None
+        self.observer: ActivityWatch | None = None
         self._finished_busy_ticks = [0.0] * len(_INDEX)
+
+    def fair_speeds(self, demands: Sequence[Demand]) -> list[int]:
+        """Speeds of activities that run at once, in `SPEED_UNITS`."""
+        return fair_speeds(demands)
 
     @property
     def is_idle(self) -> bool:
@@ -254,7 +258,7 @@ class SharedDevice:
             activity.speed = SPEED_UNITS
             delay = -(-activity.remaining // SPEED_UNITS)
         else:
-            speeds = fair_speeds([activity.demand for activity in active])
+            speeds = self.fair_speeds([activity.demand for activity in active])
             for activity, speed in zip(active, speeds, strict=True):
                 activity.speed = speed
             delay = min(-(-activity.remaining // activity.speed) for activity in active)

@@ -90,6 +90,10 @@ class Scheduler:
         """Prompts admitted since the engine last looked whose blocks must first come back from a tier."""
         self.loaded: deque[SequenceState] = deque()
         """Prompts whose blocks are back, in the order to go on; all their blocks are reserved."""
+        self.remote: dict[int, int] = {}
+        """Waiting requests whose prompt was processed elsewhere, and the bytes that its KV takes here."""
+        self.incoming: list[SequenceState] = []
+        """Such requests admitted since the engine last looked; their KV can come."""
         self.partial: SequenceState | None = None
         self.leaving: list[Leaving] = []
         """Sequences that end with the running step: they keep seats and blocks until it is over, oldest first."""
@@ -277,7 +281,9 @@ class Scheduler:
         self.take(need)
         return partial, chunk
 
-    def _admit(self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int) -> None:
+    def _admit(  # noqa: C901, PLR0912 - one decision after the other, in vLLM's order
+        self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int
+    ) -> None:
         waiting, limits, log, record = self.waiting, self.limits, self.log, self.record
         record.max_waiting = max(record.max_waiting, len(waiting))
         self.reusable_bytes = 0
@@ -293,6 +299,11 @@ class Scheduler:
             if self._kept:
                 sequence.done = self._found_again(index, target, reserved) * limits.block_size
             pinned_bytes = self._match_prefix(sequence) if self.sharing is not None else 0
+            if index in self.remote:
+                if not self._reserve_arrival(sequence, reserved, pinned_bytes, now_ticks):
+                    break
+                running += 1
+                continue
             reload = self._plan_reload(self.sharing, sequence) if self.sharing is not None else None
             if reload is not None and reload.segments:
                 if not self._reserve_load(sequence, reload, reserved, pinned_bytes, now_ticks):
@@ -345,6 +356,17 @@ class Scheduler:
         cached = sequence.done + len(reload.values) * unit_tokens
         self._seat(sequence, need, pinned_bytes, cached, now_ticks, reload)
         self.loads.append((sequence, reload))
+        return True
+
+    def _reserve_arrival(self, sequence: SequenceState, reserved: int, pinned_bytes: int, now_ticks: int) -> bool:
+        """Admit a sequence whose KV comes from elsewhere, with blocks for all of it; False if too few."""
+        need = self.remote[sequence.index] - self.shared_bytes(sequence)
+        if need + pinned_bytes + reserved > self.free:
+            self.reusable_bytes = pinned_bytes
+            return False
+        del self.remote[sequence.index]
+        self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks, None)
+        self.incoming.append(sequence)
         return True
 
     def _seat(

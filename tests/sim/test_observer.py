@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +21,10 @@ from kvsim.rendering import openmetrics, trace_events
 from kvsim.rendering.openmetrics import openmetrics_document
 from kvsim.rendering.trace_events import trace_document
 from kvsim.scenario import Slo
+from kvsim.scenario_file import load_scenario
 from kvsim.sim import observer as observing
 from kvsim.sim.observer import RunObserver
+from kvsim.simulate import simulate
 from kvsim.summary import outcome
 from kvsim.units import GIBI, TICKS_PER_SECOND
 
@@ -250,3 +253,24 @@ def test_bounds_are_vllms() -> None:
     assert len(openmetrics.FIRST_TOKEN_BUCKETS) == 22
     assert openmetrics.TOKEN_BUCKETS[-1] == 80.0
     assert openmetrics.REQUEST_BUCKETS[0] == 0.3
+
+
+# --- two pools ------------------------------------------------------------------------------------------------------
+
+
+def test_both_pools_and_what_moves_between_them_are_seen() -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "disaggregated-h100.yaml"
+    scenario = load_scenario(example, ["bands=false", "workload.num_prompts=40"])
+    observer = RunObserver()
+    assert simulate(scenario, observer=observer) == simulate(scenario)
+    assert observer.result is not None
+    assert observer.result.transfers is not None
+    (link,) = observer.links
+    assert len(link.beside) == observer.result.transfers.count > 0
+    names = {event["args"]["name"] for event in trace(observer) if event["name"] == "process_name"}
+    assert names == {"prefill replica 0", "decode replica 1", "KV between pools"}
+    for watched, record in zip(observer.replicas, observer.result.records, strict=True):
+        assert sum(run.prompt_tokens for run in watched.steps) == record.prefilled_tokens
+        assert (watched.samples[-1].running, watched.samples[-1].used_bytes) == (0, 0)
+    assert set(observer.served_by.values()) == {0}
+    assert last(metrics(observer)["kvsim_request_success"], "_total") == 40
