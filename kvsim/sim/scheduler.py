@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvsim.errors import InvariantViolation
 from kvsim.sim.batch import DecodeBatch, SequenceState
@@ -37,6 +38,19 @@ class SchedulerLimits:
     """(most tokens held or None, bytes of a block) per kind of layer."""
     fixed_bytes: int
     """Bytes per sequence whatever its length."""
+    keeps_preempted: bool = False
+    """Whether the blocks of a preempted sequence can be found again until they are used: prefix caching where every
+    layer keeps all tokens."""
+    plans_ahead: bool = False
+    """A step is planned while the one before it runs, whose tokens are not known yet."""
+
+
+class Kept(NamedTuple):
+    """Bytes of a preempted request in the queue of free blocks, which is used up from its front; full blocks."""
+
+    start: int
+    end: int
+    blocks: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,10 @@ class Scheduler:
         """Prompts admitted since the engine last looked whose blocks must first come back from a tier."""
         self.loaded: deque[SequenceState] = deque()
         """Prompts whose blocks are back, in the order to go on; all their blocks are reserved."""
+        self.remote: dict[int, int] = {}
+        """Waiting requests whose prompt was processed elsewhere, and the bytes that its KV takes here."""
+        self.incoming: list[SequenceState] = []
+        """Such requests admitted since the engine last looked; their KV can come."""
         self.partial: SequenceState | None = None
         self.leaving: list[Leaving] = []
         """Sequences that end with the running step: they keep seats and blocks until it is over, oldest first."""
@@ -83,9 +101,14 @@ class Scheduler:
         self.looked = False
         """Whether the latest step offered the waiting queue tokens, seats and blocks; one that preempted does not."""
         self.reusable_bytes = 0
-        """Cached and unused bytes that the head of the queue would take over, if it is held back by the pool."""
+        """Cached and unused bytes that the head of the queue would take over, if it is held back by the pool; above 0
+        what it needs may shrink as the pool does."""
         self.rejected: list[int] = []
         """Requests refused since the engine last looked."""
+        self._returned_bytes = 0
+        """All that ever came back to the pool; with ``free`` it says how far the queue of free blocks was used up."""
+        self._kept: dict[int, Kept] = {}
+        """Where blocks of preempted requests lie in that queue."""
         self.last_token: dict[int, int] = {}
         """When preempted requests got their latest token, in ticks."""
 
@@ -101,6 +124,7 @@ class Scheduler:
         """Return a sequence's own bytes, and let go of the units that it shares."""
         self._note_peak()
         self.free += held_bytes
+        self._returned_bytes += held_bytes
         if self.sharing is not None and sequence.pinned:
             cache = self.sharing.cache
             self.free += cache.unpin(sequence.pinned) * cache.unit_bytes
@@ -109,6 +133,11 @@ class Scheduler:
         """Return what a prompt held beyond what its selection keeps."""
         self._note_peak()
         self.free += sequence.held - kept_bytes
+        self._returned_bytes += sequence.held - kept_bytes
+
+    def note_returned(self, size_bytes: int) -> None:
+        """Bytes that came back while the engine kept the books itself."""
+        self._returned_bytes += size_bytes
 
     def _note_peak(self) -> None:
         """The pool is fullest just before something is returned."""
@@ -148,7 +177,7 @@ class Scheduler:
         if self.partial is not None:
             sequence, self.partial = self.partial, None
             self.record.recomputed_tokens += sequence.done
-            self.give_back(sequence, sequence.held)
+            self._give_up(sequence, sequence.held, sequence.done)
         elif self.leaving and self._take_from_leaving():
             return
         elif batch.active:
@@ -156,13 +185,45 @@ class Scheduler:
             index = sequence.index
             self.generated[index] += batch.counter - sequence.joined
             self.last_token[index] = start_ticks
-            self.record.recomputed_tokens += self.prompt[index] + self.generated[index] - 1
-            self.give_back(sequence, batch.remove(sequence))
+            computed = self.prompt[index] + self.generated[index] - 1
+            self.record.recomputed_tokens += computed
+            # The newest token of a step planned ahead has no hash yet.
+            unknown = self.limits.plans_ahead and batch.counter > sequence.joined
+            self._give_up(sequence, batch.remove(sequence), computed - unknown)
         else:
             msg = "the pool is exhausted although nothing runs"
             raise InvariantViolation(msg)
         self.record.preemptions += 1
         self.waiting.appendleft(sequence.index)
+
+    def _give_up(self, sequence: SequenceState, held_bytes: int, known_tokens: int) -> None:
+        """Return a preempted sequence's bytes; its full blocks join the queue of free ones, the last one first."""
+        start = self.limits.pool_bytes + self._returned_bytes
+        self.give_back(sequence, held_bytes)
+        if self.limits.keeps_preempted:
+            self._kept[sequence.index] = Kept(start, start + held_bytes, known_tokens // self.limits.block_size)
+
+    def _found_again(self, index: int, target: int, reserved: int) -> int:
+        """Leading blocks of a preempted request that nobody has used since, the decoding sequences' next ones included.
+
+        The last token is computed at any rate.
+        """
+        kept = self._kept.get(index)
+        if kept is None:
+            return 0
+        used = self.limits.pool_bytes + self._returned_bytes - self.free + reserved
+        left = max(0, kept.end - max(kept.start, used)) // self.limits.prefill_growths[0][1]
+        return min(left, kept.blocks, (target - 1) // self.limits.block_size)
+
+    def _take_again(self, index: int, blocks: int) -> None:
+        """Take blocks out of the middle of the queue of free ones: those behind them move up."""
+        kept = self._kept.pop(index)
+        size_bytes = blocks * self.limits.prefill_growths[0][1]
+        self._returned_bytes -= size_bytes
+        self.record.recomputed_tokens -= blocks * self.limits.block_size
+        for other, place in self._kept.items():
+            if place.start >= kept.end:
+                self._kept[other] = Kept(place.start - size_bytes, place.end - size_bytes, place.blocks)
 
     def _take_from_leaving(self) -> bool:
         """Take the blocks of the latest arrival where it ends with the running step anyway; True if it was so."""
@@ -220,7 +281,9 @@ class Scheduler:
         self.take(need)
         return partial, chunk
 
-    def _admit(self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int) -> None:
+    def _admit(  # noqa: C901, PLR0912 - one decision after the other, in vLLM's order
+        self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int
+    ) -> None:
         waiting, limits, log, record = self.waiting, self.limits, self.log, self.record
         record.max_waiting = max(record.max_waiting, len(waiting))
         self.reusable_bytes = 0
@@ -233,7 +296,14 @@ class Scheduler:
                 self.rejected.append(index)
                 continue
             sequence = SequenceState(index, target)
+            if self._kept:
+                sequence.done = self._found_again(index, target, reserved) * limits.block_size
             pinned_bytes = self._match_prefix(sequence) if self.sharing is not None else 0
+            if index in self.remote:
+                if not self._reserve_arrival(sequence, reserved, pinned_bytes, now_ticks):
+                    break
+                running += 1
+                continue
             reload = self._plan_reload(self.sharing, sequence) if self.sharing is not None else None
             if reload is not None and reload.segments:
                 if not self._reserve_load(sequence, reload, reserved, pinned_bytes, now_ticks):
@@ -249,8 +319,11 @@ class Scheduler:
             if sequence.pinned:
                 need -= self.shared_bytes(sequence)
             if need + pinned_bytes + reserved > self.free:
-                self.reusable_bytes = pinned_bytes
+                # A cut prompt that finds less of itself also needs less.
+                self.reusable_bytes = pinned_bytes or (sequence.done if chunk < target - sequence.done else 0)
                 break
+            if index in self._kept:
+                self._take_again(index, sequence.done // limits.block_size)
             self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks, reload)
             chunks.append((sequence, chunk))
             budget -= chunk
@@ -283,6 +356,17 @@ class Scheduler:
         cached = sequence.done + len(reload.values) * unit_tokens
         self._seat(sequence, need, pinned_bytes, cached, now_ticks, reload)
         self.loads.append((sequence, reload))
+        return True
+
+    def _reserve_arrival(self, sequence: SequenceState, reserved: int, pinned_bytes: int, now_ticks: int) -> bool:
+        """Admit a sequence whose KV comes from elsewhere, with blocks for all of it; False if too few."""
+        need = self.remote[sequence.index] - self.shared_bytes(sequence)
+        if need + pinned_bytes + reserved > self.free:
+            self.reusable_bytes = pinned_bytes
+            return False
+        del self.remote[sequence.index]
+        self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks, None)
+        self.incoming.append(sequence)
         return True
 
     def _seat(

@@ -134,7 +134,8 @@ def _prompts(case: Case, result: RunResult) -> None:
     resumed = sum(len(record.gaps) for record in records)
     assert completed == int(case.admitted.sum()) + resumed
     assert resumed <= preemptions
-    assert (recomputed > 0) == (preemptions > 0)
+    # What a preempted sequence finds again in the pool is not computed again.
+    assert recomputed == 0 or preemptions > 0
     if requests.prefix_hashes is None or not case.deployment.prefix_caching:
         assert cached == 0
         assert processed == wanted + recomputed + resumed
