@@ -150,7 +150,7 @@ class PlainReplica:
         if not (preempted := self._schedule_running()):
             self._schedule_waiting(now, rejected)
         step = self._count() if self.scheduled else (0, [])
-        assert step[0] or preempted or not self.load or self.step_ends is not None, "nothing runs although requests wait"
+        assert step[0] or preempted or not self.load or self.step_ends is not None, "nothing runs although some wait"
         hear(rejected)
         return step
 
@@ -257,7 +257,7 @@ class _Arrivals:
             yield self.requests[heapq.heappop(self.queue)[2]]
 
 
-def play(
+def play(  # noqa: C901 - the whole loop in one place
     requests: list[Request],
     parents: Sequence[int],
     delays: Sequence[int],
