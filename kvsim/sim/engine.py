@@ -225,6 +225,9 @@ class ReplicaEngine:
             prompts, leaving, ended = self._prompts_out, scheduler.leaving, self.now
             self._prompts_out, scheduler.leaving = [], []
             self.now += ticks
+            if self._tiers is not None:
+                # They hear at its end what a step computed and whom it pushed out.
+                yield sleep(self.now - int(env.now))
             if steps:
                 self._advance(steps)
             elif lone:

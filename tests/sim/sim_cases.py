@@ -121,6 +121,7 @@ class Case:
             f"Case({self.deployment.model.name}, {self.deployment.compression.name}, x{self.deployment.replicas} "
             f"{self.routing}, blocks={self.plan.num_blocks}, seqs={e.max_num_seqs}, "
             f"batched={e.max_num_batched_tokens}, async={e.schedules_ahead}, "
+            f"tiers={e.all_kv_tiers}, {e.kv_reload}, "
             f"chunked={e.enable_chunked_prefill}, stream={e.compression_stream}, len={self.max_model_len}, "
             f"arrivals={r.arrival_ticks.tolist()}, prompts={r.prompt_tokens.tolist()}, "
             f"outputs={r.output_tokens.tolist()}, parents={r.parent.tolist()}, delays={r.delay_ticks.tolist()}, "
