@@ -21,7 +21,7 @@ from typing import Literal
 from kvsim.errors import IncompatibleScenario
 from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
 
-Engine = Literal["vllm", "llamacpp"]
+Engine = Literal["vllm", "sglang", "tensorrt_llm", "llamacpp"]
 
 NATIVE_ELEMENT_BYTES = 2.0
 LLAMACPP_PAD_TOKENS = 256
@@ -131,7 +131,7 @@ def kv_bytes_per_token(
             group.num_layers
             * layer_bytes_per_token(group, element_bytes=element_bytes, tensor_parallel_size=tensor_parallel_size)
             for group in model.kv_groups
-            if engine == "vllm" or group.window_tokens is None
+            if engine != "llamacpp" or group.window_tokens is None
         )
     )
 

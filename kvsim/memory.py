@@ -38,7 +38,7 @@ def plan_memory(deployment: Deployment, block_bytes: int, edge: Edge = Edge.CENT
     usable = device.capacity_bytes * look_up(deployment.priors.usable_memory_fraction, device).efficiency(edge)
     weights = deployment.model.weight_bytes / deployment.tensor_parallel_size
     runtime = runtime_prior(deployment).cost(edge)
-    budget = usable * engine.gpu_memory_utilization if engine.kind == "vllm" else usable
+    budget = usable * engine.gpu_memory_utilization if engine.kind != "llamacpp" else usable
     pool = float(engine.kv_cache_memory_bytes or budget - weights - runtime)
     if engine.num_gpu_blocks_override is not None:
         blocks = engine.num_gpu_blocks_override
@@ -90,7 +90,7 @@ def _no_room(deployment: Deployment, usable: float, weights: float, runtime: flo
 
 def waterfall(plan: MemoryPlan, deployment: Deployment) -> tuple[MemoryTerm, ...]:
     """Terms that add up to the device's memory."""
-    fraction = deployment.engine.gpu_memory_utilization if deployment.engine.kind == "vllm" else 1.0
+    fraction = deployment.engine.gpu_memory_utilization if deployment.engine.kind != "llamacpp" else 1.0
     spare = plan.usable_bytes - plan.weight_bytes - plan.runtime_bytes - plan.pool_bytes
     return (
         MemoryTerm(

@@ -67,6 +67,17 @@ def longest_prompt(deployment: Deployment, pool_bytes: int, limit_tokens: int) -
     return low
 
 
+def longest_sequence(deployment: Deployment, pool_bytes: int, limit_tokens: int) -> int:
+    """Most tokens that one sequence may have; in llama.cpp a slot's part of the context, elsewhere the whole pool's."""
+    engine = deployment.engine
+    if engine.kind != "llamacpp":
+        return longest_prompt(deployment, pool_bytes, limit_tokens)
+    slots = engine.max_num_seqs
+    if engine.ctx_size is not None:
+        limit_tokens = min(limit_tokens, engine.ctx_size // slots)
+    return longest_prompt(deployment, pool_bytes // slots, limit_tokens)
+
+
 def _held_bytes(growths: tuple[tuple[int | None, int], ...], fixed_bytes: int, tokens: int, block_size: int) -> int:
     return fixed_bytes + sum(
         -(-(tokens if cap is None else min(tokens, cap)) // block_size) * size for cap, size in growths

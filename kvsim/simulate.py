@@ -18,7 +18,7 @@ from kvsim.deployment import Deployment
 from kvsim.errors import KvsimError, RequestDoesNotFit
 from kvsim.explain import Explanation, Term, explain_deployment
 from kvsim.memory import MemoryPlan, plan_memory, plan_or, waterfall
-from kvsim.pool import block_bytes, longest_prompt
+from kvsim.pool import block_bytes, longest_sequence
 from kvsim.quality import published_quality
 from kvsim.report import Counts, Figure, KernelUsed, Provenance, Report
 from kvsim.requests import RequestTable
@@ -197,7 +197,7 @@ def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
     requests = _load_requests(scenario, base_dir)
     plan = plan_memory(deployment, block_bytes(deployment))
     limit = scenario.engine.max_model_len or deployment.model.max_position_embeddings
-    fits = longest_prompt(deployment, plan.num_blocks * plan.block_bytes, limit)
+    fits = longest_sequence(deployment, plan.num_blocks * plan.block_bytes, limit)
     notes = [*deployment.notes, *kernel_notes(deployment), *requests.notes]
     if deployment.engine_fit is not None:
         notes.append(f"{deployment.device.name} is calibrated by an engine-level fit ({deployment.engine_fit.id})")
@@ -242,7 +242,7 @@ def _plan_at(prepared: Prepared, edge: Edge) -> MemoryPlan:
     """The pool at an edge of the memory priors; the central one where even one sequence would not fit."""
     plan = plan_or(prepared.plan, prepared.deployment, edge)
     pool_bytes = plan.num_blocks * plan.block_bytes
-    if longest_prompt(prepared.deployment, pool_bytes, prepared.max_model_len) < prepared.max_model_len:
+    if longest_sequence(prepared.deployment, pool_bytes, prepared.max_model_len) < prepared.max_model_len:
         return prepared.plan
     return plan
 

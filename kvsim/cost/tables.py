@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,28 @@ def build_tables(step: StepModel, max_tokens: int, max_sequences: int) -> StepTa
         first_chunk=[0, *_ticks(first_chunk).tolist()],
         append_launch=round(step.append_launch_s * TICKS_PER_SECOND),
         append=_ticks(np.arange(max_tokens + 1, dtype=np.float64) * step.append_s_per_token).tolist(),
+    )
+
+
+def in_parts(tables: StepTables, part_tokens: int) -> StepTables:
+    """Tables of an engine that computes at most ``part_tokens`` at once: llama.cpp's ``n_ubatch``.
+
+    What depends on a step's tokens is paid part by part, so that each reads the weights; attention over a cut prompt
+    is that of the whole.
+    """
+
+    def cut(table: list[int]) -> list[int]:
+        whole = table[min(part_tokens, len(table) - 1)]
+        return [tokens // part_tokens * whole + table[tokens % part_tokens] for tokens in range(len(table))]
+
+    if part_tokens >= len(tables.base) - 1:
+        return tables
+    return replace(
+        tables,
+        base=cut(tables.base),
+        weights=cut(tables.weights),
+        communication=cut(tables.communication),
+        overhead=cut(tables.overhead),
     )
 
 

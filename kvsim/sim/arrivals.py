@@ -7,7 +7,7 @@ gives the decision that would have been taken at the moment of arrival.
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict, deque
+from collections import defaultdict
 from typing import Final, Literal, Protocol
 
 import simpy
@@ -17,11 +17,18 @@ from kvsim.requests import UNSCHEDULED, RequestTable
 NEVER: Final = 2**62
 
 
+class Queue(Protocol):
+    """Where the router leaves requests."""
+
+    def append(self, index: int, /) -> None:
+        """Add an arrival."""
+
+
 class Replica(Protocol):
     """What the router needs to know of a replica."""
 
     @property
-    def waiting(self) -> deque[int]:
+    def waiting(self) -> Queue:
         """Requests delivered and not yet admitted."""
 
     load: int

@@ -20,12 +20,16 @@ class SequenceState:
     ``held`` are bytes on top of its growing blocks (negative where blocks are shared through the prefix cache).
     """
 
-    __slots__ = ("alive", "done", "finish", "held", "index", "joined", "pinned", "profile", "slope", "target", "ticks")
+    __slots__ = (
+        "alive", "done", "finish", "held", "index", "joined", "order", "pinned", "profile", "slope", "target", "ticks",
+    )  # fmt: skip
 
     joined: int
     finish: int
     ticks: int
     slope: int
+    order: int
+    """Number of its admission, counted over all sequences of the replica."""
 
     def __init__(self, index: int, target: int) -> None:
         self.index = index
@@ -126,6 +130,10 @@ class DecodeBatch:
             if rising:
                 self._grow((sequence.joined + start - value) % size, -growth.block_bytes)
         return held
+
+    def gained(self, sequence: SequenceState) -> int:
+        """Tokens that a decoding sequence has gained since it joined."""
+        return self.counter - sequence.joined
 
     def drop_dead(self) -> None:
         """Forget preempted sequences at the head of the finishing order."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,14 @@ from kvsim.sim.arrivals import NEVER, ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
-from kvsim.sim.scheduler import Chunk, PrefixSharing, Scheduler, SchedulerLimits
+from kvsim.sim.scheduling import (
+    Chunk,
+    PrefixSharing,
+    SchedulerLimits,
+    SchedulerParts,
+    WaitingQueue,
+    build_scheduler,
+)
 from kvsim.sim.waits import Waits
 from kvsim.units import TICKS_PER_SECOND
 
@@ -49,6 +56,7 @@ class ReplicaEngine:
         *,
         token_ticks: int,
         coalesce: bool,
+        priority: Sequence[int] | None = None,
     ) -> None:
         self.env = env
         self.now = 0
@@ -61,7 +69,8 @@ class ReplicaEngine:
         self.record = ReplicaRecord(min_free_bytes=limits.pool_bytes)
         self.generated = [0] * len(lengths[0])
         self.batch = DecodeBatch(limits.block_size, limits.prefill_growths[0][1], token_ticks)
-        self.scheduler = Scheduler(limits, self.batch, lengths, self.generated, log, self.record, sharing)
+        parts = SchedulerParts(limits, self.batch, lengths, self.generated, log, self.record, sharing, priority)
+        self.scheduler = build_scheduler(step.deployment.engine, parts)
         self.device = device
         self.decode_steps = [0] * (limits.max_num_seqs + 1)
         """Decode steps taken at each batch size."""
@@ -73,16 +82,19 @@ class ReplicaEngine:
         """Sequences that wait for a compaction or for blocks from the host; each has a seat."""
         self._side_stream = step.deployment.engine.compression_stream == "side"
         self._runs_ahead = coalesce and not self._side_stream and self._host is None
-        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None
+        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None and self.scheduler.admits_plainly
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)
         self._late: dict[int, int] = {}
-        """When sequences that were just compacted aside, and have not decoded since, got their latest token."""
+        """When sequences that have not decoded since they were compacted aside, or since a step of prompts alone, got
+        their latest token."""
+        self._decoding = 0
+        """Sequences that decode in the step under way besides its prompts."""
         self.load = 0
         """Requests routed here that have not ended; counted by the router, and only where it has a choice."""
 
     @property
-    def waiting(self) -> deque[int]:
+    def waiting(self) -> WaitingQueue:
         """Requests that the router left here and the scheduler has not admitted."""
         return self.scheduler.waiting
 
@@ -100,7 +112,7 @@ class ReplicaEngine:
                 source.deliver(self.now)
             if self.waits:
                 self.waits.settle()
-            if scheduler.waiting or scheduler.partial is not None or scheduler.loaded:
+            if scheduler.waiting or scheduler.prefilling or scheduler.loaded:
                 if self._plain and len(scheduler.waiting) == 1 and (ticks := self._begin_lone_prompt()):
                     self.now += ticks
                     if self.now >= source.next_ticks:
@@ -128,12 +140,14 @@ class ReplicaEngine:
                     self._end_mixed(chunks, ending, ticks)
                     continue
             if batch.size:
-                if self._shares_device or self._late:
+                if self._shares_device or (self._late and self._side_stream):
                     yield from self._shared_step()
                     continue
                 steps, ticks = self._plan_run()
                 if not steps:
                     scheduler.make_room(self.now)
+                    if self._late:
+                        self._forget_preempted()
                     if not batch.size:
                         continue
                     steps, ticks = self._plan_run()
@@ -185,7 +199,7 @@ class ReplicaEngine:
         first = self.tables.step[size] + batch.variable
         # Who waits was held back for as long as nobody ends, or a step that preempted did not look at the queue.
         steps = 1
-        if self.coalesce and (scheduler.looked or not scheduler.waiting):
+        if self.coalesce and not self._late and (scheduler.looked or not scheduler.waiting):
             steps = batch.finishing[0][0] - batch.counter
         if not batch.token_ticks:
             bend = batch.steps_until_bend()
@@ -202,11 +216,14 @@ class ReplicaEngine:
         ticks = steps * first + slope * (steps * (steps - 1) // 2)
         # A new arrival changes nothing while an earlier one is still held back.
         gap = self.source.next_ticks - self.now
-        if ticks > gap and not scheduler.waiting:
+        if ticks > gap and (not scheduler.waiting or scheduler.reorders):
             steps, ticks = steps_to_cover(gap, first, slope)
         self.decode_steps[size] += steps
         self.variable_total += ticks - steps * self.tables.step[size]
-        self.record.runs.append((steps, size, first, slope))
+        if self._late:
+            self._record_step(size, ticks, self.now + ticks)
+        else:
+            self.record.runs.append((steps, size, first, slope))
         return steps, ticks
 
     def _advance(self, steps: int) -> None:
@@ -242,7 +259,10 @@ class ReplicaEngine:
 
     def _begin_mixed(self, chunks: list[Chunk]) -> tuple[int, list[SequenceState]]:
         """Write down one step of all decoding sequences and some prompts: (ticks, prompts that it completes)."""
-        batch, tables = self.batch, self.tables
+        tables, batch = self.tables, self.batch
+        size = self._decoding = batch.size if self.scheduler.mixes else 0
+        if size < batch.size:
+            self._hold_back()
         tokens = compress = 0
         ending = []
         for sequence, chunk in chunks:
@@ -253,7 +273,6 @@ class ReplicaEngine:
                     profile = sequence.profile = self.step.sequences.profile(sequence.target)
                     compress += profile.compress_ticks
         ticks = self._prefill_ticks(chunks, tokens, len(ending), 0 if self._side_stream else compress)
-        size = batch.size
         if size:
             self.decode_steps[size] += 1
             self.variable_total += batch.variable
@@ -264,9 +283,9 @@ class ReplicaEngine:
         batch = self.batch
         for sequence, chunk in chunks:
             sequence.done += chunk
-        if batch.size:
+        if self._decoding:
             if self._late:
-                self._record_step(batch.size, lasted)
+                self._record_step(batch.size, lasted, self.now)
             else:
                 self.record.runs.append((1, batch.size, lasted, 0))
             self._advance(1)
@@ -276,8 +295,7 @@ class ReplicaEngine:
     def _end_prompt(self, sequence: SequenceState) -> None:
         """A prompt is in: its blocks can be shared, its token comes out, and it decodes or is compacted first."""
         scheduler = self.scheduler
-        if sequence is scheduler.partial:
-            scheduler.partial = None
+        scheduler.end_prompt(sequence)
         if scheduler.sharing is not None:
             scheduler.register_prompt(sequence)
         left = self._emit(sequence.index)
@@ -289,7 +307,7 @@ class ReplicaEngine:
 
     def _prefill_ticks(self, chunks: list[Chunk], tokens: int, ending: int, compress: int) -> int:
         """What the chunks add to a step: the difference of the tables, attention, and encoding the new tokens."""
-        tables, size = self.tables, self.batch.size
+        tables, size = self.tables, self._decoding
         compression = compress + tables.append[tokens]
         if not size:
             compression += tables.append_launch
@@ -317,7 +335,7 @@ class ReplicaEngine:
         total = size + target
         held = limits.fixed_bytes + -(-target // limits.block_size) * batch.block_bytes
         if (
-            scheduler.partial is not None
+            scheduler.prefilling
             or self.log.scheduled[index] >= 0
             or total > limits.max_num_batched_tokens
             or size >= limits.max_num_seqs
@@ -408,7 +426,7 @@ class ReplicaEngine:
 
     def _occupy(self, ticks: int) -> simpy.Event:
         """The engine's step as an activity that shares the device with compaction."""
-        size = self.batch.size
+        size = self._decoding
         decode = self.tables.step[size] + self.batch.variable if size else 0
         demand = Demand(hbm=decode / ticks, compute=(ticks - decode) / ticks)
         return self.device.start(ticks, demand, "step").done
@@ -428,22 +446,34 @@ class ReplicaEngine:
             if not batch.size:
                 return
         size, ticks = batch.size, self.tables.step[batch.size] + batch.variable
+        self._decoding = size
         self.decode_steps[size] += 1
         self.variable_total += batch.variable
         yield self._occupy(ticks)
         ticks = self._contended(ticks)
         self.now += ticks
         self.source.deliver(self.now)
-        self._record_step(size, ticks)
+        self._record_step(size, ticks, self.now)
         self._advance(1)
 
-    def _record_step(self, size: int, lasted: int) -> None:
-        """One step's gaps; a sequence that waited for its compaction counts that wait as part of its gap."""
+    def _record_step(self, size: int, lasted: int, end: int) -> None:
+        """One step's gaps; a sequence that had to wait before it counts that wait as part of its gap."""
         late = self._late
         self.record.runs.append((1, size - len(late), lasted, 0))
-        if late:
-            self.record.gaps += [self.now - since for since in late.values()]
-            late.clear()
+        if not late:
+            return
+        if self._side_stream:
+            self.record.gaps += [end - since for since in late.values()]
+        else:
+            self.record.held_back += [(end - since, count) for since, count in Counter(late.values()).items()]
+        late.clear()
+
+    def _hold_back(self) -> None:
+        """A step of prompts alone: who decodes goes without a token, and its next gap began at its latest one."""
+        late, now = self._late, self.now
+        if len(late) < self.batch.size:
+            for index in self.batch.active:
+                late.setdefault(index, now)
 
     def _forget_preempted(self) -> None:
         """Sequences preempted before their first step after compaction: their gap goes on."""

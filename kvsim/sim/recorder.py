@@ -34,6 +34,8 @@ class ReplicaRecord:
     runs: list[Run] = field(default_factory=list)
     gaps: list[int] = field(default_factory=list)
     """Single inter-token gaps that span a preemption or a compaction."""
+    held_back: list[tuple[int, int]] = field(default_factory=list)
+    """(ticks, sequences) of gaps that span steps of prompts alone."""
     prompts: list[PromptStep] = field(default_factory=list)
     aside_ticks: int = 0
     """Compression that ran on a side stream."""

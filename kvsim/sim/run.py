@@ -15,7 +15,7 @@ import simpy
 from kvsim.cost.priors import Edge, look_up
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
-from kvsim.cost.tables import StepTables, build_tables
+from kvsim.cost.tables import StepTables, build_tables, in_parts
 from kvsim.deployment import Deployment
 from kvsim.errors import InvariantViolation
 from kvsim.memory import MemoryPlan
@@ -27,7 +27,7 @@ from kvsim.sim.host_tier import HostTier, HostTierLimits
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.resources import SharedDevice
-from kvsim.sim.scheduler import PrefixSharing, SchedulerLimits
+from kvsim.sim.scheduling import PrefixSharing, SchedulerLimits
 
 PROGRESS_SLICES = 50
 
@@ -57,7 +57,9 @@ def run_requests(
     env = simpy.Environment(initial_time=0)
     step = StepModel(deployment, build_rates(deployment.device, deployment.priors, edge))
     engine = deployment.engine
-    tables = build_tables(step, engine.max_num_batched_tokens, engine.max_num_seqs)
+    tables = build_tables(step, max(engine.max_num_batched_tokens, engine.max_num_seqs), engine.max_num_seqs)
+    if engine.kind == "llamacpp":
+        tables = in_parts(tables, engine.n_ubatch)
     source = ArrivalSource(env, requests, routing)
     count = len(requests)
     log = RequestLog(source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count)
@@ -78,6 +80,7 @@ def run_requests(
             _prefix_sharing(deployment, requests, limits, device, edge),
             token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
             coalesce=coalesce and _foreseeable(deployment, source),
+            priority=requests.priority.tolist() if requests.priority is not None else None,
         )
         replicas.append(replica)
         env.process(replica.run())
@@ -210,6 +213,7 @@ def _check_replica(replica: ReplicaEngine) -> None:
         "sequences": batch.size,
         "waiting requests": len(scheduler.waiting),
         "sequences that wait beside the steps": len(replica.waits) + len(scheduler.loaded),
+        "prompts in progress": len(scheduler.prefilling),
         "missing pool bytes": scheduler.limits.pool_bytes - scheduler.free,
         "ticks of decode work": batch.variable,
         "bytes of pending growth": batch.growth_total,

@@ -1,12 +1,14 @@
-"""The serving engine's options, in vLLM's names and defaults."""
+"""The serving engine's options, in vLLM's names and defaults where vLLM has the option."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kvsim.specs.base import Spec
+from kvsim.specs.engine_options import MAX_PREFILL_TOKENS, Kind, refuse_foreign, with_engine_names
+from kvsim.specs.speculation import SpeculativeConfig
 from kvsim.units import Bytes
 
 Count = Annotated[int, Field(gt=0)]
@@ -15,9 +17,9 @@ Count = Annotated[int, Field(gt=0)]
 class EngineSpec(Spec):
     """Options of one engine instance; spelling and defaults follow ``vllm serve``, as of late 2026."""
 
-    kind: Literal["vllm", "llamacpp"] = "vllm"
-    """Decides the allocator's rules and what ``gpu_memory_utilization`` is a fraction of."""
-    block_size: Literal[8, 16, 32, 64, 128] = 16
+    kind: Kind = "vllm"
+    """Decides the scheduler, the allocator's rules and what ``gpu_memory_utilization`` is a fraction of."""
+    block_size: Literal[1, 8, 16, 32, 64, 128] = 16
     max_num_seqs: Count = 256
     max_num_batched_tokens: Count = 8192
     max_model_len: Count | None = None
@@ -38,3 +40,50 @@ class EngineSpec(Spec):
     that it has; ``auto`` takes the set's default."""
     cuda_graphs: bool = True
     """Pad decode batches to captured sizes and pay one launch per graph instead of one per kernel."""
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    """vLLM. ``priority``: the lowest value first, then the earliest; the highest is preempted first."""
+    long_prefill_token_threshold: Annotated[int, Field(ge=0)] = 0
+    """vLLM. Most tokens of one prompt in a step, so that several prompts share it; 0 sets no such limit."""
+    max_prefill_tokens: Count = MAX_PREFILL_TOKENS
+    """SGLang. A prefill batch takes no further prompt once it holds this many tokens."""
+    enable_mixed_chunk: bool = False
+    """SGLang. Decode along with prompts in one step instead of prompts first."""
+    schedule_conservativeness: Annotated[float, Field(ge=0)] = 1.0
+    """SGLang. Scales how much of their unspent output running requests are expected to need."""
+    schedule_policy: Literal["fcfs", "lpm"] = "fcfs"
+    """SGLang. Order of the waiting queue: arrival, or longest cached prefix first."""
+    capacity_scheduler_policy: Literal["guaranteed_no_evict", "max_utilization"] = "guaranteed_no_evict"
+    """TensorRT-LLM. Admit a request only if all running ones can end beside it, or as soon as its prompt fits."""
+    n_ubatch: Count = 512
+    """llama.cpp. Tokens computed at once: a larger batch is cut into such parts."""
+    ctx_size: Count | None = None
+    """llama.cpp. Cells of KV cache over all slots; None takes what the model allows per slot and the memory holds."""
+    speculative_config: SpeculativeConfig | None = None
+    """vLLM. Draft tokens that one step verifies; None decodes one token a step."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_names(cls, given: Any) -> Any:
+        return with_engine_names(given) if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _own_options(self) -> Self:
+        fields = type(self).model_fields
+        refuse_foreign(self.kind, self.__dict__, {name: field.default for name, field in fields.items()})
+        if self.block_size == 1 and self.kind != "sglang":
+            msg = f"block_size 1 is SGLang's page size, and engine.kind is {self.kind}; allowed are 8, 16, 32, 64, 128"
+            raise ValueError(msg)
+        if (
+            self.kind == "tensorrt_llm"
+            and self.enable_chunked_prefill
+            and self.max_num_batched_tokens < self.block_size
+        ):
+            msg = (
+                f"max_num_tokens {self.max_num_batched_tokens} is less than tokens_per_block {self.block_size}, and "
+                "prompts are cut to whole blocks"
+            )
+            raise ValueError(msg)
+        if self.ctx_size is not None and self.ctx_size < self.max_num_seqs:
+            msg = f"ctx_size {self.ctx_size} leaves no token for each of parallel {self.max_num_seqs} slots"
+            raise ValueError(msg)
+        return self

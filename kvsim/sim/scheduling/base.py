@@ -1,15 +1,17 @@
-"""vLLM V1's scheduler on one replica: who gets tokens in the next step, and who must give blocks back. No clock here.
+"""What every engine's scheduler shares on one replica: the block pool, prefix sharing, preemption. No clock here.
 
-Running sequences come first, one token each, then the prompt in progress, then the waiting queue in order of arrival,
-under the token budget, the seats and the pool. Where the pool is short the latest arrival is preempted and recomputed.
-Sources: vLLM V1 ``Scheduler.schedule``, ``KVCacheManager.allocate_slots`` and ``get_computed_blocks``.
+A scheduler says who gets tokens in the next step, and who must give blocks back. Each engine's rules are in a file of
+its own beside this one.
+Sources: vLLM V1 ``KVCacheManager.allocate_slots`` and ``get_computed_blocks``.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvsim.errors import InvariantViolation
 from kvsim.sim.batch import DecodeBatch, SequenceState
@@ -34,6 +36,8 @@ class SchedulerLimits:
     """(most tokens held or None, bytes of a block) per kind of layer."""
     fixed_bytes: int
     """Bytes per sequence whatever its length."""
+    decode_tokens: int = 1
+    """Tokens of a decoding sequence that a step computes: more than one where drafts are verified."""
 
 
 @dataclass(frozen=True)
@@ -47,33 +51,71 @@ class PrefixSharing:
     """Where blocks go that the device forgets."""
 
 
-class Scheduler:
-    """Waiting queue, the prompt in progress and the block pool of one replica."""
+@dataclass(frozen=True)
+class SchedulerParts:
+    """What a scheduler shares with its engine."""
 
-    def __init__(
-        self,
-        limits: SchedulerLimits,
-        batch: DecodeBatch,
-        lengths: tuple[list[int], list[int]],
-        generated: list[int],
-        log: RequestLog,
-        record: ReplicaRecord,
-        sharing: PrefixSharing | None,
-    ) -> None:
-        self.limits = limits
-        self.batch = batch
-        self.prompt, self.output = lengths
-        self.generated = generated
+    limits: SchedulerLimits
+    batch: DecodeBatch
+    lengths: tuple[list[int], list[int]]
+    """Prompt and output tokens per request."""
+    generated: list[int]
+    log: RequestLog
+    record: ReplicaRecord
+    sharing: PrefixSharing | None
+    priority: Sequence[int] | None = None
+    """Per request, lower first; None where all are equal."""
+
+
+class WaitingQueue(Protocol):
+    """Requests that nothing was computed for yet, or that lost it, in the order in which they are to go on."""
+
+    def append(self, index: int, /) -> None:
+        """Add an arrival."""
+
+    def appendleft(self, index: int, /) -> None:
+        """Add a request that lost its blocks."""
+
+    def popleft(self) -> int:
+        """Take the next one out."""
+
+    def clear(self) -> None:
+        """Take all out."""
+
+    def __getitem__(self, position: int, /) -> int:
+        """Look at one; only position 0 is sure to be the next."""
+
+    def __len__(self) -> int:
+        """How many wait."""
+
+
+class Scheduler(ABC):
+    """Waiting queue, prompts in progress and the block pool of one replica."""
+
+    mixes = True
+    """Whether the step just scheduled decodes besides the prompts."""
+    reorders = False
+    """Whether an arrival can overtake who waits already."""
+    admits_plainly = False
+    """Whether a prompt that fits budget, seats and pool is admitted whole, whatever else is true."""
+
+    def __init__(self, parts: SchedulerParts) -> None:
+        self.limits = limits = parts.limits
+        self.batch = parts.batch
+        self.prompt, self.output = parts.lengths
+        self.generated = parts.generated
         """Tokens out so far, per request."""
-        self.log = log
-        self.record = record
-        self.sharing = sharing
-        self.waiting: deque[int] = deque()
+        self.log = parts.log
+        self.record = parts.record
+        self.sharing = parts.sharing
+        self.waiting: WaitingQueue = deque()
         self.loads: list[tuple[SequenceState, Sequence[int]]] = []
         """Prompts admitted since the engine last looked whose blocks must first come back from the host."""
         self.loaded: deque[SequenceState] = deque()
         """Prompts whose blocks are back, in the order to go on; all their blocks are reserved."""
-        self.partial: SequenceState | None = None
+        self.prefilling: list[SequenceState] = []
+        """Prompts in progress, in order of admission."""
+        self._admissions = 0
         self.free = limits.pool_bytes
         self.looked = False
         """Whether the latest step offered the waiting queue tokens, seats and blocks; one that preempted does not."""
@@ -127,152 +169,74 @@ class Scheduler:
     # --- preemption -------------------------------------------------------------------------------------------------
 
     def make_room(self, now_ticks: int) -> bool:
-        """Preempt the latest arrivals until the next token of all others fits; True if any was."""
+        """Preempt until the next tokens of all that still decode fit; True if any was."""
         batch = self.batch
         preempted = False
         while batch.due_bytes() > self.free:
-            self.preempt_latest(now_ticks)
+            self.preempt(self.victim(), now_ticks)
             preempted = True
         self.looked = False
         batch.drop_dead()
         return preempted
 
-    def preempt_latest(self, now_ticks: int) -> None:
-        """Take all blocks from the latest arrival and queue it first."""
-        batch = self.batch
-        if self.partial is not None:
-            sequence, self.partial = self.partial, None
+    def victim(self) -> SequenceState:
+        """Whoever gives way first: the latest arrival."""
+        if self.prefilling:
+            return self.prefilling[-1]
+        active = self.batch.active
+        if active:
+            return active[next(reversed(active))]
+        msg = "the pool is exhausted although nothing runs"
+        raise InvariantViolation(msg)
+
+    def preempt(self, sequence: SequenceState, now_ticks: int) -> None:
+        """Take all blocks from a sequence and queue it again."""
+        batch, index = self.batch, sequence.index
+        if sequence in self.prefilling:
+            self.prefilling.remove(sequence)
             self.record.recomputed_tokens += sequence.done
             self.give_back(sequence, sequence.held)
-        elif batch.active:
-            sequence = batch.active[next(reversed(batch.active))]
-            index = sequence.index
-            self.generated[index] += batch.counter - sequence.joined
+        else:
+            self.generated[index] += batch.gained(sequence)
             self.last_token[index] = now_ticks
             self.record.recomputed_tokens += self.prompt[index] + self.generated[index] - 1
             self.give_back(sequence, batch.remove(sequence))
-        else:
-            msg = "the pool is exhausted although nothing runs"
-            raise InvariantViolation(msg)
         self.record.preemptions += 1
-        self.waiting.appendleft(sequence.index)
+        self.requeue(index)
+
+    def requeue(self, index: int) -> None:
+        """Let a preempted request wait again: before all others."""
+        self.waiting.appendleft(index)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def schedule(self, now_ticks: int, seats_taken: int) -> list[Chunk]:
         """Prompt chunks of the next step. ``seats_taken`` sequences are neither decoding nor prefilling."""
-        batch, limits = self.batch, self.limits
-        reserved = batch.due_bytes()
-        preempted = reserved > self.free and self.make_room(now_ticks)
-        if preempted:
-            reserved = batch.due_bytes()
-        budget = limits.max_num_batched_tokens - batch.size
-        chunks: list[Chunk] = []
-        if self.partial is not None and budget > 0:
-            chunk = self._continue_partial(self.partial, budget, reserved, now_ticks)
-            if chunk is None:
-                preempted = True
-            else:
-                chunks.append(chunk)
-                budget -= chunk[1]
-        running = batch.size + seats_taken + (self.partial is not None)
-        # Prompts back from the host hold all their blocks and a seat already.
-        while self.loaded and budget > 0:
-            sequence = self.loaded.popleft()
-            tokens = min(sequence.target - sequence.done, budget)
-            chunks.append((sequence, tokens))
-            budget -= tokens
-            if sequence.done + tokens < sequence.target:
-                self.partial = sequence
-        self.looked = not preempted
-        if not preempted and self.waiting:
-            self._admit(chunks, budget, reserved, now_ticks, running)
-        return chunks
 
-    def _continue_partial(self, partial: SequenceState, budget: int, reserved: int, now_ticks: int) -> Chunk | None:
-        """Next chunk of the prompt in progress; None where the pool is short and it, the latest, gave way."""
-        chunk = min(partial.target - partial.done, budget)
-        need = max(0, self.prefill_bytes(partial.done + chunk) - partial.held - self.shared_bytes(partial))
-        if need + reserved > self.free:
-            self.preempt_latest(now_ticks)
-            return None
-        partial.held += need
-        self.take(need)
-        return partial, chunk
+    def end_prompt(self, sequence: SequenceState) -> None:
+        """A prompt is in."""
+        if sequence in self.prefilling:
+            self.prefilling.remove(sequence)
 
-    def _admit(  # noqa: C901 - one decision after the other, in vLLM's order
-        self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int
-    ) -> None:
-        waiting, limits, log, record = self.waiting, self.limits, self.log, self.record
-        record.max_waiting = max(record.max_waiting, len(waiting))
-        self.reusable_bytes = 0
-        while waiting and budget > 0 and running < limits.max_num_seqs:
-            index = waiting[0]
-            target = self.prompt[index] + self.generated[index]
-            if self.prompt[index] + self.output[index] > limits.max_model_len:
-                waiting.popleft()
-                log.rejected[index] = True
-                self.rejected.append(index)
-                continue
-            sequence = SequenceState(index, target)
-            pinned_bytes = self._match_prefix(sequence) if self.sharing is not None else 0
-            if self.sharing is not None and self.sharing.host is not None:
-                back = self._match_host(self.sharing, self.sharing.host, sequence)
-                if back:
-                    if not self._reserve_load(sequence, back, reserved, pinned_bytes, now_ticks):
-                        break
-                    running += 1
-                    continue
-            chunk = target - sequence.done
-            if chunk > budget:
-                if not limits.chunked_prefill:
-                    break
-                chunk = budget
-            need = self.prefill_bytes(sequence.done + chunk)
-            if sequence.pinned:
-                need -= self.shared_bytes(sequence)
-            if need + pinned_bytes + reserved > self.free:
-                self.reusable_bytes = pinned_bytes
-                break
-            self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks)
-            chunks.append((sequence, chunk))
-            budget -= chunk
-            running += 1
-            if sequence.done + chunk < target:
-                self.partial = sequence
-                break
-        record.max_running = max(record.max_running, running)
-
-    @staticmethod
-    def _match_host(sharing: PrefixSharing, host: HostTier, sequence: SequenceState) -> Sequence[int]:
-        """Units right after the device's that the host holds."""
-        own, present = sharing.hashes[sequence.index], len(sequence.pinned)
-        units = host.match(own, present, (sequence.target - 1) // sharing.unit_tokens)
-        return own[present : present + units]
-
-    def _reserve_load(
-        self, sequence: SequenceState, back: Sequence[int], reserved: int, pinned_bytes: int, now_ticks: int
-    ) -> bool:
-        """Admit a prompt whose blocks come back from the host, with blocks for the whole of it; False if too few.
-
-        It holds blocks while it waits, so it must never need more to go on: two such prompts could block each other.
-        """
-        need = self.prefill_bytes(sequence.target) - self.shared_bytes(sequence)
-        if need + pinned_bytes + reserved > self.free:
-            self.reusable_bytes = pinned_bytes
+    def reject_too_long(self, index: int) -> bool:
+        """Refuse the request at the head of the queue if one sequence can never hold it."""
+        if self.prompt[index] + self.output[index] <= self.limits.max_model_len:
             return False
-        unit_tokens = self.sharing.unit_tokens if self.sharing is not None else 0
-        self._seat(sequence, need, pinned_bytes, sequence.done + len(back) * unit_tokens, now_ticks)
-        self.loads.append((sequence, back))
+        self.waiting.popleft()
+        self.log.rejected[index] = True
+        self.rejected.append(index)
         return True
 
-    def _seat(
+    def seat(
         self, sequence: SequenceState, need_bytes: int, pinned_bytes: int, cached_tokens: int, now_ticks: int
     ) -> None:
         """Take the head of the waiting queue in: its shared units, its own blocks, and the time, if it is its first."""
         index = self.waiting.popleft()
         if sequence.pinned:
             self._pin_prefix(sequence, pinned_bytes)
+        self._admissions += 1
+        sequence.order = self._admissions
         sequence.held = need_bytes
         self.take(need_bytes)
         if self.log.scheduled[index] < 0:
@@ -281,7 +245,7 @@ class Scheduler:
 
     # --- prefix sharing ---------------------------------------------------------------------------------------------
 
-    def _match_prefix(self, sequence: SequenceState) -> int:
+    def match_prefix(self, sequence: SequenceState) -> int:
         """Find the cached prefix; bytes that pinning it takes from the free ones."""
         sharing = self.sharing
         if sharing is None:

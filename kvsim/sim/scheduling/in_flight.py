@@ -1,0 +1,145 @@
+"""In-flight batching: each step decodes all running sequences and fills the token budget with prompts.
+
+vLLM V1, TensorRT-LLM and llama.cpp's server share this loop and differ in who waits first, how a prompt is cut, when a
+request may start and who gives way. Decoding sequences take their tokens before prompts in progress; in vLLM the order
+is that of admission, which differs only where several cut prompts exhaust the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvsim.sim.batch import SequenceState
+from kvsim.sim.host_tier import HostTier
+from kvsim.sim.scheduling.base import Chunk, PrefixSharing, Scheduler
+
+
+class InFlightScheduler(Scheduler):
+    """Running sequences first, then prompts in progress, then the waiting queue."""
+
+    def chunk_tokens(self, left: int, budget: int) -> int:
+        """Tokens of a prompt, ``left`` of them to come, in a step that has ``budget``; 0 where it must wait."""
+        if left <= budget:
+            return left
+        return budget if self.limits.chunked_prefill else 0
+
+    def fits(self, sequence: SequenceState, need_bytes: int, pinned_bytes: int, reserved_bytes: int) -> bool:
+        """Whether a waiting request may start: its first chunk beside what decoding needs in this step."""
+        del sequence
+        return need_bytes + pinned_bytes + reserved_bytes <= self.free
+
+    def schedule(self, now_ticks: int, seats_taken: int) -> list[Chunk]:
+        """Prompt chunks of the next step. ``seats_taken`` sequences are neither decoding nor prefilling."""
+        batch, limits = self.batch, self.limits
+        reserved = batch.due_bytes()
+        preempted = reserved > self.free and self.make_room(now_ticks)
+        budget = limits.max_num_batched_tokens - batch.size * limits.decode_tokens
+        chunks: list[Chunk] = []
+        if self.prefilling and budget > 0:
+            preempted |= self._continue_prompts(chunks, budget, now_ticks)
+            budget = limits.max_num_batched_tokens - batch.size * limits.decode_tokens - total_tokens(chunks)
+        running = batch.size + seats_taken + len(self.prefilling)
+        # Prompts back from the host hold all their blocks and a seat already.
+        while self.loaded and budget > 0:
+            sequence = self.loaded.popleft()
+            tokens = min(sequence.target - sequence.done, budget)
+            chunks.append((sequence, tokens))
+            budget -= tokens
+            if sequence.done + tokens < sequence.target:
+                self.prefilling.append(sequence)
+        self.looked = not preempted
+        if not preempted and self.waiting:
+            self._admit(chunks, budget, reserved, now_ticks, running)
+        return chunks
+
+    def _continue_prompts(self, chunks: list[Chunk], budget: int, now_ticks: int) -> bool:
+        """Next chunks of the prompts in progress; True if the pool was short and any sequence gave way."""
+        preempted = False
+        for sequence in tuple(self.prefilling):
+            if sequence not in self.prefilling:
+                continue
+            chunk = self.chunk_tokens(sequence.target - sequence.done, budget)
+            if not chunk:
+                break
+            need = max(0, self.prefill_bytes(sequence.done + chunk) - sequence.held - self.shared_bytes(sequence))
+            if need + self.batch.due_bytes() > self.free:
+                preempted = True
+                if not self._make_room_for(sequence, need, chunks, now_ticks):
+                    break
+            sequence.held += need
+            self.take(need)
+            chunks.append((sequence, chunk))
+            budget -= chunk
+        return preempted
+
+    def _make_room_for(self, sequence: SequenceState, need_bytes: int, chunks: list[Chunk], now_ticks: int) -> bool:
+        """Preempt until a prompt in progress can go on; False where it gave way itself."""
+        while need_bytes + self.batch.due_bytes() > self.free:
+            victim = self.victim()
+            self.preempt(victim, now_ticks)
+            self.batch.drop_dead()
+            if victim is sequence:
+                return False
+            chunks[:] = [chunk for chunk in chunks if chunk[0] is not victim]
+        return True
+
+    def _admit(self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int) -> None:
+        """Start waiting requests while budget, seats and pool allow."""
+        waiting, record = self.waiting, self.record
+        record.max_waiting = max(record.max_waiting, len(waiting))
+        self.reusable_bytes = 0
+        while waiting and budget > 0 and running < self.limits.max_num_seqs:
+            index = waiting[0]
+            if self.reject_too_long(index):
+                continue
+            sequence = SequenceState(index, self.prompt[index] + self.generated[index])
+            pinned_bytes = self.match_prefix(sequence)
+            if self.sharing is not None and self.sharing.host is not None:
+                back = self._match_host(self.sharing, self.sharing.host, sequence)
+                if back:
+                    if not self._reserve_load(sequence, back, reserved, pinned_bytes, now_ticks):
+                        break
+                    running += 1
+                    continue
+            chunk = self.chunk_tokens(sequence.target - sequence.done, budget)
+            if not chunk:
+                break
+            need = self.prefill_bytes(sequence.done + chunk) - self.shared_bytes(sequence)
+            if not self.fits(sequence, need, pinned_bytes, reserved):
+                self.reusable_bytes = pinned_bytes
+                break
+            self.seat(sequence, need, pinned_bytes, sequence.done, now_ticks)
+            chunks.append((sequence, chunk))
+            budget -= chunk
+            running += 1
+            if sequence.done + chunk < sequence.target:
+                self.prefilling.append(sequence)
+        record.max_running = max(record.max_running, running)
+
+    @staticmethod
+    def _match_host(sharing: PrefixSharing, host: HostTier, sequence: SequenceState) -> Sequence[int]:
+        """Units right after the device's that the host holds."""
+        own, present = sharing.hashes[sequence.index], len(sequence.pinned)
+        units = host.match(own, present, (sequence.target - 1) // sharing.unit_tokens)
+        return own[present : present + units]
+
+    def _reserve_load(
+        self, sequence: SequenceState, back: Sequence[int], reserved: int, pinned_bytes: int, now_ticks: int
+    ) -> bool:
+        """Admit a prompt whose blocks come back from the host, with blocks for the whole of it; False if too few.
+
+        It holds blocks while it waits, so it must never need more to go on: two such prompts could block each other.
+        """
+        need = self.prefill_bytes(sequence.target) - self.shared_bytes(sequence)
+        if need + pinned_bytes + reserved > self.free:
+            self.reusable_bytes = pinned_bytes
+            return False
+        unit_tokens = self.sharing.unit_tokens if self.sharing is not None else 0
+        self.seat(sequence, need, pinned_bytes, sequence.done + len(back) * unit_tokens, now_ticks)
+        self.loads.append((sequence, back))
+        return True
+
+
+def total_tokens(chunks: Sequence[Chunk]) -> int:
+    """Prompt tokens of a step."""
+    return sum(tokens for _, tokens in chunks)
