@@ -10,11 +10,12 @@ from pathlib import Path
 from kvsim.allocator import kv_heads_per_rank, layer_token_cap, state_bytes_per_sequence
 from kvsim.calibration.engine_fits import engine_fit
 from kvsim.calibration.sets import AUTO, CalibrationSet, load_set
+from kvsim.compression import Compression
 from kvsim.compression.base import KvEncoding, LayerView
 from kvsim.cost.priors import load_priors
 from kvsim.deployment import Deployment, LayerClass, layer_bands
 from kvsim.device_catalog import ResolvedDevice, load_device
-from kvsim.errors import IncompatibleScenario, InvalidSpec, UnknownName
+from kvsim.errors import IncompatibleScenario, InvalidSpec, KvsimError, UnknownName
 from kvsim.model_catalog import load_model
 from kvsim.price_list import default_price
 from kvsim.scenario import Scenario
@@ -50,7 +51,22 @@ def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
         notes=tuple(notes),
         calibration=calibration,
         engine_fit=engine_fit(device.spec.name) if calibration is None and scenario.calibration != DATASHEET else None,
+        draft=_draft(scenario, base_dir),
     )
+
+
+def _draft(scenario: Scenario, base_dir: Path | None) -> Deployment | None:
+    """Resolve the draft model like a scenario of its own, uncompressed and without drafts."""
+    config = scenario.engine.speculative_config
+    if config is None or config.model is None:
+        return None
+    alone = scenario.engine.model_copy(update={"speculative_config": None})
+    changes = {"model": config.model, "engine": alone, "compression": Compression()}
+    try:
+        return resolve(scenario.model_copy(update=changes), base_dir=base_dir)
+    except KvsimError as error:
+        error.locate("engine.speculative_config.model")
+        raise
 
 
 def look_up(scenario: Scenario, *, base_dir: Path | None = None) -> tuple[ResolvedDevice, ModelSpec]:
@@ -101,10 +117,18 @@ def at_field(field: str) -> Iterator[None]:
 
 def _check(scenario: Scenario, model: ModelSpec, device: DeviceSpec) -> None:
     engine, ranks = scenario.engine, scenario.tensor_parallel_size
-    if engine.max_num_batched_tokens < engine.max_num_seqs:
+    if engine.max_num_batched_tokens < engine.max_num_seqs and (engine.kind != "sglang" or engine.enable_mixed_chunk):
         msg = (
             f"engine.max_num_batched_tokens: {engine.max_num_batched_tokens} is less than engine.max_num_seqs "
             f"{engine.max_num_seqs}; every running sequence needs one token a step"
+        )
+        raise InvalidSpec(msg)
+    config = engine.speculative_config
+    rows = 1 + (config.num_speculative_tokens if config is not None else 0)
+    if engine.max_num_batched_tokens < rows * engine.max_num_seqs and rows > 1:
+        msg = (
+            f"engine.max_num_batched_tokens: {engine.max_num_batched_tokens} is less than max_num_seqs x "
+            f"(num_speculative_tokens + 1) = {rows * engine.max_num_seqs}, the rows that all running sequences verify"
         )
         raise InvalidSpec(msg)
     if engine.kv_offloading_size is not None and device.host_link is None:

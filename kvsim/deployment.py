@@ -98,3 +98,5 @@ class Deployment:
     """Fitted kernels; None where the scenario wants none or its set has none for the device."""
     engine_fit: EngineFit | None = None
     """What engines reach on a device without fitted kernels; None where there is no such fit, or none is wanted."""
+    draft: Deployment | None = None
+    """The draft model of speculative decoding on the same ranks, with its own KV cache in its own dtype."""

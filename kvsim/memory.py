@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvsim.cost.priors import Edge, Prior, look_up
+from kvsim.cost.sequence import draft_weight_bytes
 from kvsim.deployment import Deployment
 from kvsim.errors import InfeasibleScenario, WeightsDoNotFit
 from kvsim.report import MemoryTerm
@@ -36,7 +37,7 @@ def plan_memory(deployment: Deployment, block_bytes: int, edge: Edge = Edge.CENT
     """Divide a device's memory; raise WeightsDoNotFit where no block is left."""
     device, engine = deployment.device, deployment.engine
     usable = device.capacity_bytes * look_up(deployment.priors.usable_memory_fraction, device).efficiency(edge)
-    weights = deployment.model.weight_bytes / deployment.tensor_parallel_size
+    weights = deployment.model.weight_bytes / deployment.tensor_parallel_size + draft_weight_bytes(deployment)
     runtime = runtime_prior(deployment).cost(edge)
     budget = usable * engine.gpu_memory_utilization if engine.kind != "llamacpp" else usable
     pool = float(engine.kv_cache_memory_bytes or budget - weights - runtime)

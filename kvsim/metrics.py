@@ -84,7 +84,7 @@ def read(report: Report, metric: Metric) -> Reading:
     if isinstance(metric.source, str):
         value: Any = report
         for part in metric.source.split("."):
-            value = getattr(value, part)
+            value = getattr(value, part, None)
     else:
         value = metric.source(report)
     if isinstance(value, Figure):
@@ -210,6 +210,12 @@ _COUNTS = (
     Metric("max_waiting_requests", "Max waiting", "requests", "lower", "counts.max_waiting_requests",
            "longest queue"),
 )  # fmt: skip
+_SPECULATION = (
+    Metric("acceptance_length", "Acceptance length", "tokens", "higher", "speculation.acceptance_length",
+           "mean tokens of one verification, the model's own included"),
+    Metric("drafting_share", "Time drafting", "", "lower", "speculation.drafting_share",
+           "part of decode steps that drafting took"),
+)  # fmt: skip
 _EFFECTS = (
     Metric("prefill_tax", "Prefill tax", "x", "lower", "effects.prefill_tax", "prefill time / native"),
     Metric("decode_gain", "Decode gain", "x", "higher", "effects.decode_gain",
@@ -251,7 +257,7 @@ _SHARES = (
 )
 
 METRICS: tuple[Metric, ...] = (
-    *_KV, *_latency_metrics(), *_THROUGHPUT, *_COUNTS, *_EFFECTS, *_COST, *_ENERGY, *_SHARES,
+    *_KV, *_latency_metrics(), *_THROUGHPUT, *_COUNTS, *_SPECULATION, *_EFFECTS, *_COST, *_ENERGY, *_SHARES,
 )  # fmt: skip
 METRIC_BY_TAG: dict[str, Metric] = {metric.tag: metric for metric in METRICS}
 

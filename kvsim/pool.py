@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 
 from kvsim.compression.base import LayerView
-from kvsim.cost.sequence import layer_bytes_per_token, residual_bytes
+from kvsim.cost.sequence import draft_bytes_per_token, layer_bytes_per_token, residual_bytes
 from kvsim.deployment import Deployment, LayerClass
 
 _PROBE_TOKENS = 2**40
@@ -25,6 +25,7 @@ def prefill_growths(deployment: Deployment) -> tuple[tuple[tuple[int | None, int
             cap = _prefill_cap(layer_class, view)
             per_token[cap] += layers * layer_bytes_per_token(layer_class, view, deployment.model)
             fixed += layers * residual_bytes(layer_class, deployment.model)
+    per_token[None] += draft_bytes_per_token(deployment)
     block_size = deployment.engine.block_size
     growths = tuple(
         (cap, math.ceil(size_bytes * block_size))

@@ -15,7 +15,7 @@ from kvsim.compression import parse_compression
 from kvsim.cost.basis import kernel_notes, pricings
 from kvsim.cost.priors import EDGES, Edge
 from kvsim.deployment import Deployment
-from kvsim.errors import KvsimError, RequestDoesNotFit
+from kvsim.errors import IncompatibleScenario, KvsimError, RequestDoesNotFit
 from kvsim.explain import Explanation, Term, explain_deployment
 from kvsim.memory import MemoryPlan, plan_memory, plan_or, waterfall
 from kvsim.pool import block_bytes, longest_sequence
@@ -33,6 +33,7 @@ from kvsim.summary import (
     energy,
     latency,
     outcome,
+    speculation,
     throughput,
     time_split,
     weakest_basis,
@@ -90,6 +91,7 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
             prepared.max_model_len,
             routing=scenario.routing,
             edge=edge,
+            seed=scenario.seed,
             progress=_part(progress, position, len(edges)),
         )
         results.append((result, outcome(result, prepared.requests, scenario.slo, edge)))
@@ -104,13 +106,17 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
     used = 1.0 - min(record.min_free_bytes for record in central.records) / central.pool_bytes
     batch = _mean_batch(outcomes[0], prepared)
     models = price_edges(prepared.deployment, edges)
-    return assemble(prepared, models, outcomes, "simulation", counts(central, prepared.requests), used, batch)
+    report = assemble(prepared, models, outcomes, "simulation", counts(central, prepared.requests), used, batch)
+    return report.model_copy(update={"speculation": speculation(central, scenario.engine.speculative_config)})
 
 
 def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
     """Answer ``scenario`` in closed form: mean lengths, steady state, no queue. Percentiles are unknown."""
     from kvsim.estimate import estimate_counts, estimate_outcomes
 
+    if scenario.engine.speculative_config is not None:
+        msg = "engine.speculative_config: the closed form has no drafts; use simulate, or leave it out"
+        raise IncompatibleScenario(msg)
     prepared = prepare(scenario, base_dir=base_dir)
     if prepared.max_model_len < prepared.load.prompt_tokens + prepared.load.output_tokens:
         msg = (
@@ -211,6 +217,12 @@ def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
         requests.prefix_hashes is None or not deployment.prefix_caching
     ):
         notes.append("nothing is offloaded to the host: without prefix caching no request could hit a block there")
+    config = scenario.engine.speculative_config
+    if config is not None and config.num_speculative_tokens:
+        notes.append(
+            f"{config.num_speculative_tokens} drafts a step by {config.method}, {config.mean_length:.3g} tokens "
+            "expected of each; capacity counts the drafter's KV, the effects against native compare steps without drafts"
+        )
     if scenario.engine.max_model_len is not None and fits < scenario.engine.max_model_len:
         msg = (
             f"engine.max_model_len: one sequence of {scenario.engine.max_model_len} tokens does not fit the KV pool; "

@@ -20,6 +20,7 @@ from kvsim.report import (
     Figure,
     Latency,
     LatencyStats,
+    SpeculationOutcome,
     Throughput,
     TimeShare,
 )
@@ -28,6 +29,7 @@ from kvsim.scenario import Slo
 from kvsim.sim.recorder import PhaseTicks
 from kvsim.sim.run import RunResult
 from kvsim.specs.base import Basis
+from kvsim.specs.speculation import SpeculativeConfig
 from kvsim.statistics import Distribution, of_gaps, of_samples, spread
 from kvsim.units import MEGA, SECONDS_PER_HOUR, TICKS_PER_SECOND
 
@@ -182,6 +184,22 @@ def counts(result: RunResult, requests: RequestTable) -> Counts:
         engine_steps=sum(record.steps for record in records),
         max_concurrent_requests=max(record.max_running for record in records),
         max_waiting_requests=max(record.max_waiting for record in records),
+    )
+
+
+def speculation(result: RunResult, config: SpeculativeConfig | None) -> SpeculationOutcome | None:
+    """How far drafts carried, and what they cost; None without drafts."""
+    if config is None:
+        return None
+    verified = sum(record.verifications for record in result.records)
+    tokens = sum(record.verified_tokens for record in result.records)
+    decode = sum(record.decode.total for record in result.records)
+    drafting = sum(record.drafting_ticks for record in result.records)
+    return SpeculationOutcome(
+        acceptance_length=_ratio(tokens, verified),
+        expected_acceptance_length=config.mean_length,
+        verifications=verified,
+        drafting_share=_ratio(drafting, decode),
     )
 
 

@@ -13,6 +13,20 @@ from kvsim.units import TICKS_PER_SECOND
 
 
 @dataclass(frozen=True)
+class DraftTicks:
+    """Drafting of a decode batch, by its sequences: passes after the first by component, and all of it."""
+
+    weights: list[int]
+    communication: list[int]
+    overhead: list[int]
+    attention: list[int]
+    """Attention of all passes that does not grow with context."""
+    later: list[int]
+    """Sum of the above: what comes on top of the first pass, which is part of the tables over tokens."""
+    whole: list[int]
+
+
+@dataclass(frozen=True)
 class StepTables:
     """Integer tick tables for the simulator's hot loop.
 
@@ -33,6 +47,9 @@ class StepTables:
     append_launch: int
     append: list[int]
     """Encoding the tokens of a prompt, by their number."""
+    rows: int = 1
+    """Rows of a decoding sequence in a step: 1 and its drafts. ``base`` and ``head`` are looked up at all rows."""
+    drafting: DraftTicks | None = None
 
 
 def build_tables(step: StepModel, max_tokens: int, max_sequences: int) -> StepTables:

@@ -32,6 +32,8 @@ from kvsim.sim.scheduling import (
     WaitingQueue,
     build_scheduler,
 )
+from kvsim.sim.speculation import Speculation, uneven_run
+from kvsim.sim.speculative_batch import SpeculativeBatch
 from kvsim.sim.waits import Waits
 from kvsim.units import TICKS_PER_SECOND
 
@@ -57,6 +59,7 @@ class ReplicaEngine:
         token_ticks: int,
         coalesce: bool,
         priority: Sequence[int] | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.env = env
         self.now = 0
@@ -68,7 +71,10 @@ class ReplicaEngine:
         self.coalesce = coalesce
         self.record = ReplicaRecord(min_free_bytes=limits.pool_bytes)
         self.generated = [0] * len(lengths[0])
-        self.batch = DecodeBatch(limits.block_size, limits.prefill_growths[0][1], token_ticks)
+        sizes = (limits.block_size, limits.prefill_growths[0][1], token_ticks)
+        self._speculation = speculation
+        self._drafted = SpeculativeBatch(*sizes, speculation.plan) if speculation is not None else None
+        self.batch = self._drafted or DecodeBatch(*sizes)
         parts = SchedulerParts(limits, self.batch, lengths, self.generated, log, self.record, sharing, priority)
         self.scheduler = build_scheduler(step.deployment.engine, parts)
         self.device = device
@@ -83,6 +89,7 @@ class ReplicaEngine:
         self._side_stream = step.deployment.engine.compression_stream == "side"
         self._runs_ahead = coalesce and not self._side_stream and self._host is None
         self._plain = self._runs_ahead and token_ticks > 0 and sharing is None and self.scheduler.admits_plainly
+        self._plain &= speculation is None
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)
         self._late: dict[int, int] = {}
@@ -213,6 +220,8 @@ class ReplicaEngine:
             steps = min(steps, batch.steps_until_dry(scheduler.free))
             if not steps:
                 return 0, 0
+        if self._drafted is not None:
+            return self._plan_drafted_run(self._drafted, steps)
         ticks = steps * first + slope * (steps * (steps - 1) // 2)
         # A new arrival changes nothing while an earlier one is still held back.
         gap = self.source.next_ticks - self.now
@@ -224,6 +233,19 @@ class ReplicaEngine:
             self._record_step(size, ticks, self.now + ticks)
         else:
             self.record.runs.append((steps, size, first, slope))
+        return steps, ticks
+
+    def _plan_drafted_run(self, batch: SpeculativeBatch, steps: int) -> tuple[int, int]:
+        """The same for steps that verify drafts, each of which lasts its own time."""
+        size, fixed = batch.size, self.tables.step[batch.size]
+        waits = bool(self.scheduler.waiting) and not self.scheduler.reorders
+        gap = None if waits else self.source.next_ticks - self.now
+        steps = min(steps, batch.steps_until_dry(self.scheduler.free))
+        if not steps:
+            return 0, 0
+        steps, ticks = uneven_run(batch, self.record, fixed, steps, gap)
+        self.decode_steps[size] += steps
+        self.variable_total += ticks - steps * fixed
         return steps, ticks
 
     def _advance(self, steps: int) -> None:
@@ -319,8 +341,12 @@ class ReplicaEngine:
                 seconds, unpack_s = self.step.prefill_attention_seconds(chunk, sequence.done)
                 attention += round(float(seconds) * TICKS_PER_SECOND)
                 compression += round(float(unpack_s) * TICKS_PER_SECOND)
+                if self._speculation is not None:
+                    seconds = self._speculation.prefill_attention_seconds(chunk, sequence.done)
+                    attention += round(seconds * TICKS_PER_SECOND)
         self.record.prompts.append((size, tokens, ending, attention, compression))
         base, head = tables.base, tables.head
+        size *= tables.rows
         return base[size + tokens] - base[size] + head[size + ending] - head[size] + attention + compression
 
     def _begin_lone_prompt(self) -> int:

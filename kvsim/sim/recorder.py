@@ -43,6 +43,12 @@ class ReplicaRecord:
     decode: PhaseTicks = field(default_factory=PhaseTicks)
     contention_ticks: int = 0
     """Time lost to sharing the device with side activities."""
+    verifications: int = 0
+    """Steps of single sequences that verified drafts."""
+    verified_tokens: int = 0
+    """Tokens that came out of them."""
+    drafting_ticks: int = 0
+    """The part of decode steps that drafting took."""
     preemptions: int = 0
     recomputed_tokens: int = 0
     cached_prompt_tokens: int = 0

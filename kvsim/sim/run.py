@@ -28,6 +28,8 @@ from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.resources import SharedDevice
 from kvsim.sim.scheduling import PrefixSharing, SchedulerLimits
+from kvsim.sim.speculation import build_speculation
+from kvsim.sim.speculative_batch import SpeculativeBatch
 
 PROGRESS_SLICES = 50
 
@@ -50,6 +52,7 @@ def run_requests(
     *,
     routing: Literal["round_robin", "least_loaded"] = "round_robin",
     edge: Edge = Edge.CENTRAL,
+    seed: int = 0,
     coalesce: bool = True,
     progress: Callable[[float], None] | None = None,
 ) -> RunResult:
@@ -60,6 +63,11 @@ def run_requests(
     tables = build_tables(step, max(engine.max_num_batched_tokens, engine.max_num_seqs), engine.max_num_seqs)
     if engine.kind == "llamacpp":
         tables = in_parts(tables, engine.n_ubatch)
+    speculation = None
+    if engine.speculative_config is not None:
+        tables, speculation = build_speculation(
+            step, engine.speculative_config, edge, seed=seed, max_model_len=max_model_len
+        )
     source = ArrivalSource(env, requests, routing)
     count = len(requests)
     log = RequestLog(source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count)
@@ -80,6 +88,7 @@ def run_requests(
             _prefix_sharing(deployment, requests, limits, device, edge),
             token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
             coalesce=coalesce and _foreseeable(deployment, source),
+            speculation=speculation,
             priority=requests.priority.tolist() if requests.priority is not None else None,
         )
         replicas.append(replica)
@@ -132,6 +141,7 @@ def _limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> Sch
         chunked_prefill=engine.enable_chunked_prefill,
         prefill_growths=growths,
         fixed_bytes=fixed_bytes,
+        decode_tokens=1 + (engine.speculative_config.num_speculative_tokens if engine.speculative_config else 0),
     )
 
 
@@ -174,9 +184,11 @@ def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
         return
     size, tokens, ending, attention, compression = np.array(record.prompts, dtype=np.int64).T
 
+    rows = size * tables.rows
+
     def added(table: list[int], extra: npt.NDArray[np.int64]) -> int:
         values = np.array(table, dtype=np.int64)
-        return int((values[size + extra] - values[size]).sum())
+        return int((values[rows + extra] - values[rows]).sum())
 
     record.prefill = PhaseTicks(
         weights=added(tables.weights, tokens) + added(tables.head, ending),
@@ -192,18 +204,37 @@ def _split_decode_time(replica: ReplicaEngine, tables: StepTables, step: StepMod
     decode = PhaseTicks()
     for sequences, steps in enumerate(replica.decode_steps):
         if steps:
-            decode.weights += steps * (tables.weights[sequences] + tables.head[sequences])
-            decode.communication += steps * tables.communication[sequences]
-            decode.overhead += steps * tables.overhead[sequences]
+            rows = sequences * tables.rows
+            decode.weights += steps * (tables.weights[rows] + tables.head[rows])
+            decode.communication += steps * tables.communication[rows]
+            decode.overhead += steps * tables.overhead[rows]
             decode.attention += steps * tables.attention_fixed[sequences]
             decode.compression += steps * tables.compression_fixed[sequences]
+    drafting = _split_drafting(replica, tables, decode)
     if replica.batch.token_ticks:
-        unpack = math.floor(replica.variable_total * step.sequences.unpack_share)
+        unpack = math.floor((replica.variable_total - drafting) * step.sequences.unpack_share)
     else:
         unpack = replica.batch.unpack_total
     decode.compression += unpack
     decode.attention += replica.variable_total - unpack
     replica.record.decode = decode
+
+
+def _split_drafting(replica: ReplicaEngine, tables: StepTables, decode: PhaseTicks) -> int:
+    """Divide the drafters' passes after the first likewise; ticks that drafting took for contexts."""
+    batch, record, drafting = replica.batch, replica.record, tables.drafting
+    if not isinstance(batch, SpeculativeBatch):
+        return 0
+    record.verifications, record.verified_tokens = batch.verifications, batch.tokens_out
+    record.drafting_ticks = batch.draft_total
+    for sequences, steps in enumerate(replica.decode_steps):
+        if steps and drafting is not None:
+            decode.weights += steps * drafting.weights[sequences]
+            decode.communication += steps * drafting.communication[sequences]
+            decode.overhead += steps * drafting.overhead[sequences]
+            decode.attention += steps * drafting.attention[sequences]
+            record.drafting_ticks += steps * drafting.whole[sequences]
+    return batch.draft_total
 
 
 def _check_replica(replica: ReplicaEngine) -> None:

@@ -152,6 +152,11 @@ class ModelSpec(Spec):
         return round(linear * self.weight_bits / 8) + self.num_embedding_parameters * 2
 
     @property
+    def layer_weight_bytes(self) -> float:
+        """Bytes of the mean layer's weights."""
+        return (self.num_parameters - self.num_embedding_parameters) * self.weight_bits / 8 / self.num_layers
+
+    @property
     def is_hybrid(self) -> bool:
         """Whether layers differ in kind (sliding beside full, linear beside full, ...)."""
         return len({group.kind for group in self.groups}) > 1

@@ -13,6 +13,7 @@ from kvsim.sim import engine
 from kvsim.sim.batch import SequenceState
 from kvsim.sim.run import RunResult
 from kvsim.sim.scheduling import Chunk, Scheduler, SchedulerParts, build_scheduler
+from kvsim.sim.speculative_batch import SpeculativeBatch
 from kvsim.specs.engine import EngineSpec
 
 
@@ -39,6 +40,8 @@ class Audited(Scheduler):
         self.audits += 1
 
     def _own_bytes(self, sequence: SequenceState) -> int:
+        if isinstance(self.batch, SpeculativeBatch):
+            return self.batch.growing_bytes(sequence) + sequence.held
         steps, size = self.batch.counter - sequence.joined, self.limits.block_size
         if sequence.profile is not None:
             return sequence.profile.resident_bytes(steps, size) - self._shared(sequence)
