@@ -33,6 +33,7 @@ from kvsim.summary import (
     energy,
     latency,
     outcome,
+    request_overhead,
     speculation,
     throughput,
     time_split,
@@ -221,7 +222,7 @@ def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
     if config is not None and config.num_speculative_tokens:
         notes.append(
             f"{config.num_speculative_tokens} drafts a step by {config.method}, {config.mean_length:.3g} tokens "
-            "expected of each; capacity counts the drafter's KV, the effects against native compare steps without drafts"
+            "expected of each; capacity counts the drafter's KV; effects against native compare steps without drafts"
         )
     if scenario.engine.max_model_len is not None and fits < scenario.engine.max_model_len:
         msg = (
@@ -296,6 +297,7 @@ def assemble(
         memory=waterfall(prepared.plan, deployment),
         duration_s=band(outcomes, lambda one: one.duration_s, basis),
         queue_delay_mean_s=band(outcomes, lambda one: one.queue_delay_mean_s, basis),
+        request_overhead_s=request_overhead(deployment, tuple(one.edge for one in outcomes)),
         latency=latency(outcomes, basis),
         throughput=throughput(outcomes, basis),
         counts=tally,

@@ -21,14 +21,16 @@ class SequenceState:
     """
 
     __slots__ = (
-        "alive", "done", "finish", "held", "index", "joined", "order", "pinned", "profile", "slope", "target", "ticks",
+        "admitted", "alive", "done", "finish", "held", "index", "joined", "order", "pinned", "profile", "slope",
+        "target", "ticks",
     )  # fmt: skip
 
     joined: int
+    order: int
     finish: int
     ticks: int
     slope: int
-    order: int
+    admitted: int
     """Number of its admission, counted over all sequences of the replica."""
 
     def __init__(self, index: int, target: int) -> None:
@@ -103,12 +105,17 @@ class DecodeBatch:
             self._plan_bends(sequence, profile)
         sequence.ticks = ticks
         sequence.slope = slope
-        self._order += 1
-        heapq.heappush(self.finishing, (counter + steps, self._order, sequence))
+        sequence.order = self.next_order()
+        heapq.heappush(self.finishing, (counter + steps, sequence.order, sequence))
         self.active[sequence.index] = sequence
         self.size += 1
         self.variable += ticks
         self.slope += slope
+
+    def next_order(self) -> int:
+        """A number that grows with every sequence that joins."""
+        self._order += 1
+        return self._order
 
     def remove(self, sequence: SequenceState) -> int:
         """Take a sequence out of every sum; the bytes that it held."""

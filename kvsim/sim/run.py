@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
+from kvsim.cost.front_end import front_end
+from kvsim.cost.host import host_seconds
 from kvsim.cost.priors import Edge, look_up
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
@@ -21,7 +23,7 @@ from kvsim.errors import InvariantViolation
 from kvsim.memory import MemoryPlan
 from kvsim.pool import prefill_growths
 from kvsim.requests import RequestTable
-from kvsim.sim.arrivals import ArrivalSource
+from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
 from kvsim.sim.engine import ReplicaEngine
 from kvsim.sim.host_tier import HostTier, HostTierLimits
 from kvsim.sim.prefix_cache import PrefixCache
@@ -30,6 +32,7 @@ from kvsim.sim.resources import SharedDevice
 from kvsim.sim.scheduling import PrefixSharing, SchedulerLimits
 from kvsim.sim.speculation import build_speculation
 from kvsim.sim.speculative_batch import SpeculativeBatch
+from kvsim.units import TICKS_PER_SECOND
 
 PROGRESS_SLICES = 50
 
@@ -68,9 +71,12 @@ def run_requests(
         tables, speculation = build_speculation(
             step, engine.speculative_config, edge, seed=seed, max_model_len=max_model_len
         )
-    source = ArrivalSource(env, requests, routing)
+    front = front_end_ticks(front_end(deployment, edge))
+    source = ArrivalSource(env, requests, routing, front)
     count = len(requests)
-    log = RequestLog(source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count)
+    log = RequestLog(
+        source.sent_ticks, source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count, front.egress
+    )
     lengths = (requests.prompt_tokens.tolist(), requests.output_tokens.tolist())
     limits = _limits(deployment, plan, max_model_len)
     replicas = []
@@ -90,6 +96,7 @@ def run_requests(
             coalesce=coalesce and _foreseeable(deployment, source),
             speculation=speculation,
             priority=requests.priority.tolist() if requests.priority is not None else None,
+            host_work=host_work_ticks(step),
         )
         replicas.append(replica)
         env.process(replica.run())
@@ -101,6 +108,13 @@ def run_requests(
         _check_replica(replica)
     _check_requests(log, requests)
     return RunResult(log, tuple(replica.record for replica in replicas), int(env.now), limits.pool_bytes)
+
+
+def host_work_ticks(step: StepModel) -> list[int]:
+    """Ticks of host work of a step, by its sequences."""
+    sequences = np.arange(step.deployment.engine.max_num_seqs + 1, dtype=np.float64)
+    ticks: list[int] = np.rint(np.asarray(host_seconds(step, sequences)) * TICKS_PER_SECOND).astype(np.int64).tolist()
+    return ticks
 
 
 def _foreseeable(deployment: Deployment, source: ArrivalSource) -> bool:
@@ -217,6 +231,7 @@ def _split_decode_time(replica: ReplicaEngine, tables: StepTables, step: StepMod
         unpack = replica.batch.unpack_total
     decode.compression += unpack
     decode.attention += replica.variable_total - unpack
+    decode.overhead += replica.record.host_ticks
     replica.record.decode = decode
 
 

@@ -12,9 +12,8 @@ from kvsim.cost.priors import Edge
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
 from kvsim.cost.tables import StepTables, build_tables
-from kvsim.sim.acceptance import Acceptance
-from kvsim.sim.recorder import ReplicaRecord
-from kvsim.sim.speculative_batch import SpeculationPlan, SpeculativeBatch
+from kvsim.sim.acceptance import Acceptance, IntArray
+from kvsim.sim.speculative_batch import SpeculationPlan
 from kvsim.specs.speculation import SpeculativeConfig
 
 STREAM = zlib.crc32(b"draft_acceptance")
@@ -70,13 +69,18 @@ def _context(step: StepModel, drafter: Drafter | None, passes: int) -> DraftCont
     return DraftContext(passes, drafter.share, own)
 
 
-def uneven_run(
-    batch: SpeculativeBatch, record: ReplicaRecord, fixed_ticks: int, steps: int, gap: int | None
-) -> tuple[int, int]:
-    """Cut a run of steps at the first that ends ``gap`` ticks from now or later: (steps, ticks), written down."""
-    ticks = batch.durations(fixed_ticks, steps)
-    ends = np.cumsum(ticks)
-    if gap is not None and ends[-1] > gap:
-        steps = int(np.searchsorted(ends, gap)) + 1
-    record.runs += [(1, batch.size, one, 0) for one in ticks[:steps].tolist()]
-    return steps, int(ends[steps - 1])
+def steps_until(lasting: IntArray, ends: IntArray, gap: int, *, overlaps: bool) -> int:
+    """Steps of a run before an arrival ``gap`` ticks from now is looked at, all of them if it comes later.
+
+    ``lasting`` and ``ends`` are the ticks of each step and their running sum. A step planned while the one before it
+    runs takes in what had come when that one started.
+    """
+    steps = len(ends)
+    if ends[-1] <= gap:
+        return steps
+    covering = int(np.searchsorted(ends, gap)) + 1
+    if not overlaps:
+        return covering
+    if ends[-1] - lasting[-1] <= gap:
+        return steps
+    return 1 + covering if gap > 0 else 1

@@ -72,8 +72,8 @@ class SpeculativeBatch(DecodeBatch):
         sequence.joined = self.counter
         sequence.finish = self.counter + count
         sequence.ticks = sequence.slope = 0
-        self._order += 1
-        heapq.heappush(self.finishing, (sequence.finish, self._order, sequence))
+        sequence.order = self.next_order()
+        heapq.heappush(self.finishing, (sequence.finish, sequence.order, sequence))
         self.active[sequence.index] = sequence
         self.size += 1
         self._write(life, 0, 1)

@@ -1,6 +1,14 @@
 """Scheduling policies of serving engines on one replica; none of them knows a clock."""
 
-from kvsim.sim.scheduling.base import Chunk, PrefixSharing, Scheduler, SchedulerLimits, SchedulerParts, WaitingQueue
+from kvsim.sim.scheduling.base import (
+    Chunk,
+    Leaving,
+    PrefixSharing,
+    Scheduler,
+    SchedulerLimits,
+    SchedulerParts,
+    WaitingQueue,
+)
 from kvsim.sim.scheduling.llamacpp import LlamaCppScheduler
 from kvsim.sim.scheduling.sglang import SglangOptions, SglangScheduler
 from kvsim.sim.scheduling.tensorrt_llm import GuaranteedNoEvictScheduler, MaxUtilizationScheduler
@@ -35,6 +43,7 @@ def _sglang_options(engine: EngineSpec) -> SglangOptions:
 
 __all__ = [
     "Chunk",
+    "Leaving",
     "PrefixSharing",
     "Scheduler",
     "SchedulerLimits",

@@ -20,6 +20,8 @@ from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 
 Chunk = tuple[SequenceState, int]
+Leaving = tuple[int, SequenceState, int | None]
+"""(order of joining, sequence, bytes that it holds, or None where a preemption has taken them)."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class Scheduler(ABC):
         self.prefilling: list[SequenceState] = []
         """Prompts in progress, in order of admission."""
         self._admissions = 0
+        self.leaving: list[Leaving] = []
+        """Sequences that end with the running step: they keep seats and blocks until it is over, oldest first."""
         self.free = limits.pool_bytes
         self.looked = False
         """Whether the latest step offered the waiting queue tokens, seats and blocks; one that preempted does not."""
@@ -168,16 +172,33 @@ class Scheduler(ABC):
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
-    def make_room(self, now_ticks: int) -> bool:
+    def make_room(self, start_ticks: int) -> bool:
         """Preempt until the next tokens of all that still decode fit; True if any was."""
         batch = self.batch
         preempted = False
         while batch.due_bytes() > self.free:
-            self.preempt(self.victim(), now_ticks)
+            self.take_blocks(start_ticks)
             preempted = True
         self.looked = False
         batch.drop_dead()
         return preempted
+
+    def take_blocks(self, start_ticks: int) -> SequenceState | None:
+        """Take all blocks from whoever gives way first; None if it ends with the running step anyway."""
+        if self.leaving and self.take_from_leaving():
+            return None
+        sequence = self.victim()
+        self.preempt(sequence, start_ticks)
+        return sequence
+
+    def take_from_leaving(self) -> bool:
+        """Take the blocks of a sequence that ends with the running step; True if any had some."""
+        for position, (order, sequence, held_bytes) in enumerate(self.leaving):
+            if held_bytes is not None:
+                self.give_back(sequence, held_bytes)
+                self.leaving[position] = (order, sequence, None)
+                return True
+        return False
 
     def victim(self) -> SequenceState:
         """Whoever gives way first: the latest arrival."""
@@ -189,8 +210,8 @@ class Scheduler(ABC):
         msg = "the pool is exhausted although nothing runs"
         raise InvariantViolation(msg)
 
-    def preempt(self, sequence: SequenceState, now_ticks: int) -> None:
-        """Take all blocks from a sequence and queue it again."""
+    def preempt(self, sequence: SequenceState, start_ticks: int) -> None:
+        """Take all blocks from a sequence and queue it again; its latest token is out at ``start_ticks``."""
         batch, index = self.batch, sequence.index
         if sequence in self.prefilling:
             self.prefilling.remove(sequence)
@@ -198,7 +219,7 @@ class Scheduler(ABC):
             self.give_back(sequence, sequence.held)
         else:
             self.generated[index] += batch.gained(sequence)
-            self.last_token[index] = now_ticks
+            self.last_token[index] = start_ticks
             self.record.recomputed_tokens += self.prompt[index] + self.generated[index] - 1
             self.give_back(sequence, batch.remove(sequence))
         self.record.preemptions += 1
@@ -211,8 +232,11 @@ class Scheduler(ABC):
     # --- one step ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def schedule(self, now_ticks: int, seats_taken: int) -> list[Chunk]:
-        """Prompt chunks of the next step. ``seats_taken`` sequences are neither decoding nor prefilling."""
+    def schedule(self, now_ticks: int, seats_taken: int, start_ticks: int) -> list[Chunk]:
+        """Prompt chunks of the next step, planned at ``now_ticks`` to start at ``start_ticks``.
+
+        ``seats_taken`` sequences are neither decoding nor prefilling.
+        """
 
     def end_prompt(self, sequence: SequenceState) -> None:
         """A prompt is in."""
@@ -236,7 +260,7 @@ class Scheduler(ABC):
         if sequence.pinned:
             self._pin_prefix(sequence, pinned_bytes)
         self._admissions += 1
-        sequence.order = self._admissions
+        sequence.admitted = self._admissions
         sequence.held = need_bytes
         self.take(need_bytes)
         if self.log.scheduled[index] < 0:

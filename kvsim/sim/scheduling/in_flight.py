@@ -28,15 +28,28 @@ class InFlightScheduler(Scheduler):
         del sequence
         return need_bytes + pinned_bytes + reserved_bytes <= self.free
 
-    def schedule(self, now_ticks: int, seats_taken: int) -> list[Chunk]:
-        """Prompt chunks of the next step. ``seats_taken`` sequences are neither decoding nor prefilling."""
+    def take_from_leaving(self) -> bool:
+        """Take blocks from a sequence that ends with the running step where it is the latest arrival."""
+        order, sequence, held_bytes = self.leaving[-1]
+        active = self.batch.active
+        if self.prefilling or held_bytes is None or (active and active[next(reversed(active))].order > order):
+            return False
+        self.give_back(sequence, held_bytes)
+        self.leaving[-1] = (order, sequence, None)
+        return True
+
+    def schedule(self, now_ticks: int, seats_taken: int, start_ticks: int) -> list[Chunk]:
+        """Prompt chunks of the next step, planned at ``now_ticks`` to start at ``start_ticks``.
+
+        ``seats_taken`` sequences are neither decoding nor prefilling.
+        """
         batch, limits = self.batch, self.limits
         reserved = batch.due_bytes()
-        preempted = reserved > self.free and self.make_room(now_ticks)
+        preempted = reserved > self.free and self.make_room(start_ticks)
         budget = limits.max_num_batched_tokens - batch.size * limits.decode_tokens
         chunks: list[Chunk] = []
         if self.prefilling and budget > 0:
-            preempted |= self._continue_prompts(chunks, budget, now_ticks)
+            preempted |= self._continue_prompts(chunks, budget, start_ticks)
             budget = limits.max_num_batched_tokens - batch.size * limits.decode_tokens - total_tokens(chunks)
         running = batch.size + seats_taken + len(self.prefilling)
         # Prompts back from the host hold all their blocks and a seat already.
@@ -52,7 +65,7 @@ class InFlightScheduler(Scheduler):
             self._admit(chunks, budget, reserved, now_ticks, running)
         return chunks
 
-    def _continue_prompts(self, chunks: list[Chunk], budget: int, now_ticks: int) -> bool:
+    def _continue_prompts(self, chunks: list[Chunk], budget: int, start_ticks: int) -> bool:
         """Next chunks of the prompts in progress; True if the pool was short and any sequence gave way."""
         preempted = False
         for sequence in tuple(self.prefilling):
@@ -64,7 +77,7 @@ class InFlightScheduler(Scheduler):
             need = max(0, self.prefill_bytes(sequence.done + chunk) - sequence.held - self.shared_bytes(sequence))
             if need + self.batch.due_bytes() > self.free:
                 preempted = True
-                if not self._make_room_for(sequence, need, chunks, now_ticks):
+                if not self._make_room_for(sequence, need, chunks, start_ticks):
                     break
             sequence.held += need
             self.take(need)
@@ -72,11 +85,10 @@ class InFlightScheduler(Scheduler):
             budget -= chunk
         return preempted
 
-    def _make_room_for(self, sequence: SequenceState, need_bytes: int, chunks: list[Chunk], now_ticks: int) -> bool:
+    def _make_room_for(self, sequence: SequenceState, need_bytes: int, chunks: list[Chunk], start_ticks: int) -> bool:
         """Preempt until a prompt in progress can go on; False where it gave way itself."""
         while need_bytes + self.batch.due_bytes() > self.free:
-            victim = self.victim()
-            self.preempt(victim, now_ticks)
+            victim = self.take_blocks(start_ticks)
             self.batch.drop_dead()
             if victim is sequence:
                 return False

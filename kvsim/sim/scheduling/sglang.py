@@ -79,13 +79,12 @@ class SglangScheduler(Scheduler):
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
-    def schedule(self, now_ticks: int, seats_taken: int) -> list[Chunk]:
+    def schedule(self, now_ticks: int, seats_taken: int, start_ticks: int) -> list[Chunk]:
         """Prompt chunks of the next step, which decodes nothing unless ``enable_mixed_chunk``."""
-        del seats_taken
         batch = self.batch
         self.looked = True
         if self.mixes and batch.due_bytes() > self.free:
-            self.make_room(now_ticks)
+            self.make_room(start_ticks)
         if not self.prefilling and self._stays_full():
             return []
         decoding = batch.size if self.mixes else 0
@@ -94,7 +93,7 @@ class SglangScheduler(Scheduler):
         if budget > 0:
             budget -= self._continue_prompt(chunks, budget)
             if self.waiting:
-                self._admit(chunks, budget, decoding, now_ticks)
+                self._admit(chunks, budget, decoding, now_ticks, seats_taken)
         return chunks
 
     def _stays_full(self) -> bool:
@@ -126,14 +125,14 @@ class SglangScheduler(Scheduler):
         """What decoding takes in the same step."""
         return self.batch.due_bytes() if self.mixes else 0
 
-    def _admit(self, chunks: list[Chunk], budget: int, decoding: int, now_ticks: int) -> None:
+    def _admit(self, chunks: list[Chunk], budget: int, decoding: int, now_ticks: int, seats_taken: int) -> None:
         limits, record = self.limits, self.record
         record.max_waiting = max(record.max_waiting, len(self.waiting))
         self._order_queue()
         left_tokens = self._unreserved_tokens()
         input_budget = self._options.max_prefill_tokens - decoding - sum(tokens for _, tokens in chunks)
         # The prompt in progress has its seat among the chunks unless it had to pause.
-        running = self.batch.size + max(len(chunks), len(self.prefilling))
+        running = self.batch.size + seats_taken + max(len(chunks), len(self.prefilling))
         while self.waiting and budget > 0 and input_budget > 0:
             index = self.waiting[0]
             if self.reject_too_long(index):
@@ -185,16 +184,24 @@ class SglangScheduler(Scheduler):
 
     # --- retraction -------------------------------------------------------------------------------------------------
 
-    def make_room(self, now_ticks: int) -> bool:
-        """Retract decoding requests until the next token of the others fits, at least one."""
+    def make_room(self, start_ticks: int) -> bool:
+        """Retract decoding requests until the next token of the others fits, at least one.
+
+        Requests that end with the running step lose nothing by giving their tokens back before.
+        """
         batch = self.batch
+        while batch.due_bytes() > self.free and self.take_from_leaving():
+            self._left = True
+        if batch.due_bytes() <= self.free:
+            self.looked = False
+            return False
         while batch.size > 1:
-            self.preempt(self.victim(), now_ticks)
+            self.preempt(self.victim(), start_ticks)
             if batch.due_bytes() <= self.free:
                 break
         if batch.due_bytes() > self.free:
             # Only with mixed chunks: a prompt in progress holds what the last decoding request needs.
-            self._drop_prompt(now_ticks)
+            self._drop_prompt(start_ticks)
         batch.drop_dead()
         self._raise_ratio()
         self._full = self._left = self.looked = False
@@ -222,11 +229,11 @@ class SglangScheduler(Scheduler):
         super().give_back(sequence, held_bytes)
         self._left = True
 
-    def _drop_prompt(self, now_ticks: int) -> None:
+    def _drop_prompt(self, start_ticks: int) -> None:
         if not self.prefilling:
             msg = "the pool is exhausted although nothing else runs"
             raise InvariantViolation(msg)
-        self.preempt(self.prefilling[-1], now_ticks)
+        self.preempt(self.prefilling[-1], start_ticks)
 
     def _raise_ratio(self) -> None:
         """Raise the ratio to what the requests that stay have used up."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from kvsim.errors import InvariantViolation
 from kvsim.sim.batch import SequenceState
-from kvsim.sim.scheduling.base import SchedulerParts
+from kvsim.sim.scheduling.base import Scheduler, SchedulerParts
 from kvsim.sim.scheduling.in_flight import InFlightScheduler
 from kvsim.sim.scheduling.queues import PriorityQueue
 
@@ -33,12 +33,16 @@ class ThresholdScheduler(InFlightScheduler):
         """Cut before the budget is looked at: a prompt within neither is cut to the smaller."""
         return super().chunk_tokens(min(left, self._threshold), budget)
 
+    def take_from_leaving(self) -> bool:
+        """Who ends with the running step anyway loses nothing, so such blocks are taken before any others."""
+        return Scheduler.take_from_leaving(self)
+
     def victim(self) -> SequenceState:
         """Prompts in progress may be older than decoding ones, so the order of admission decides."""
         running = [*self.prefilling, *self.batch.active.values()]
         if not running:
             return super().victim()
-        return max(running, key=lambda sequence: sequence.order)
+        return max(running, key=lambda sequence: sequence.admitted)
 
 
 class PriorityScheduler(ThresholdScheduler):
