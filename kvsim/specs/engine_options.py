@@ -71,11 +71,32 @@ def with_engine_names(given: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(msg)
             named[shared] = named.pop(own)
     _refuse_foreign_names(kind, named)
+    _translate_overlap(kind, named)
     if kind == "sglang" and named.get("max_num_batched_tokens") == -1:
         # SGLang's spelling of no chunking; a prefill batch is then bounded by max_prefill_tokens alone.
         named["enable_chunked_prefill"] = False
         named["max_num_batched_tokens"] = named.get("max_prefill_tokens") or MAX_PREFILL_TOKENS
     return {**DEFAULTS.get(kind, {}), **named}
+
+
+NO_OVERLAP: Final[Mapping[str, str]] = {
+    "sglang": "disable_overlap_schedule",
+    "tensorrt_llm": "disable_overlap_scheduler",
+}
+"""The engine's own name of the opposite of ``async_scheduling``."""
+
+
+def _translate_overlap(kind: Any, named: dict[str, Any]) -> None:
+    for owner, name in NO_OVERLAP.items():
+        if name not in named:
+            continue
+        if owner != kind:
+            msg = f"{name} is {owner}'s name, and engine.kind is {kind}; leave it out"
+            raise ValueError(msg)
+        if "async_scheduling" in named or not isinstance(named[name], bool):
+            msg = f"{name} must be true or false and stand alone; async_scheduling is the other name of its opposite"
+            raise ValueError(msg)
+        named["async_scheduling"] = not named.pop(name)
 
 
 MAX_PREFILL_TOKENS: Final = 16384

@@ -67,7 +67,7 @@ def policy_cases(
         strategy=draw(st.sampled_from(strategies)),
         **options(
             policy, max_num_batched_tokens=budget, max_num_seqs=min(budget, draw(st.sampled_from((1, 3, 5, 8)))),
-            replicas=draw(st.sampled_from((1, 1, 2))),
+            replicas=draw(st.sampled_from((1, 1, 2))), async_scheduling=draw(st.sampled_from((None, None, False))),
         ),
     )  # fmt: skip
     case = with_slots(build_case(deployment, requests, spare_blocks=draw(st.sampled_from((0, 0, 1, 3, 8, 40, 10_000)))))

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from kvsim.scenario import Scenario
 from kvsim.simulate import prepare
 from kvsim.specs.engine import EngineSpec
-from kvsim.specs.engine_options import DEFAULTS, OWN_NAMES, OWNERS
+from kvsim.specs.engine_options import DEFAULTS, NO_OVERLAP, OWN_NAMES, OWNERS
 
 
 def test_existing_scenarios_are_vllm_with_its_defaults():
@@ -53,6 +53,16 @@ def test_another_engine_s_option_is_refused(option):
         else:
             with pytest.raises(ValidationError, match=f"{option} is an option of .*engine.kind is {kind}"):
                 EngineSpec(**{"kind": kind, option: CHANGED[option]})
+
+
+@pytest.mark.parametrize(("kind", "name"), NO_OVERLAP.items())
+def test_overlap_has_the_engines_names(kind, name):
+    assert EngineSpec(kind=kind).schedules_ahead
+    assert not EngineSpec(**{"kind": kind, name: True}).schedules_ahead
+    with pytest.raises(ValidationError, match=f"{name} is {kind}'s name, and engine.kind is vllm"):
+        EngineSpec(**{name: True})
+    with pytest.raises(ValidationError, match=f"{name} must be true or false and stand alone"):
+        EngineSpec(**{"kind": kind, name: True, "async_scheduling": False})
 
 
 def test_sglang_without_chunking_is_bounded_by_max_prefill_tokens():

@@ -45,6 +45,8 @@ def drafted_cases(draw: st.DrawFn, config: dict[str, Any]) -> Case:
     rows = config["num_speculative_tokens"] + 1
     deployment = deploy(
         strategy=draw(st.sampled_from(STRATEGIES)), max_num_seqs=seats, speculative_config=config,
+        async_scheduling=draw(st.sampled_from((None, False))),
+        scheduling_policy=draw(st.sampled_from(("fcfs", "priority"))),
         max_num_batched_tokens=seats * rows + draw(st.sampled_from((0, 9, 500))),
     )  # fmt: skip
     return build_case(deployment, requests, spare_blocks=draw(st.sampled_from((0, 1, 3, 12, 10_000))))

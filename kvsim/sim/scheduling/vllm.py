@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvsim.errors import InvariantViolation
 from kvsim.sim.batch import SequenceState
-from kvsim.sim.scheduling.base import Scheduler, SchedulerParts
+from kvsim.sim.scheduling.base import SchedulerParts
 from kvsim.sim.scheduling.in_flight import InFlightScheduler
 from kvsim.sim.scheduling.queues import PriorityQueue
 
@@ -33,16 +32,28 @@ class ThresholdScheduler(InFlightScheduler):
         """Cut before the budget is looked at: a prompt within neither is cut to the smaller."""
         return super().chunk_tokens(min(left, self._threshold), budget)
 
+    def urgency(self, sequence: SequenceState) -> tuple[int, ...]:
+        """What decides who gives way: the largest. Prompts in progress may be older than decoding sequences."""
+        return (sequence.admitted,)
+
     def take_from_leaving(self) -> bool:
-        """Who ends with the running step anyway loses nothing, so such blocks are taken before any others."""
-        return Scheduler.take_from_leaving(self)
+        """Take blocks from a sequence that ends with the running step where it is the next to give way."""
+        held = [position for position, entry in enumerate(self.leaving) if entry[2] is not None]
+        if not held:
+            return False
+        last = max(held, key=lambda position: self.urgency(self.leaving[position][1]))
+        order, sequence, held_bytes = self.leaving[last]
+        running = (*self.prefilling, *self.batch.active.values())
+        if held_bytes is None or any(self.urgency(one) > self.urgency(sequence) for one in running):
+            return False
+        self.give_back(sequence, held_bytes)
+        self.leaving[last] = (order, sequence, None)
+        return True
 
     def victim(self) -> SequenceState:
-        """Prompts in progress may be older than decoding ones, so the order of admission decides."""
+        """The running request that is to give way first."""
         running = [*self.prefilling, *self.batch.active.values()]
-        if not running:
-            return super().victim()
-        return max(running, key=lambda sequence: sequence.admitted)
+        return max(running, key=self.urgency) if running else super().victim()
 
 
 class PriorityScheduler(ThresholdScheduler):
@@ -58,11 +69,7 @@ class PriorityScheduler(ThresholdScheduler):
         self._priority: Sequence[int] = parts.priority or [0] * len(self.prompt)
         self.waiting = PriorityQueue(self._priority, self.log.arrived)
 
-    def victim(self) -> SequenceState:
-        """The running request that was least urgent and came last."""
-        running = [*self.prefilling, *self.batch.active.values()]
-        if not running:
-            msg = "the pool is exhausted although nothing runs"
-            raise InvariantViolation(msg)
-        priority, arrived = self._priority, self.log.arrived
-        return max(running, key=lambda one: (priority[one.index], arrived[one.index], one.index))
+    def urgency(self, sequence: SequenceState) -> tuple[int, ...]:
+        """Priority, then arrival."""
+        index = sequence.index
+        return self._priority[index], self.log.arrived[index], index
