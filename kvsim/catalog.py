@@ -17,6 +17,8 @@ from kvsim.deployment import Deployment, LayerClass, layer_bands
 from kvsim.device_catalog import ResolvedDevice, load_device
 from kvsim.errors import IncompatibleScenario, InvalidSpec, KvsimError, UnknownName
 from kvsim.model_catalog import load_model
+from kvsim.parallel_checks import check_parallelism
+from kvsim.parallelism import Parallelism
 from kvsim.price_list import default_price
 from kvsim.scenario import Scenario
 from kvsim.specs.device import DeviceSpec
@@ -35,14 +37,19 @@ def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
     calibration = resolve_calibration(scenario, device.spec, base_dir=base_dir)
     if calibration is not None:
         notes += calibration.stale_notes(device.spec.name)
+    parallelism, replicas = _parallelism(scenario, model)
+    if replicas > scenario.replicas:
+        notes.append(
+            f"data_parallel_size {scenario.data_parallel_size}: {model.name} is dense, so each rank is a replica"
+        )
     price = scenario.price or default_price(device.spec.name)
     return Deployment(
         model=model,
         device=device.spec,
         engine=scenario.engine,
         compression=scenario.compression,
-        tensor_parallel_size=scenario.tensor_parallel_size,
-        replicas=scenario.replicas,
+        parallelism=parallelism,
+        replicas=replicas,
         layer_classes=_layer_classes(scenario, model),
         state_bytes_per_sequence=-(-state_bytes_per_sequence(model) // scenario.tensor_parallel_size),
         priors=load_priors(),
@@ -50,6 +57,7 @@ def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
         prefix_caching=scenario.engine.enable_prefix_caching and not scenario.compression.selection.evicts,
         notes=tuple(notes),
         calibration=calibration,
+        sampling=scenario.engine.sampling.filled_from(model.generation),
         engine_fit=engine_fit(device.spec.name) if calibration is None and scenario.calibration != DATASHEET else None,
         draft=_draft(scenario, base_dir),
     )
@@ -67,6 +75,15 @@ def _draft(scenario: Scenario, base_dir: Path | None) -> Deployment | None:
     except KvsimError as error:
         error.locate("engine.speculative_config.model")
         raise
+
+
+def _parallelism(scenario: Scenario, model: ModelSpec) -> tuple[Parallelism, int]:
+    """(ranks of one replica, replicas): data parallel ranks of a dense model share nothing, so they are replicas."""
+    data = scenario.data_parallel_size if model.moe is not None else 1
+    parallelism = Parallelism(
+        scenario.tensor_parallel_size, scenario.pipeline_parallel_size, data, scenario.enable_expert_parallel
+    )
+    return parallelism, scenario.replicas * (scenario.data_parallel_size // data)
 
 
 def look_up(scenario: Scenario, *, base_dir: Path | None = None) -> tuple[ResolvedDevice, ModelSpec]:
@@ -116,36 +133,21 @@ def at_field(field: str) -> Iterator[None]:
 
 
 def _check(scenario: Scenario, model: ModelSpec, device: DeviceSpec) -> None:
-    engine, ranks = scenario.engine, scenario.tensor_parallel_size
+    engine = scenario.engine
     if engine.max_num_batched_tokens < engine.max_num_seqs and (engine.kind != "sglang" or engine.enable_mixed_chunk):
         msg = (
             f"engine.max_num_batched_tokens: {engine.max_num_batched_tokens} is less than engine.max_num_seqs "
             f"{engine.max_num_seqs}; every running sequence needs one token a step"
         )
         raise InvalidSpec(msg)
-    config = engine.speculative_config
-    rows = 1 + (config.num_speculative_tokens if config is not None else 0)
-    if engine.max_num_batched_tokens < rows * engine.max_num_seqs and rows > 1:
-        msg = (
-            f"engine.max_num_batched_tokens: {engine.max_num_batched_tokens} is less than max_num_seqs x "
-            f"(num_speculative_tokens + 1) = {rows * engine.max_num_seqs}, the rows that all running sequences verify"
-        )
-        raise InvalidSpec(msg)
+    _check_drafts(scenario, model)
     if engine.kv_offloading_size is not None and device.host_link is None:
         msg = (
             f"engine.kv_offloading_size: {device.name} has no figure for a host link (or shares the host's memory), so "
             "copies cannot be priced; leave it out"
         )
         raise IncompatibleScenario(msg)
-    if model.num_attention_heads % ranks:
-        msg = (
-            f"tensor_parallel_size: {ranks} does not divide the {model.num_attention_heads} attention heads of "
-            f"{model.name}"
-        )
-        raise IncompatibleScenario(msg)
-    if ranks > 1 and device.scale_up_link is None and device.host_link is None:
-        msg = f"tensor_parallel_size: {ranks} needs a link between devices, and {device.name} has no figure for one"
-        raise IncompatibleScenario(msg)
+    check_parallelism(scenario, model, device)
     reason = scenario.compression.check(model, device)
     if reason:
         msg = f"compression: {scenario.compression.name} cannot run {model.name} on {device.name}: {reason}"
@@ -153,6 +155,25 @@ def _check(scenario: Scenario, model: ModelSpec, device: DeviceSpec) -> None:
     if scenario.price is not None and scenario.price.device not in (device.name, scenario.device):
         msg = f"price.device: {scenario.price.device!r} is not the scenario's device {device.name!r}"
         raise InvalidSpec(msg)
+
+
+def _check_drafts(scenario: Scenario, model: ModelSpec) -> None:
+    engine, config = scenario.engine, scenario.engine.speculative_config
+    if config is None:
+        return
+    rows = (config.num_speculative_tokens + 1) * engine.max_num_seqs
+    if engine.max_num_batched_tokens < rows:
+        msg = (
+            f"engine.max_num_batched_tokens: {engine.max_num_batched_tokens} is less than max_num_seqs x "
+            f"(num_speculative_tokens + 1) = {rows}, the rows that all running sequences verify"
+        )
+        raise InvalidSpec(msg)
+    if _parallelism(scenario, model)[0].lanes > 1:
+        msg = (
+            "engine.speculative_config: drafts are priced for one lane of sequences, not for pipeline stages or data "
+            "parallel ranks of experts; use tensor_parallel_size, or leave one of them out"
+        )
+        raise IncompatibleScenario(msg)
 
 
 def _layer_classes(scenario: Scenario, model: ModelSpec) -> tuple[LayerClass, ...]:

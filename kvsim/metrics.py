@@ -113,7 +113,7 @@ def _inverse(value: float | None) -> float | None:
 
 def output_throughput_per_device(report: Report) -> Figure:
     """Output tokens per second and device, over all replicas and ranks."""
-    num_devices = report.scenario.tensor_parallel_size * report.scenario.replicas
+    num_devices = report.scenario.num_devices
     rate = report.throughput.output_throughput
     per_device = [None if value is None else value / num_devices for value in (rate.value, rate.low, rate.high)]
     return Figure(value=per_device[0], low=per_device[1], high=per_device[2], basis=rate.basis)

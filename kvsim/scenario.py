@@ -50,6 +50,13 @@ class Scenario(Spec):
     """A strategy's name (``fp8``, ``snapkv+kivi-2``), or selection and encoding with their parameters."""
     engine: EngineSpec = EngineSpec()
     tensor_parallel_size: Annotated[int, Field(gt=0)] = 1
+    pipeline_parallel_size: Annotated[int, Field(gt=0)] = 1
+    """Stages of consecutive layers, each on its own devices."""
+    data_parallel_size: Annotated[int, Field(gt=0)] = 1
+    """Ranks with their own sequences and KV pool. They share the experts of a model that has them, and run in step;
+    of a dense model each is a replica."""
+    enable_expert_parallel: bool = False
+    """Keep experts whole, spread over tensor and data parallel ranks, instead of slicing each of them."""
     replicas: Annotated[int, Field(gt=0)] = 1
     calibration: str = "default"
     """Fitted kernels that the cost model uses: the shipped set ``default`` or another by name, one's own set by the
@@ -61,6 +68,11 @@ class Scenario(Spec):
     seed: Annotated[int, Field(ge=0)] = 0
     bands: bool = True
     """Also simulate the optimistic and the pessimistic edge of every estimate, for the report's bands."""
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the whole deployment."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size * self.replicas
 
     def fingerprint(self) -> str:
         """Hash of the canonical scenario and kvsim's version; equal scenarios give equal reports."""

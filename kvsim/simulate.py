@@ -273,7 +273,7 @@ def _mean_batch(one: Outcome, prepared: Prepared) -> int:
     if not decode_s or not mean:
         return 1
     sequences = one.itl.count * mean / (decode_s + sum(one.prefill.values()))
-    return max(1, min(round(sequences), prepared.deployment.engine.max_num_seqs))
+    return max(1, min(round(sequences), prepared.deployment.max_running))
 
 
 def assemble(
@@ -365,7 +365,12 @@ def _calibration_name(deployment: Deployment) -> str:
 
 
 def _kernels(deployment: Deployment) -> tuple[KernelUsed, ...]:
-    used = ((pricing.operation, pricing.kernel) for pricing in pricings(deployment))
+    used = (
+        (pricing.operation, member)
+        for pricing in pricings(deployment)
+        if pricing.kernel is not None
+        for member in pricing.kernel.members
+    )
     return tuple(
         KernelUsed(
             operation=operation,
@@ -375,7 +380,6 @@ def _kernels(deployment: Deployment) -> tuple[KernelUsed, ...]:
             basis=kernel.basis,
         )
         for operation, kernel in dict.fromkeys(used)
-        if kernel is not None
     )
 
 

@@ -65,8 +65,10 @@ def outcome(result: RunResult, requests: RequestTable, slo: Slo, edge: Edge) -> 
     several = generated > 1
     tpot_s = np.zeros_like(ttft_s)
     tpot_s[several] = (e2el_s - ttft_s)[several] / (generated[several] - 1)
-    runs = [run for record in result.records for run in record.runs]
-    runs += [(1, count, ticks, 0) for record in result.records for ticks, count in record.held_back]
+    held_back = [(1, count, ticks, 0) for record in result.records for ticks, count in record.held_back]
+    runs = np.concatenate(
+        [*(record.runs.table() for record in result.records), np.array(held_back, dtype=np.int64).reshape(-1, 4)]
+    )
     gaps = [gap for record in result.records for gap in record.gaps]
     prefill = _components([record.prefill for record in result.records])
     decode = _components([record.decode for record in result.records])
@@ -242,7 +244,7 @@ def weakest_basis(shares: tuple[TimeShare, ...]) -> Basis:
 
 def cost(deployment: Deployment, outcomes: tuple[Outcome, ...], basis: Basis) -> Cost:
     """Dollars of the run. Input and output tokens share the bill by the engine time of their phase."""
-    devices = deployment.tensor_parallel_size * deployment.replicas
+    devices = deployment.num_devices
     usd_per_hour = deployment.price.usd_per_device_hour * devices if deployment.price else None
 
     def usd(one: Outcome) -> float | None:

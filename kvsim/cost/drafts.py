@@ -74,18 +74,22 @@ class DraftContext:
 def speculative_tables(
     plain: StepTables, step: StepModel, drafter: Drafter | None, draft_tokens: int, max_sequences: int
 ) -> StepTables:
-    """Tables whose decode steps verify ``draft_tokens`` drafts per sequence; ``plain`` reaches all rows of a step.
+    """Tables of one lane whose decode steps verify ``draft_tokens`` drafts per sequence.
 
-    Equal to ``plain`` where there are no drafts.
+    ``plain`` must reach all rows of a step; without drafts the answer equals it.
     """
     rows = draft_tokens + 1
     counts = np.arange(max_sequences + 1, dtype=np.float64)
     verified = rows * np.arange(max_sequences + 1)
     attention, compression = step.decode_fixed_seconds(counts)
     compression_fixed = _ticks(compression + draft_tokens * counts * step.append_s_per_token)
+    sampled = np.arange(rows * max_sequences + 1, dtype=np.float64)
+    gather, sampling = _ticks(step.gather_seconds(sampled)), _ticks(step.sampling_seconds(sampled))
     tables = replace(
         plain,
-        head=_ticks(step.head_seconds(np.arange(rows * max_sequences + 1, dtype=np.float64))).tolist(),
+        head=(_ticks(step.head_seconds(sampled)) + gather + sampling).tolist(),
+        gather=gather.tolist(),
+        sampling=sampling.tolist(),
         attention_fixed=_ticks(attention).tolist(),
         compression_fixed=compression_fixed.tolist(),
         rows=rows,

@@ -86,7 +86,7 @@ def _stacked(cell: Cell, *, show_band: bool = True) -> Text:
 def report_view(report: Report) -> RenderableType:
     """One report, section by section."""
     scenario = report.scenario
-    devices = scenario.tensor_parallel_size * scenario.replicas
+    devices = scenario.num_devices
     head = Text(
         f"{report.strategy}: {report.provenance.model} on {devices} x {report.provenance.device} ({report.method}); "
         f"workload {report.provenance.workload_source}",

@@ -12,7 +12,6 @@ Source: vLLM 0.15.1 ``v1/engine/core.py`` ``step_with_batch_queue`` with two bat
 from __future__ import annotations
 
 import heapq
-import math
 from collections import Counter
 from collections.abc import Generator, Sequence
 from functools import partial
@@ -27,6 +26,7 @@ from kvsim.cost.tables import StepTables
 from kvsim.errors import InvariantViolation
 from kvsim.sim.arrivals import NEVER, ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
+from kvsim.sim.lanes import LanePricing, Piece
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
 from kvsim.sim.scheduling import (
@@ -38,8 +38,10 @@ from kvsim.sim.scheduling import (
     WaitingQueue,
     build_scheduler,
 )
+from kvsim.sim.spans import steps_to_cover, steps_within
 from kvsim.sim.speculation import Speculation, steps_until
 from kvsim.sim.speculative_batch import SpeculativeBatch
+from kvsim.sim.sprint import sprint
 from kvsim.sim.waits import Waits
 from kvsim.units import TICKS_PER_SECOND
 
@@ -48,6 +50,8 @@ ClockedAnswer = Generator[simpy.Event, Any, bool]
 PromptOut = tuple[SequenceState, int, int]
 """(sequence, when its latest token came out or -1, tokens still to come where it is compacted aside first)."""
 UNKNOWN = -1
+LONE_STRIDE_TICKS = 10 * TICKS_PER_SECOND
+"""How far a replica without neighbours goes before it moves the clock."""
 
 
 class Flight(NamedTuple):
@@ -66,7 +70,7 @@ class Flight(NamedTuple):
 class ReplicaEngine:
     """Plays a scheduler's steps on the clock and writes down what happened."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0915 - all state of a replica, named once
         self,
         env: simpy.Environment,
         device: SharedDevice,
@@ -91,7 +95,7 @@ class ReplicaEngine:
         """When it is planned: ``now``, or with asynchronous scheduling when the step before it starts."""
         self.overlaps = step.deployment.engine.schedules_ahead
         """Whether a step is planned while the one before it runs."""
-        self._host_work = host_work
+        self.host_work = host_work
         """Ticks of host work of a step, by its sequences."""
         self.source = source
         self.log = log
@@ -121,8 +125,12 @@ class ReplicaEngine:
         """Whether every step is an activity of the shared device, whose end is known when it comes."""
         self._foresees_ends = self._runs_ahead and sharing is None and step.deployment.replicas == 1
         """Whether what a sequence's end changes can be worked out ahead of the clock."""
-        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None and self.scheduler.admits_plainly
-        self._plain &= speculation is None
+        self._lanes = LanePricing(step.deployment, step, tables) if tables.factors is not None else None
+        self._factors = tables.factors
+        self.unscaled_total = 0
+        """``variable_total`` before each batch's factor, where sequences are dealt to lanes."""
+        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None and self._lanes is None
+        self._plain &= speculation is None and self.scheduler.admits_plainly
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)
         self._late: dict[int, int] = {}
@@ -150,18 +158,24 @@ class ReplicaEngine:
         its own state, so they are taken ahead of the clock and paid for in one event.
         """
         env, source, scheduler, batch = self.env, self.source, self.scheduler, self.batch
-        overlaps = self.overlaps
+        overlaps, runs_ahead, waits = self.overlaps, self._runs_ahead, self.waits
+        # Nobody else looks at the clock of a replica that is alone; it still moves now and then, to show progress.
+        clock_from = LONE_STRIDE_TICKS if runs_ahead and len(source.replicas) == 1 else 0
+        # The loop that knows nothing but prompts and decoding takes over where it may.
+        sprints = self._plain and clock_from > 0 and not source.is_dynamic
         while True:
+            if sprints and not (scheduler.waiting or scheduler.prefilling or self._prompts_out):
+                sprint(self, clock_from)
             if source.next_ticks <= self.seen:
                 source.deliver(self.seen)
-            if self.waits:
-                self.waits.settle()
+            if waits:
+                waits.settle()
             lone, chunks, steps, ticks = False, None, 0, 0
             if scheduler.waiting or scheduler.prefilling or scheduler.loaded:
                 if self._plain and len(scheduler.waiting) == 1 and (ticks := self._begin_lone_prompt()):
                     lone, last = True, ticks
                 else:
-                    aside = len(self.waits) + len(scheduler.loaded) + len(scheduler.leaving)
+                    aside = len(waits) + len(scheduler.loaded) + len(scheduler.leaving)
                     if self._side_stream:
                         aside += sum(left > 0 for _, _, left in self._prompts_out)
                     chunks = scheduler.schedule(self.seen, aside, self.now)
@@ -216,8 +230,10 @@ class ReplicaEngine:
             elif chunks:
                 self._end_mixed(chunks, ending, ticks)
             self.seen = self.now - last if overlaps else self.now
-            if self.seen >= source.next_ticks or not self._runs_ahead:
-                yield env.timeout(self.seen - int(env.now))
+            if self.seen >= source.next_ticks or not runs_ahead:
+                if self.seen >= clock_from:
+                    yield env.timeout(self.seen - int(env.now))
+                    clock_from = clock_from and self.seen + LONE_STRIDE_TICKS
                 # Before anything comes out: the router sees who was there when the request came.
                 source.deliver(self.seen)
             if not overlaps:
@@ -282,14 +298,16 @@ class ReplicaEngine:
 
     # --- decode runs ------------------------------------------------------------------------------------------------
 
-    def _plan_run(self) -> tuple[int, int, int]:  # noqa: C901, PLR0912 - hot, as the loop itself
+    def _plan_run(self) -> tuple[int, int, int]:  # noqa: C901, PLR0912, PLR0915 - hot, as the loop itself
         """Take steps until something can change: (steps, ticks, ticks of the last), written down.
 
         No steps where the pool is dry.
         """
         batch, scheduler = self.batch, self.scheduler
-        size, slope = batch.size, batch.slope
-        first = self.tables.step[size] + batch.variable
+        size, slope, variable = batch.size, batch.slope, batch.variable
+        if self._factors is not None:
+            slope, variable = slope * self._factors[size], variable * self._factors[size]
+        first = self.tables.step[size] + variable
         # Who waits was held back for as long as nobody ends, or a step that preempted did not look at the queue.
         steps = 1
         if self.coalesce and not self._late and (scheduler.looked or not scheduler.waiting):
@@ -303,12 +321,12 @@ class ReplicaEngine:
             bend = batch.steps_until_bend()
             if bend is not None and bend < steps:
                 steps = bend
-        work, own_first, own_slope = self._host_work[size], first, slope
+        work, own_first, own_slope = self.host_work[size], first, slope
         if work:
             if not self.overlaps:
                 first += work
             elif first < work:
-                steps = min(steps, _steps_until(work - first, slope))
+                steps = min(steps, steps_within(work - first, slope))
                 first, slope = work, 0
         if scheduler.waiting and scheduler.reusable_bytes and scheduler.sharing is not None and batch.growth_total:
             # Evicting what the head of the queue would reuse changes what it needs: look again after an eviction.
@@ -338,6 +356,8 @@ class ReplicaEngine:
             own = steps * own_first + own_slope * (steps * (steps - 1) // 2)
             self.record.host_ticks += ticks - own
         self.variable_total += own - steps * self.tables.step[size]
+        if self._factors is not None:
+            self.unscaled_total += (own - steps * self.tables.step[size]) // self._factors[size]
         if self._late:
             self._record_step(size, ticks, self.now + ticks)
         else:
@@ -350,7 +370,7 @@ class ReplicaEngine:
         steps = min(steps, batch.steps_until_dry(self.scheduler.free))
         if not steps:
             return 0, 0, 0
-        work, own = self._host_work[size], batch.durations(fixed, steps)
+        work, own = self.host_work[size], batch.durations(fixed, steps)
         lasting = np.maximum(own, work) if self.overlaps else own + work
         ends = np.cumsum(lasting)
         if not self.scheduler.waiting or self.scheduler.reorders:
@@ -360,7 +380,9 @@ class ReplicaEngine:
         self.decode_steps[size] += steps
         self.record.host_ticks += ticks - own_ticks
         self.variable_total += own_ticks - steps * fixed
-        self.record.runs += [(1, size, one, 0) for one in lasting[:steps].tolist()]
+        rows = np.zeros((steps, 4), dtype=np.int64)
+        rows[:, 0], rows[:, 1], rows[:, 2] = 1, size, lasting[:steps]
+        self.record.runs.append(rows.ravel().tolist())
         return steps, ticks, int(lasting[steps - 1])
 
     def _come_out_behind_first_step(self) -> None:
@@ -401,7 +423,7 @@ class ReplicaEngine:
 
     def _add_host_work(self, ticks: int, sequences: int) -> int:
         """A step's ticks with the host's work: behind it, or beside it where steps are planned ahead."""
-        work = self._host_work[sequences]
+        work = self.host_work[sequences]
         whole = max(ticks, work) if self.overlaps else ticks + work
         self.record.host_ticks += whole - ticks
         return whole
@@ -410,7 +432,7 @@ class ReplicaEngine:
 
     def _begin_mixed(self, chunks: list[Chunk]) -> tuple[int, list[SequenceState]]:
         """Write down one step of all decoding sequences and some prompts: (ticks, prompts that it completes)."""
-        tables, batch = self.tables, self.batch
+        batch = self.batch
         size = self._decoding = batch.size if self.scheduler.mixes else 0
         if size < batch.size:
             self._hold_back()
@@ -425,10 +447,18 @@ class ReplicaEngine:
                     compress += profile.compress_ticks
         ticks = self._prefill_ticks(chunks, tokens, len(ending), 0 if self._side_stream else compress)
         if size:
-            self.decode_steps[size] += 1
-            self.variable_total += batch.variable
-            ticks += tables.step[size] + batch.variable
+            ticks += self._count_decode_step()
         return self._add_host_work(ticks, size + len(chunks)), ending
+
+    def _count_decode_step(self) -> int:
+        """Write down one decode step of the whole batch; its ticks."""
+        size, variable = self.batch.size, self.batch.variable
+        if self._factors is not None:
+            self.unscaled_total += variable
+            variable *= self._factors[size]
+        self.decode_steps[size] += 1
+        self.variable_total += variable
+        return self.tables.step[size] + variable
 
     def _end_mixed(self, chunks: list[Chunk], ending: list[SequenceState], lasted: int) -> None:
         batch = self.batch
@@ -461,6 +491,8 @@ class ReplicaEngine:
 
     def _prefill_ticks(self, chunks: list[Chunk], tokens: int, ending: int, compress: int) -> int:
         """What the chunks add to a step: the difference of the tables, attention, and encoding the new tokens."""
+        if self._lanes is not None:
+            return self._lane_prefill_ticks(self._lanes, chunks)
         tables, size = self.tables, self._decoding
         compression = compress + tables.append[tokens]
         if not size:
@@ -480,6 +512,20 @@ class ReplicaEngine:
         base, head = tables.base, tables.head
         size *= tables.rows
         return base[size + tokens] - base[size] + head[size + ending] - head[size] + attention + compression
+
+    def _lane_prefill_ticks(self, lanes: LanePricing, chunks: list[Chunk]) -> int:
+        """The same where the chunks are dealt to lanes: what the fullest one takes longer."""
+        pieces = []
+        for sequence, chunk in chunks:
+            ends, profile = sequence.done + chunk == sequence.target, sequence.profile
+            compress = profile.compress_ticks if ends and profile is not None and not self._side_stream else 0
+            pieces.append(Piece(chunk, sequence.done, ends, compress))
+        size, record = self._decoding, self.record
+        fullest = lanes.prompts(pieces, size)
+        decoding = self.step.deployment.parallelism.sequences_per_lane(size)
+        record.prompts.append((decoding, fullest.tokens, fullest.ending, fullest.attention, fullest.compression))
+        record.other_lanes_tokens += sum(piece.tokens for piece in pieces) - fullest.tokens
+        return fullest.ticks
 
     def _begin_lone_prompt(self) -> int:
         """Start the step of the one waiting request, the commonest of all, without a plan; its ticks.
@@ -520,7 +566,7 @@ class ReplicaEngine:
             compression += tables.append_launch
         record.prompts.append((size, target, 1, attention, compression))
         ticks += attention + compression
-        work = self._host_work[size + 1]
+        work = self.host_work[size + 1]
         return ticks if self.overlaps and ticks >= work else self._add_host_work(ticks, size + 1)
 
     def _end_lone_prompt(self, ticks: int) -> None:
@@ -581,7 +627,8 @@ class ReplicaEngine:
     def _demand(self, ticks: int) -> Demand:
         """What a step of ``ticks`` asks of the device: memory while it decodes, compute for prompts."""
         size = self.batch.size
-        decode = self.tables.step[size] + self.batch.variable if size else 0
+        factor = self._factors[size] if self._factors is not None else 1
+        decode = self.tables.step[size] + self.batch.variable * factor if size else 0
         return Demand(hbm=decode / ticks, compute=(ticks - decode) / ticks)
 
     def _contended(self, alone: int) -> int:
@@ -611,10 +658,7 @@ class ReplicaEngine:
 
     def _begin_decode_step(self) -> int:
         """Write down one step of all decoding sequences, which may share the device; its ticks alone."""
-        size, variable = self.batch.size, self.batch.variable
-        self.decode_steps[size] += 1
-        self.variable_total += variable
-        return self._add_host_work(self.tables.step[size] + variable, size)
+        return self._add_host_work(self._count_decode_step(), self.batch.size)
 
     def _step_in_company(self, chunks: list[Chunk]) -> Clocked:
         """Plan a step behind the running one, whose end is known when it comes, and start it then."""
@@ -706,27 +750,3 @@ class ReplicaEngine:
         if self.source.next_ticks < NEVER:
             events.append(self.env.timeout(self.source.next_ticks - self.now))
         return events
-
-
-def _steps_until(gap: int, slope: int) -> int:
-    """Steps whose growth of ``slope`` each stays within ``gap`` of the first; one where they shrink."""
-    if slope > 0:
-        return gap // slope + 1
-    return 1 if slope else NEVER
-
-
-def steps_to_cover(gap: int, first: int, slope: int) -> tuple[int, int]:
-    """Smallest k >= 1 with k·first + slope·k·(k-1)/2 >= gap, and that sum, all in ticks."""
-    if slope:
-        linear = first - slope / 2
-        steps = max(1, math.ceil((math.sqrt(linear * linear + 2.0 * slope * gap) - linear) / slope))
-    else:
-        steps = max(1, -(-gap // first))
-    total = steps * first + slope * (steps * (steps - 1) // 2)
-    while total < gap:
-        total += first + slope * steps
-        steps += 1
-    while steps > 1 and total - first - slope * (steps - 1) >= gap:
-        steps -= 1
-        total -= first + slope * steps
-    return steps, total

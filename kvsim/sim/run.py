@@ -63,7 +63,7 @@ def run_requests(
     env = simpy.Environment(initial_time=0)
     step = StepModel(deployment, build_rates(deployment.device, deployment.priors, edge))
     engine = deployment.engine
-    tables = build_tables(step, max(engine.max_num_batched_tokens, engine.max_num_seqs), engine.max_num_seqs)
+    tables = build_tables(step, max(most_lane_tokens(deployment), engine.max_num_seqs), engine.max_num_seqs)
     if engine.kind == "llamacpp":
         tables = in_parts(tables, engine.n_ubatch)
     speculation = None
@@ -110,9 +110,18 @@ def run_requests(
     return RunResult(log, tuple(replica.record for replica in replicas), int(env.now), limits.pool_bytes)
 
 
+def most_lane_tokens(deployment: Deployment) -> int:
+    """Most tokens that one lane may process in a step: a data parallel rank may get all prompts of its group."""
+    budget, parallel = deployment.engine.max_num_batched_tokens, deployment.parallelism
+    if parallel.lanes == 1:
+        return budget
+    return budget * parallel.data + deployment.engine.max_num_seqs + parallel.lanes
+
+
 def host_work_ticks(step: StepModel) -> list[int]:
-    """Ticks of host work of a step, by its sequences."""
-    sequences = np.arange(step.deployment.engine.max_num_seqs + 1, dtype=np.float64)
+    """Ticks of host work of a step, by its sequences; the host of each lane works beside the others."""
+    deployment = step.deployment
+    sequences = np.ceil(np.arange(deployment.max_running + 1) / deployment.lanes)
     ticks: list[int] = np.rint(np.asarray(host_seconds(step, sequences)) * TICKS_PER_SECOND).astype(np.int64).tolist()
     return ticks
 
@@ -147,11 +156,11 @@ def _limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> Sch
     engine = deployment.engine
     growths, fixed_bytes = prefill_growths(deployment)
     return SchedulerLimits(
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
+        max_num_seqs=deployment.max_running,
+        max_num_batched_tokens=deployment.step_tokens,
         max_model_len=max_model_len,
         block_size=engine.block_size,
-        pool_bytes=plan.num_blocks * plan.block_bytes,
+        pool_bytes=plan.num_blocks * plan.block_bytes * deployment.parallelism.data,
         chunked_prefill=engine.enable_chunked_prefill,
         prefill_growths=growths,
         fixed_bytes=fixed_bytes,
@@ -184,7 +193,7 @@ def _host_tier(deployment: Deployment, unit_bytes: int, device: SharedDevice, ed
     if size_bytes is None or link is None:
         return None
     limits = HostTierLimits(
-        capacity_bytes=size_bytes // deployment.tensor_parallel_size,
+        capacity_bytes=size_bytes // deployment.parallelism.num_devices,
         link_bytes_per_s=link.value
         * look_up(deployment.priors.host_copy_efficiency, deployment.device).efficiency(edge),
         hbm_bytes_per_s=deployment.device.bandwidth_bytes_per_s,
@@ -196,7 +205,7 @@ def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
     """Divide what prompts added to steps by component: differences of the tables the steps were priced from."""
     if not record.prompts:
         return
-    size, tokens, ending, attention, compression = np.array(record.prompts, dtype=np.int64).T
+    size, tokens, ending, attention, compression = record.prompts.table().T
 
     rows = size * tables.rows
 
@@ -205,30 +214,39 @@ def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
         return int((values[rows + extra] - values[rows]).sum())
 
     record.prefill = PhaseTicks(
-        weights=added(tables.weights, tokens) + added(tables.head, ending),
+        weights=added(tables.weights, tokens)
+        + added(tables.head, ending)
+        - added(tables.gather, ending)
+        - added(tables.sampling, ending),
         attention=int(attention.sum()),
         compression=int(compression.sum()) + record.aside_ticks,
-        communication=added(tables.communication, tokens),
-        overhead=added(tables.overhead, tokens),
+        communication=added(tables.communication, tokens) + added(tables.gather, ending),
+        overhead=added(tables.overhead, tokens) + added(tables.sampling, ending),
     )
 
 
 def _split_decode_time(replica: ReplicaEngine, tables: StepTables, step: StepModel) -> None:
     """Divide the decode steps' time by component from the counts per batch size."""
     decode = PhaseTicks()
-    for sequences, steps in enumerate(replica.decode_steps):
+    parallel = step.deployment.parallelism
+    for batch, steps in enumerate(replica.decode_steps):
         if steps:
+            sequences = parallel.sequences_per_lane(batch)
             rows = sequences * tables.rows
-            decode.weights += steps * (tables.weights[rows] + tables.head[rows])
-            decode.communication += steps * tables.communication[rows]
-            decode.overhead += steps * tables.overhead[rows]
+            gather, sampling = tables.gather[rows], tables.sampling[rows]
+            decode.weights += steps * (tables.weights[rows] + tables.head[rows] - gather - sampling)
+            decode.communication += steps * (tables.communication[rows] + gather)
+            decode.overhead += steps * (tables.overhead[rows] + sampling)
             decode.attention += steps * tables.attention_fixed[sequences]
             decode.compression += steps * tables.compression_fixed[sequences]
     drafting = _split_drafting(replica, tables, decode)
     if replica.batch.token_ticks:
         unpack = math.floor((replica.variable_total - drafting) * step.sequences.unpack_share)
-    else:
+    elif tables.factors is None:
         unpack = replica.batch.unpack_total
+    else:
+        # The batch counts sixteenths of a lane's share; the steps were charged by the fullest lane.
+        unpack = replica.batch.unpack_total * replica.variable_total // max(1, replica.unscaled_total)
     decode.compression += unpack
     decode.attention += replica.variable_total - unpack
     decode.overhead += replica.record.host_ticks

@@ -14,6 +14,31 @@ from kvsim.units import Bytes, Seconds
 Count = Annotated[int, Field(gt=0)]
 
 
+class SamplingSpec(Spec):
+    """Sampling parameters of all requests, in vLLM's names; None is not stated."""
+
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    """-1 or 0 keeps every token."""
+
+    def filled_from(self, other: SamplingSpec | None) -> SamplingSpec:
+        """These parameters, and those of ``other`` where they are not stated."""
+        if other is None:
+            return self
+        return SamplingSpec(**{**other.model_dump(exclude_none=True), **self.model_dump(exclude_none=True)})
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken: no temperature stated, or 0."""
+        return not self.temperature
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are left out by top_p or top_k."""
+        return not self.is_greedy and ((self.top_p or 1.0) < 1.0 or (self.top_k or 0) > 0)
+
+
 class EngineSpec(Spec):
     """Options of one engine instance; spelling and defaults follow ``vllm serve``, as of late 2026."""
 
@@ -38,6 +63,14 @@ class EngineSpec(Spec):
     attention_kernel: str = "auto"
     """Attention kernel as calibration sets name it, such as ``vllm/flash_attn_fa3``, for the operations and formats
     that it has; ``auto`` takes the set's default."""
+    all2all_backend: Literal["allgather_reducescatter", "deepep_low_latency", "deepep_high_throughput"] = (
+        "allgather_reducescatter"
+    )
+    """How tokens reach experts on other data parallel ranks, and come back."""
+    sampling: SamplingSpec = SamplingSpec()
+    """How tokens are drawn; None in it takes what the model's preset states, or greedy."""
+    use_flashinfer_sampler: bool = False
+    """Draw by FlashInfer's kernels, which do not sort the vocabulary (VLLM_USE_FLASHINFER_SAMPLER)."""
     async_scheduling: bool | None = None
     """Plan a step while the one before it runs; None takes the engine's default: on, off for llama.cpp.
     Source: vLLM 0.15.1 config/vllm.py, on for the mp and uni executors."""

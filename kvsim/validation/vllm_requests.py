@@ -191,6 +191,8 @@ def setup_of(meta: Meta) -> Setup:
         "block_size": meta.kv_cache.block_size,
         "gpu_memory_utilization": meta.kv_cache.gpu_memory_utilization,
         "enable_prefix_caching": meta.kv_cache.enable_prefix_caching,
+        # The log's times are the engine's own.
+        "request_overhead_s": "0 s",
     }
     engine = validate(EngineSpec, options, "meta.json")
     model, device = find_preset(meta.model) or "", find_device(meta.hardware.device_name) or ""

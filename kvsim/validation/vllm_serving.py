@@ -195,15 +195,18 @@ def _simulated(job: tuple[Run, str, str | None]) -> Predicted | str:
     return Predicted([latencies(played, stage_of == stage) for stage in range(int(stage_of.max()) + 1)], blocks)
 
 
-def setup_of(run: Run) -> Setup:
-    """Deployment of a run."""
+def setup_of(run: Run, request_overhead_s: float | None = None) -> Setup:
+    """Deployment of a run; the front end's latency is the prior's unless given."""
     engine = EngineSpec(
         max_num_seqs=run.max_num_seqs,
         max_num_batched_tokens=max(run.max_num_batched_tokens, run.max_num_seqs),
         gpu_memory_utilization=run.gpu_memory_utilization,
         num_gpu_blocks_override=run.total_kv_blocks,
+        request_overhead_s=request_overhead_s,
     )
-    return Setup(find_preset(run.model) or "", find_device(run.hardware) or "", ranks=run.tp, engine=engine)
+    return Setup(
+        find_preset(run.model) or "", find_device(run.hardware) or "", ranks=run.tp, engine=engine, greedy=False
+    )
 
 
 def requests_of(run: Run) -> tuple[RequestTable, np.ndarray[tuple[int], np.dtype[np.int64]]]:

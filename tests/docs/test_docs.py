@@ -26,7 +26,7 @@ from kvsim.scenario_file import load_scenario
 from kvsim.simulate import Comparison, compare, simulate
 from kvsim.specs import workload
 from kvsim.specs.base import Basis
-from kvsim.specs.engine import EngineSpec
+from kvsim.specs.engine import EngineSpec, SamplingSpec
 from kvsim.specs.price import Price
 from kvsim.workload_catalog import list_workloads
 
@@ -200,6 +200,7 @@ SECTIONS = [
     ("docs/scenarios.md", "Scenario", Scenario),
     ("docs/scenarios.md", "Slo", Slo),
     ("docs/scenarios.md", "Engine", EngineSpec),
+    ("docs/scenarios.md", "Sampling", SamplingSpec),
     ("docs/scenarios.md", "Price", Price),
     ("docs/scenarios.md", "Sweep files", SweepSpec),
     *(("docs/scenarios.md", kind_of(part), part) for part in (*SELECTIONS, *ENCODINGS)),

@@ -12,7 +12,7 @@ from sim_cases import MS, Case, build_case, deploy, step_model, table
 
 from kvsim.cost.tables import build_tables
 from kvsim.sim.run import RunResult, host_work_ticks
-from kvsim.specs.engine import EngineSpec
+from kvsim.specs.engine import EngineSpec, SamplingSpec
 from kvsim.units import TICKS_PER_SECOND
 
 
@@ -24,7 +24,8 @@ def play(case: Case) -> RunResult:
 
 def newcomers(ahead: bool, count: int = 24) -> tuple[RunResult, int]:
     """Eight long answers, and short prompts of one token each that come among them at odd times; ticks of a step."""
-    deployment = deploy(async_scheduling=ahead, max_num_seqs=64)
+    greedy = SamplingSpec(temperature=0.0)
+    deployment = deploy(async_scheduling=ahead, max_num_seqs=64, sampling=greedy)
     gap = 100 * MS + 7_654_321
     arrivals = [0] * 8 + [500 * MS + i * gap for i in range(count)]
     result = play(build_case(deployment, table(arrivals, [64] * 8 + [4] * count, [900] * 8 + [1] * count)))

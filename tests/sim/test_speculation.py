@@ -232,8 +232,9 @@ def test_drafts_take_blocks_ahead() -> None:
 
 
 def scenario(config: dict[str, Any] | None, **engine: Any) -> Scenario:
+    stages = engine.pop("pipeline", 1)
     return Scenario(
-        model="llama-3.1-8b", device="h100-sxm", workload="chat", bands=False,
+        model="llama-3.1-8b", device="h100-sxm", workload="chat", bands=False, pipeline_parallel_size=stages,
         engine={"speculative_config": config, **engine},
     )  # fmt: skip
 
@@ -264,6 +265,7 @@ def test_the_closed_form_refuses_drafts() -> None:
     ("config", "engine", "error", "message"),
     [
         ({**SMALL, "model": "llama-3.2-1bb"}, {}, UnknownName, "engine.speculative_config.model: .*llama-3.2-1b"),
+        (EAGLE, {"pipeline": 2}, IncompatibleScenario, "drafts are priced for one lane"),
         (EAGLE, {"max_num_seqs": 256, "max_num_batched_tokens": 512}, InvalidSpec, "max_num_seqs x .* = 1024"),
     ],
 )
