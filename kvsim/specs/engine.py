@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from kvsim.specs.base import Spec
-from kvsim.specs.engine_options import MAX_PREFILL_TOKENS, Kind, refuse_foreign, with_engine_names
+from kvsim.specs.engine_options import MAX_PREFILL_TOKENS, OTHER_NAMES, Kind, refuse_foreign, with_engine_names
 from kvsim.specs.speculation import SpeculativeConfig
 from kvsim.units import Bytes, Seconds
 
@@ -102,6 +103,8 @@ class EngineSpec(Spec):
     speculative_config: SpeculativeConfig | None = None
     """vLLM. Draft tokens that one step verifies; None decodes one token a step."""
 
+    other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
+
     @model_validator(mode="before")
     @classmethod
     def _own_names(cls, given: Any) -> Any:
@@ -138,6 +141,12 @@ class EngineSpec(Spec):
             )
             raise ValueError(msg)
         return self
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Most tokens that one forward pass computes."""
+        budget = self.max_num_batched_tokens
+        return min(budget, self.n_ubatch) if self.kind == "llamacpp" else budget
 
     @property
     def schedules_ahead(self) -> bool:

@@ -3,7 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
+from kvsim.errors import InvalidSpec
 from kvsim.scenario import Scenario
+from kvsim.scenario_file import load_scenario
 from kvsim.simulate import prepare
 from kvsim.specs.engine import EngineSpec
 from kvsim.specs.engine_options import DEFAULTS, NO_OVERLAP, OWN_NAMES, OWNERS
@@ -26,6 +28,15 @@ def test_an_engine_s_own_name_is_the_shared_option(kind):
             ValidationError, match=rf"{own} is {kind}'s name, and engine.kind is vllm; there it is {shared}"
         ):
             EngineSpec(**{own: value})
+
+
+def test_own_names_work_on_the_command_line_and_in_sweeps(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("model: llama-3.1-8b\ndevice: h100-sxm\nworkload: chat\nengine: {kind: sglang}\n")
+    engine = load_scenario(path, ("engine.max_running_requests=12", "engine.disable_overlap_schedule=true")).engine
+    assert (engine.max_num_seqs, engine.async_scheduling) == (12, False)
+    with pytest.raises(InvalidSpec, match="max_batch_size is tensorrt_llm's name, .* there it is max_running_requests"):
+        load_scenario(path, ("engine.max_batch_size=12",))
 
 
 @pytest.mark.parametrize("kind", ["vllm", *DEFAULTS])
