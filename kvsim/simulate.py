@@ -39,6 +39,8 @@ from kvsim.summary import (
     time_split,
     weakest_basis,
 )
+from kvsim.tier_use import tiers_use, with_tiers
+from kvsim.tiers import tier_notes
 from kvsim.workload_catalog import load_workload
 from kvsim.workloads import build_requests
 
@@ -108,7 +110,8 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
     batch = _mean_batch(outcomes[0], prepared)
     models = price_edges(prepared.deployment, edges)
     report = assemble(prepared, models, outcomes, "simulation", counts(central, prepared.requests), used, batch)
-    return report.model_copy(update={"speculation": speculation(central, scenario.engine.speculative_config)})
+    report = report.model_copy(update={"speculation": speculation(central, scenario.engine.speculative_config)})
+    return with_tiers(report, tiers_use(central.tiers, prepared.deployment)) if central.tiers is not None else report
 
 
 def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
@@ -214,10 +217,7 @@ def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
         notes.append(
             f"prefix caching is off: {scenario.compression.name} evicts tokens, so a cached prompt cannot be reused"
         )
-    if scenario.engine.kv_offloading_size is not None and (
-        requests.prefix_hashes is None or not deployment.prefix_caching
-    ):
-        notes.append("nothing is offloaded to the host: without prefix caching no request could hit a block there")
+    notes += tier_notes(deployment, shares_prefixes=requests.prefix_hashes is not None)
     config = scenario.engine.speculative_config
     if config is not None and config.num_speculative_tokens:
         notes.append(

@@ -23,6 +23,7 @@ from kvsim.rendering.cells import (
     format_share,
     metric_cell,
 )
+from kvsim.rendering.tiers import tier_tables
 from kvsim.report import Report
 from kvsim.units import format_bytes, format_seconds
 
@@ -101,6 +102,7 @@ def report_view(report: Report) -> RenderableType:
         _memory(report),
         _latency(report),
         *(_section(report, title, tags) for title, tags in others),
+        *tier_tables(report),
         _time_split(report),
         _foot(report),
     )

@@ -116,13 +116,15 @@ class ReplicaEngine:
         self.variable_total = 0
         """Ticks of all decode steps above the batches' fixed parts."""
         self._dynamic = source.is_dynamic
-        self._host = sharing.host if sharing is not None else None
+        self._tiers = sharing.tiers if sharing is not None else None
         self.waits = Waits()
-        """Sequences that wait for a compaction or for blocks from the host; each has a seat."""
+        """Sequences that wait for a compaction or for blocks from a tier; each has a seat."""
         self._side_stream = step.deployment.engine.compression_stream == "side"
-        self._runs_ahead = coalesce and not self._side_stream and self._host is None
-        self._in_company = self.overlaps and (self._side_stream or self._host is not None)
+        self._runs_ahead = coalesce and not self._side_stream and self._tiers is None
+        self._in_company = self.overlaps and (self._side_stream or self._tiers is not None)
         """Whether every step is an activity of the shared device, whose end is known when it comes."""
+        if self._tiers is not None:
+            self._tiers.is_planned_ahead = self._in_company
         self._foresees_ends = self._runs_ahead and sharing is None and step.deployment.replicas == 1
         """Whether what a sequence's end changes can be worked out ahead of the clock."""
         self._lanes = LanePricing(step.deployment, step, tables) if tables.factors is not None else None
@@ -328,10 +330,15 @@ class ReplicaEngine:
             elif first < work:
                 steps = min(steps, steps_within(work - first, slope))
                 first, slope = work, 0
-        if scheduler.waiting and scheduler.reusable_bytes and scheduler.sharing is not None and batch.growth_total:
+        if scheduler.waiting and scheduler.reusable_bytes and batch.growth_total:
             # Evicting what the head of the queue would reuse changes what it needs: look again after an eviction.
-            spare = scheduler.free - scheduler.sharing.cache.evictable_bytes
-            steps = min(steps, max(1, batch.steps_until_dry(spare)))
+            if scheduler.sharing is None:
+                steps = 1
+            else:
+                spare = scheduler.free - scheduler.sharing.cache.evictable_bytes
+                steps = min(steps, max(1, batch.steps_until_dry(spare)))
+        if self._tiers is not None and scheduler.sharing is not None:
+            steps = min(steps, self._steps_to_tiers(scheduler.sharing.cache.evictable_bytes))
         if batch.growth_total * (steps // batch.block_size + 1) > scheduler.free:
             steps = min(steps, batch.steps_until_dry(scheduler.free))
             if not steps:
@@ -392,6 +399,15 @@ class ReplicaEngine:
         self._come_out(self._prompts_out, scheduler.leaving, self.now)
         self._prompts_out, scheduler.leaving = [], []
         scheduler.free += due
+
+    def _steps_to_tiers(self, evictable_bytes: int) -> int:
+        """Steps until the tiers may hear of an eviction, or another replica may change what is found in them."""
+        tiers, batch = self._tiers, self.batch
+        if tiers is not None and tiers.is_shared and self.scheduler.waiting:
+            return 1
+        if tiers is None or not tiers.writes_back or not batch.growth_total:
+            return batch.finishing[0][0] - batch.counter
+        return max(1, batch.steps_until_dry(self.scheduler.free - evictable_bytes))
 
     def _advance(self, steps: int) -> None:
         """Every decoding sequence gains ``steps`` tokens: account for blocks, note who ends."""
@@ -605,15 +621,15 @@ class ReplicaEngine:
     @property
     def _shares_device(self) -> bool:
         """Whether anything runs beside the engine's steps."""
-        return not self.device.is_idle
+        return not self.device.is_idle or (self._tiers is not None and self._tiers.copies > 0)
 
     def _start_loads(self) -> None:
         """Copy back what newly admitted prompts wait for."""
-        scheduler, host = self.scheduler, self._host
-        if host is not None and scheduler.sharing is not None:
-            for sequence, values in scheduler.loads:
-                tokens = len(values) * scheduler.sharing.unit_tokens
-                self.waits.add(host.load(values), partial(self._take_loaded, sequence, tokens))
+        scheduler, tiers = self.scheduler, self._tiers
+        if tiers is not None and scheduler.sharing is not None:
+            for sequence, reload in scheduler.loads:
+                tokens = len(reload.values) * scheduler.sharing.unit_tokens
+                self.waits.add(tiers.load(reload), partial(self._take_loaded, sequence, tokens))
         scheduler.loads.clear()
 
     def _take_loaded(self, sequence: SequenceState, tokens: int) -> None:
@@ -621,8 +637,15 @@ class ReplicaEngine:
         self.scheduler.loaded.append(sequence)
 
     def _occupy(self, ticks: int) -> simpy.Event:
-        """The engine's step as an activity that shares the device with compaction."""
-        return self.device.start(ticks, self._demand(ticks), "step").done
+        """The engine's step as an activity that shares the device with compaction and copies."""
+        return self._start_step(ticks, self._demand(ticks))
+
+    def _start_step(self, ticks: int, demand: Demand) -> simpy.Event:
+        """Start a step, behind copies of blocks that were evicted for it; the event is its end."""
+        start = partial(self.device.start, ticks, demand, "step")
+        if self._tiers is not None and self._tiers.write_backs:
+            return self._tiers.after_write_backs(start)
+        return start().done
 
     def _demand(self, ticks: int) -> Demand:
         """What a step of ``ticks`` asks of the device: memory while it decodes, compute for prompts."""
@@ -685,7 +708,10 @@ class ReplicaEngine:
             yield from self._land()
         self._come_out(prompts, leaving, self.now)
         self.seen = self.now
-        self._flight = Flight(self.device.start(ticks, demand, "step").done, self.now, ticks, size - len(late), late)
+        done = self._start_step(ticks, demand)
+        if self._tiers is not None:
+            self._tiers.compute_with(done)
+        self._flight = Flight(done, self.now, ticks, size - len(late), late)
         # When it ends is not known yet; any later time says that a step is under way.
         self.now += ticks
 

@@ -14,7 +14,7 @@ import simpy
 
 from kvsim.cost.front_end import front_end
 from kvsim.cost.host import host_seconds
-from kvsim.cost.priors import Edge, look_up
+from kvsim.cost.priors import Edge
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
 from kvsim.cost.tables import StepTables, build_tables, in_parts
@@ -25,13 +25,15 @@ from kvsim.pool import prefill_growths
 from kvsim.requests import RequestTable
 from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
 from kvsim.sim.engine import ReplicaEngine
-from kvsim.sim.host_tier import HostTier, HostTierLimits
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.resources import SharedDevice
 from kvsim.sim.scheduling import PrefixSharing, SchedulerLimits
 from kvsim.sim.speculation import build_speculation
 from kvsim.sim.speculative_batch import SpeculativeBatch
+from kvsim.sim.tiers.build import TierBuilder, TiersResult
+from kvsim.sim.tiers.reload import PrefillEstimate
+from kvsim.tiers import plan_tiers
 from kvsim.units import TICKS_PER_SECOND
 
 PROGRESS_SLICES = 50
@@ -45,6 +47,8 @@ class RunResult:
     records: tuple[ReplicaRecord, ...]
     end_ticks: int
     pool_bytes: int
+    tiers: TiersResult | None = None
+    """None without tiers, or where no prefix can be shared."""
 
 
 def run_requests(
@@ -79,6 +83,8 @@ def run_requests(
     )
     lengths = (requests.prompt_tokens.tolist(), requests.output_tokens.tolist())
     limits = _limits(deployment, plan, max_model_len)
+    sharing = _Sharing.of(deployment, requests, limits)
+    tiers = _tier_builder(env, deployment, sharing, PrefillEstimate(step, tables, engine.max_num_batched_tokens), edge)
     replicas = []
     for _ in range(deployment.replicas):
         device = SharedDevice(env)
@@ -91,7 +97,7 @@ def run_requests(
             step,
             tables,
             limits,
-            _prefix_sharing(deployment, requests, limits, device, edge),
+            sharing.build(tiers, device) if sharing is not None else None,
             token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
             coalesce=coalesce and _foreseeable(deployment, source),
             speculation=speculation,
@@ -107,7 +113,10 @@ def run_requests(
         _split_decode_time(replica, tables, step)
         _check_replica(replica)
     _check_requests(log, requests)
-    return RunResult(log, tuple(replica.record for replica in replicas), int(env.now), limits.pool_bytes)
+    # Copies may outlast the last token.
+    end_ticks = int(env.now) if tiers is None else max(max(log.finished, default=0), max(log.arrived, default=0))
+    result = tiers.result() if tiers is not None else None
+    return RunResult(log, tuple(replica.record for replica in replicas), end_ticks, limits.pool_bytes, result)
 
 
 def most_lane_tokens(deployment: Deployment) -> int:
@@ -165,40 +174,57 @@ def _limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> Sch
         prefill_growths=growths,
         fixed_bytes=fixed_bytes,
         decode_tokens=1 + (engine.speculative_config.num_speculative_tokens if engine.speculative_config else 0),
+        # SGLang forgets what it retracts; of TensorRT-LLM it is not known.
+        keeps_preempted=engine.kind == "vllm"
+        and deployment.prefix_caching
+        and len(growths) == 1
+        and growths[0][0] is None,
+        plans_ahead=engine.schedules_ahead,
     )
 
 
-def _prefix_sharing(
-    deployment: Deployment, requests: RequestTable, limits: SchedulerLimits, device: SharedDevice, edge: Edge
-) -> PrefixSharing | None:
-    """A prefix cache, where the workload shares prefixes and the deployment can reuse them."""
-    if requests.prefix_hashes is None or not deployment.prefix_caching:
-        return None
-    unit_tokens = requests.hash_block_tokens
-    # Windowed layers keep their own blocks: only what grows with the prompt can be shared.
-    growing = sum(block_bytes for cap, block_bytes in limits.prefill_growths if cap is None)
-    unit_bytes = unit_tokens // limits.block_size * growing
-    if unit_tokens % limits.block_size or not unit_bytes:
-        return None
-    hashes = requests.prefix_hashes
-    if requests.output_hashes is not None:
-        hashes = tuple(a + b for a, b in zip(hashes, requests.output_hashes, strict=True))
-    host = _host_tier(deployment, unit_bytes, device, edge)
-    return PrefixSharing(PrefixCache(unit_bytes), hashes, unit_tokens, host)
+@dataclass(frozen=True)
+class _Sharing:
+    """What replicas need to share prefixes."""
+
+    unit_bytes: int
+    unit_tokens: int
+    hashes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, deployment: Deployment, requests: RequestTable, limits: SchedulerLimits) -> _Sharing | None:
+        """None where the workload shares no prefixes or the deployment cannot reuse them."""
+        if requests.prefix_hashes is None or not deployment.prefix_caching:
+            return None
+        unit_tokens = requests.hash_block_tokens
+        # Windowed layers keep their own blocks: only what grows with the prompt can be shared.
+        growing = sum(block_bytes for cap, block_bytes in limits.prefill_growths if cap is None)
+        unit_bytes = unit_tokens // limits.block_size * growing
+        if unit_tokens % limits.block_size or not unit_bytes:
+            return None
+        hashes = requests.prefix_hashes
+        if requests.output_hashes is not None:
+            hashes = tuple(a + b for a, b in zip(hashes, requests.output_hashes, strict=True))
+        return cls(unit_bytes, unit_tokens, hashes)
+
+    def build(self, tiers: TierBuilder | None, device: SharedDevice) -> PrefixSharing:
+        """Give a replica its own prefix cache, and its tiers."""
+        cache = PrefixCache(self.unit_bytes)
+        if tiers is None:
+            return PrefixSharing(cache, self.hashes, self.unit_tokens)
+        built = tiers.build(device)
+        if built.writes_back:
+            cache.on_evict = built.evicted
+        return PrefixSharing(cache, self.hashes, self.unit_tokens, built)
 
 
-def _host_tier(deployment: Deployment, unit_bytes: int, device: SharedDevice, edge: Edge) -> HostTier | None:
-    """The host tier of one rank, where the engine offloads."""
-    size_bytes, link = deployment.engine.kv_offloading_size, deployment.device.host_link
-    if size_bytes is None or link is None:
+def _tier_builder(
+    env: simpy.Environment, deployment: Deployment, sharing: _Sharing | None, prefill: PrefillEstimate, edge: Edge
+) -> TierBuilder | None:
+    if sharing is None:
         return None
-    limits = HostTierLimits(
-        capacity_bytes=size_bytes // deployment.parallelism.num_devices,
-        link_bytes_per_s=link.value
-        * look_up(deployment.priors.host_copy_efficiency, deployment.device).efficiency(edge),
-        hbm_bytes_per_s=deployment.device.bandwidth_bytes_per_s,
-    )
-    return HostTier(device, limits, unit_bytes)
+    plan = plan_tiers(deployment, sharing.unit_bytes, sharing.unit_tokens, edge)
+    return TierBuilder(env, plan, sharing.unit_tokens, prefill) if plan is not None else None
 
 
 def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
@@ -282,6 +308,8 @@ def _check_replica(replica: ReplicaEngine) -> None:
         "ticks of decode work": batch.variable,
         "bytes of pending growth": batch.growth_total,
     }
+    if scheduler.sharing is not None and scheduler.sharing.tiers is not None:
+        left |= scheduler.sharing.tiers.unfinished()
     wrong = {name: amount for name, amount in left.items() if amount}
     if wrong:
         msg = f"a replica ended with {wrong}"

@@ -41,6 +41,7 @@ OWNERS: Final[Mapping[str, tuple[str, ...]]] = {
     "scheduling_policy": ("vllm",),
     "long_prefill_token_threshold": ("vllm",),
     "kv_offloading_size": ("vllm",),
+    "kv_tiers": ("vllm",),
     "compression_stream": ("vllm",),
     "speculative_config": ("vllm",),
     "max_prefill_tokens": ("sglang",),

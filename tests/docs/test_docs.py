@@ -28,6 +28,7 @@ from kvsim.specs import workload
 from kvsim.specs.base import Basis
 from kvsim.specs.engine import EngineSpec, SamplingSpec
 from kvsim.specs.price import Price
+from kvsim.specs.tier import HostTier, NvmeTier, RecomputeTier, RemoteTier
 from kvsim.workload_catalog import list_workloads
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -204,6 +205,7 @@ SECTIONS = [
     ("docs/scenarios.md", "Price", Price),
     ("docs/scenarios.md", "Sweep files", SweepSpec),
     *(("docs/scenarios.md", kind_of(part), part) for part in (*SELECTIONS, *ENCODINGS)),
+    *(("docs/serving-tiers.md", kind_of(part), part) for part in (HostTier, NvmeTier, RemoteTier, RecomputeTier)),
     ("docs/workloads.md", "Traces", workload.TraceWorkload),
     ("docs/workloads.md", "Columns", workload.TraceColumns),
     ("docs/workloads.md", "Synthetic loads", workload.SyntheticWorkload),

@@ -35,7 +35,9 @@ def test_own_names_work_on_the_command_line_and_in_sweeps(tmp_path):
     path.write_text("model: llama-3.1-8b\ndevice: h100-sxm\nworkload: chat\nengine: {kind: sglang}\n")
     engine = load_scenario(path, ("engine.max_running_requests=12", "engine.disable_overlap_schedule=true")).engine
     assert (engine.max_num_seqs, engine.async_scheduling) == (12, False)
-    with pytest.raises(InvalidSpec, match="max_batch_size is tensorrt_llm's name, .* there it is max_running_requests"):
+    with pytest.raises(
+        InvalidSpec, match=r"max_batch_size is tensorrt_llm's name, .* there it is max_running_requests"
+    ):
         load_scenario(path, ("engine.max_batch_size=12",))
 
 
@@ -49,9 +51,9 @@ def test_specs_survive_a_round_trip(kind):
 
 CHANGED = {
     "scheduling_policy": "priority", "long_prefill_token_threshold": 5, "kv_offloading_size": "1 GiB",
-    "compression_stream": "side", "max_prefill_tokens": 5, "enable_mixed_chunk": True,
-    "schedule_conservativeness": 0.5, "schedule_policy": "lpm", "capacity_scheduler_policy": "max_utilization",
-    "n_ubatch": 5, "ctx_size": 4096,
+    "kv_tiers": ({"kind": "host", "size": "1 GiB"},), "compression_stream": "side", "max_prefill_tokens": 5,
+    "enable_mixed_chunk": True, "schedule_conservativeness": 0.5, "schedule_policy": "lpm",
+    "capacity_scheduler_policy": "max_utilization", "n_ubatch": 5, "ctx_size": 4096,
     "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "acceptance_rate": 0.5},
 }  # fmt: skip
 

@@ -244,6 +244,7 @@ def test_an_exchange_grows_with_ranks_across_nodes():
         (MOE, {"data_parallel_size": 256, "enable_expert_parallel": True}, "256 ranks .* more than the 128 experts"),
         (MOE, {"data_parallel_size": 2, "pipeline_parallel_size": 2}, "not modelled together"),
         (MOE, {"data_parallel_size": 2, "engine": {"kv_offloading_size": "8 GiB"}}, "engine.kv_offloading_size"),
+        (MOE, {"data_parallel_size": 2, "engine": {"kv_tiers": [{"kind": "recompute"}]}}, "engine.kv_tiers"),
         (MOE, {"pipeline_parallel_size": 2, "engine": {"kind": "llamacpp"}}, "engine.kind: llamacpp"),
         (MOE, {"pipeline_parallel_size": 2, "device": "apple-m4-max"}, "needs a link between devices"),
     ],
