@@ -56,13 +56,13 @@ class Audited(Scheduler):
 
 
 @contextmanager
-def audited() -> Iterator[list[Audited]]:
+def audited(audit: type[Audited] = Audited) -> Iterator[list[Audited]]:
     """Let runs use audited schedulers, and list them."""
     ledger: list[Audited] = []
 
     def build(spec: EngineSpec, parts: SchedulerParts) -> Scheduler:
         scheduler = build_scheduler(spec, parts)
-        scheduler.__class__ = type("Audited", (Audited, type(scheduler)), {})
+        scheduler.__class__ = type("Audited", (audit, type(scheduler)), {})
         ledger.append(scheduler)  # type: ignore[arg-type]
         return scheduler
 

@@ -129,6 +129,10 @@ class Scheduler(ABC):
         """Prompts admitted since the engine last looked whose blocks must first come back from a tier."""
         self.loaded: deque[SequenceState] = deque()
         """Prompts whose blocks are back, in the order to go on; all their blocks are reserved."""
+        self.remote: dict[int, int] = {}
+        """Waiting requests whose prompt was processed elsewhere, and the bytes that its KV takes here."""
+        self.incoming: list[SequenceState] = []
+        """Such requests admitted since the engine last looked; their KV can come."""
         self.prefilling: list[SequenceState] = []
         """Prompts in progress, in order of admission."""
         self._admissions = 0

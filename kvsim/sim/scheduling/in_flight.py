@@ -107,6 +107,11 @@ class InFlightScheduler(Scheduler):
             sequence = SequenceState(index, self.prompt[index] + self.generated[index])
             self.find_again(sequence, reserved)
             pinned_bytes = self.match_prefix(sequence)
+            if index in self.remote:
+                if not self._reserve_arrival(sequence, reserved, pinned_bytes, now_ticks):
+                    break
+                running += 1
+                continue
             reload = self._plan_reload(self.sharing, sequence) if self.sharing is not None else None
             if reload is not None and reload.segments:
                 if not self._reserve_load(sequence, reload, reserved, pinned_bytes, now_ticks):
@@ -154,6 +159,17 @@ class InFlightScheduler(Scheduler):
         cached = sequence.done + len(reload.values) * unit_tokens
         self.seat(sequence, need, pinned_bytes, cached, now_ticks, reload)
         self.loads.append((sequence, reload))
+        return True
+
+    def _reserve_arrival(self, sequence: SequenceState, reserved: int, pinned_bytes: int, now_ticks: int) -> bool:
+        """Admit a sequence whose KV comes from elsewhere, with blocks for all of it; False if too few."""
+        need = self.remote[sequence.index] - self.shared_bytes(sequence)
+        if need + pinned_bytes + reserved > self.free:
+            self.reusable_bytes = pinned_bytes
+            return False
+        del self.remote[sequence.index]
+        self.seat(sequence, need, pinned_bytes, sequence.done, now_ticks)
+        self.incoming.append(sequence)
         return True
 
 
