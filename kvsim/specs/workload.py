@@ -163,6 +163,8 @@ class TraceColumns(Spec):
     output_tokens_column: str = "output_tokens"
     hash_ids_column: str | None = None
     hash_id_block_size: Count = 512
+    priority_column: str | None = None
+    """Whole numbers, lower served first; used by ``engine.scheduling_policy: priority``."""
 
 
 class TraceWorkload(Spec):

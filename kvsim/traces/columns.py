@@ -51,6 +51,7 @@ def _read_json(origin: Origin, columns: TraceColumns) -> RawRows:
         columns.timestamp_column,
         columns.hash_ids_column,
         columns.hash_id_block_size,
+        columns.priority_column,
     )
     return read_json_rows(json_lines(read_trace_bytes(origin), origin), fields, origin)
 
@@ -60,7 +61,7 @@ def _read_table(origin: Origin, columns: TraceColumns, kind: str) -> RawRows:
     if kind == "csv" and hashes is not None:
         origin.fail("a CSV cannot hold hash ids; use JSON lines or Parquet", field=hashes)
     wanted = [columns.prompt_tokens_column, columns.output_tokens_column]
-    wanted += [name for name in (times, hashes) if name is not None]
+    wanted += [name for name in (times, hashes, columns.priority_column) if name is not None]
     table = (read_csv_table if kind == "csv" else read_parquet_table)(origin, wanted)
     return RawRows(
         numbers=row_numbers(table),
@@ -69,4 +70,5 @@ def _read_table(origin: Origin, columns: TraceColumns, kind: str) -> RawRows:
         arrival_s=None if times is None else seconds_column(table, times, origin),
         hash_ids=None if hashes is None else hash_lists(table, hashes, origin),
         hash_block_tokens=columns.hash_id_block_size,
+        priority=None if columns.priority_column is None else token_counts(table, columns.priority_column, origin),
     )

@@ -21,6 +21,7 @@ class JsonFields:
     time: str | None = None
     hash_ids: str | None = None
     hash_block_tokens: int = 512
+    priority: str | None = None
 
 
 def read_json_rows(
@@ -32,6 +33,7 @@ def read_json_rows(
     outputs: list[int] = []
     times: list[float] = []
     hash_ids: list[list[int]] = []
+    priorities: list[int] = []
     for number, row in rows:
         numbers.append(number)
         prompts.append(whole_number(row, fields.prompt, origin, number))
@@ -40,6 +42,8 @@ def read_json_rows(
             times.append(finite_number(row, fields.time, origin, number))
         if fields.hash_ids is not None:
             hash_ids.append(hash_id_list(row, fields.hash_ids, origin, number))
+        if fields.priority is not None:
+            priorities.append(whole_number(row, fields.priority, origin, number, least=0))
     return RawRows(
         numbers=np.array(numbers, dtype=np.int64),
         prompt_tokens=np.array(prompts, dtype=np.int64),
@@ -47,4 +51,5 @@ def read_json_rows(
         arrival_s=None if fields.time is None else np.array(times, dtype=np.float64) / times_per_second,
         hash_ids=None if fields.hash_ids is None else hash_ids,
         hash_block_tokens=fields.hash_block_tokens,
+        priority=None if fields.priority is None else np.array(priorities, dtype=np.int64),
     )

@@ -39,6 +39,7 @@ class TraceRows:
     prefix_hashes: tuple[tuple[int, ...], ...] | None = None
     """Per request, the file's ids of the leading prompt chunks; the last id may stand for a partly filled chunk."""
     hash_block_tokens: int = 512
+    priority: IntArray | None = None
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -78,6 +79,7 @@ class RawRows:
     arrival_s: FloatArray | None = None
     hash_ids: HashIds | None = None
     hash_block_tokens: int = 512
+    priority: IntArray | None = None
 
     def take(self, rows: IntArray) -> RawRows:
         """Rows at the given indices, in that order."""
@@ -88,6 +90,7 @@ class RawRows:
             arrival_s=None if self.arrival_s is None else self.arrival_s[rows],
             hash_ids=None if self.hash_ids is None else [self.hash_ids[row] for row in rows.tolist()],
             hash_block_tokens=self.hash_block_tokens,
+            priority=None if self.priority is None else self.priority[rows],
         )
 
 
@@ -116,6 +119,8 @@ def check_rows(raw: RawRows, origin: Origin, *, zero_output_is_failure: bool, no
     _check_counts(raw, raw.prompt_tokens, origin, origin.prompt_field)
     _check_counts(raw, raw.output_tokens, origin, origin.output_field)
     _check_hash_ids(raw, origin)
+    if raw.priority is not None:
+        _check_counts(raw, raw.priority, origin, "priority", least=0)
     raw, note = _sorted_by_arrival(raw, origin)
     return TraceRows(
         source=f"{origin.path.name} ({origin.format})",
@@ -124,14 +129,15 @@ def check_rows(raw: RawRows, origin: Origin, *, zero_output_is_failure: bool, no
         arrival_s=_since_first(raw.arrival_s, origin),
         prefix_hashes=None if raw.hash_ids is None else tuple(tuple(ids) for ids in raw.hash_ids),
         hash_block_tokens=raw.hash_block_tokens,
+        priority=raw.priority,
         notes=(*found, *note),
     )
 
 
-def _check_counts(raw: RawRows, counts: IntArray, origin: Origin, field: str) -> None:
-    bad = np.flatnonzero((counts < 1) | (counts > MAX_REQUEST_TOKENS))
+def _check_counts(raw: RawRows, counts: IntArray, origin: Origin, field: str, *, least: int = 1) -> None:
+    bad = np.flatnonzero((counts < least) | (counts > MAX_REQUEST_TOKENS))
     if len(bad):
-        problem = f"{counts[bad[0]]} is not allowed; must be a whole number from 1 to {MAX_REQUEST_TOKENS}"
+        problem = f"{counts[bad[0]]} is not allowed; must be a whole number from {least} to {MAX_REQUEST_TOKENS}"
         origin.fail(problem, row=int(raw.numbers[bad[0]]), field=field)
 
 

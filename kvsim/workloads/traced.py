@@ -31,6 +31,7 @@ def build_traced(workload: TraceWorkload, seed: int, base_dir: Path | None) -> R
         parent=schedule.parent,
         prefix_hashes=hashes,
         hash_block_tokens=rows.hash_block_tokens,
+        priority=None if rows.priority is None else rows.priority[kept],
         source=_source(workload, rows, len(prompts), seed),
         notes=rows.notes,
     )
