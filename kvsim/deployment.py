@@ -14,6 +14,7 @@ from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
 from kvsim.specs.price import Price
 
 if TYPE_CHECKING:
+    from kvsim.adaptive import Adaptive
     from kvsim.calibration.engine_fits import EngineFit
     from kvsim.calibration.sets import CalibrationSet
     from kvsim.cost.priors import Priors
@@ -98,3 +99,12 @@ class Deployment:
     """Fitted kernels; None where the scenario wants none or its set has none for the device."""
     engine_fit: EngineFit | None = None
     """What engines reach on a device without fitted kernels; None where there is no such fit, or none is wanted."""
+    adaptive: Adaptive | None = None
+    """What chooses among ``levels`` during the run; None where one compression serves every request."""
+    levels: tuple[Deployment, ...] = ()
+    """The deployment at each level of ``adaptive``, most precise first; the rest of this value is that of the first."""
+
+    @property
+    def variants(self) -> tuple[Deployment, ...]:
+        """Every deployment of one compression that this one may serve requests with."""
+        return self.levels or (self,)

@@ -30,6 +30,11 @@ class RequestTable:
     """Per request: hashes of the chunks after ``prefix_hashes`` whose KV its answer completes (the last output token
     has none yet), so that a next turn can hit them; None where unknown."""
     hash_block_tokens: int = 16
+    priority: IntArray | None = None
+    """Per request, lower first (vLLM's priority scheduling); None where all are equal."""
+    request_class: IntArray | None = None
+    """Per request, index into ``class_names``; None where the workload has no classes."""
+    class_names: tuple[str, ...] = ()
     source: str = ""
     """Provenance: file and format, or the distributions and seed."""
     notes: tuple[str, ...] = field(default=())

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field, model_validator
 
 from kvsim import __version__
-from kvsim.compression import Compression, parse_compression
+from kvsim.adaptive import Adaptive
+from kvsim.compression import Compression, NamedCompression
 from kvsim.specs.base import Spec
 from kvsim.specs.engine import EngineSpec
 from kvsim.specs.price import Price
 from kvsim.specs.workload import WorkloadSpec
 from kvsim.units import Seconds
-
-
-def _compression_from_text(value: Any) -> Any:
-    return parse_compression(value) if isinstance(value, str) else value
 
 
 class Slo(Spec):
@@ -46,8 +43,10 @@ class Scenario(Spec):
     """Name or alias of a device spec."""
     workload: str | WorkloadSpec
     """Name of a workload preset, or an inline workload."""
-    compression: Annotated[Compression, BeforeValidator(_compression_from_text)] = Compression()
+    compression: NamedCompression = Compression()
     """A strategy's name (``fp8``, ``snapkv+kivi-2``), or selection and encoding with their parameters."""
+    adaptive: Adaptive | None = None
+    """Several compressions between which a policy chooses during the run, instead of ``compression``."""
     engine: EngineSpec = EngineSpec()
     tensor_parallel_size: Annotated[int, Field(gt=0)] = 1
     replicas: Annotated[int, Field(gt=0)] = 1
@@ -61,6 +60,13 @@ class Scenario(Spec):
     seed: Annotated[int, Field(ge=0)] = 0
     bands: bool = True
     """Also simulate the optimistic and the pessimistic edge of every estimate, for the report's bands."""
+
+    @model_validator(mode="after")
+    def _one_way_to_compress(self) -> Self:
+        if self.adaptive is not None and self.compression != Compression():
+            msg = "compression and adaptive exclude each other: name the compression as one of adaptive.levels"
+            raise ValueError(msg)
+        return self
 
     def fingerprint(self) -> str:
         """Hash of the canonical scenario and kvsim's version; equal scenarios give equal reports."""

@@ -10,6 +10,7 @@ from kvsim.specs.base import Spec
 from kvsim.units import Bytes
 
 Count = Annotated[int, Field(gt=0)]
+SkippedLayers = tuple[int | Literal["sliding_window"], ...]
 
 
 class EngineSpec(Spec):
@@ -27,7 +28,7 @@ class EngineSpec(Spec):
     enable_prefix_caching: bool = True
     num_gpu_blocks_override: Count | None = None
     kv_cache_memory_bytes: Bytes | None = None
-    kv_cache_dtype_skip_layers: tuple[int | Literal["sliding_window"], ...] = ()
+    kv_cache_dtype_skip_layers: SkippedLayers = ()
     kv_offloading_size: Bytes | None = None
     """Host memory for KV blocks, over all tensor-parallel ranks of a replica; None offloads nothing. Blocks are copied
     out as they are computed and copied back on a prefix hit, beside the engine's steps."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvsim.traces.files import finite_number, hash_id_list, whole_number
+from kvsim.traces.files import class_label, finite_number, hash_id_list, whole_number
 from kvsim.traces.rows import Origin, RawRows
 
 
@@ -21,6 +21,7 @@ class JsonFields:
     time: str | None = None
     hash_ids: str | None = None
     hash_block_tokens: int = 512
+    request_class: str | None = None
 
 
 def read_json_rows(
@@ -32,6 +33,7 @@ def read_json_rows(
     outputs: list[int] = []
     times: list[float] = []
     hash_ids: list[list[int]] = []
+    classes: list[str] = []
     for number, row in rows:
         numbers.append(number)
         prompts.append(whole_number(row, fields.prompt, origin, number))
@@ -40,6 +42,8 @@ def read_json_rows(
             times.append(finite_number(row, fields.time, origin, number))
         if fields.hash_ids is not None:
             hash_ids.append(hash_id_list(row, fields.hash_ids, origin, number))
+        if fields.request_class is not None:
+            classes.append(class_label(row, fields.request_class, origin, number))
     return RawRows(
         numbers=np.array(numbers, dtype=np.int64),
         prompt_tokens=np.array(prompts, dtype=np.int64),
@@ -47,4 +51,5 @@ def read_json_rows(
         arrival_s=None if fields.time is None else np.array(times, dtype=np.float64) / times_per_second,
         hash_ids=None if fields.hash_ids is None else hash_ids,
         hash_block_tokens=fields.hash_block_tokens,
+        classes=None if fields.request_class is None else classes,
     )
