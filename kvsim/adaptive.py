@@ -98,5 +98,3 @@ class Adaptive(Spec):
     def held_at(self, level: int) -> Adaptive:
         """The same levels with a policy that never leaves one of them."""
         return self.model_copy(update={"policy": StaticPolicy(level=level), "requantize": None, "classes": {}})
-
-

@@ -25,6 +25,7 @@ from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
 from kvsim.sim.scheduler import Chunk, PrefixSharing, Scheduler, SchedulerLimits
+from kvsim.sim.spans import steps_to_cover
 from kvsim.sim.waits import Waits
 from kvsim.units import TICKS_PER_SECOND
 
@@ -60,8 +61,8 @@ class ReplicaEngine:
         self.coalesce = coalesce
         self.record = ReplicaRecord(min_free_bytes=limits.pool_bytes)
         self.generated = [0] * len(lengths[0])
-        self.batch = DecodeBatch(limits.block_size, limits.prefill_growths[0][1], token_ticks)
-        self.scheduler = Scheduler(limits, self.batch, lengths, self.generated, log, self.record, sharing)
+        self.batch = self._new_batch(limits, token_ticks)
+        self.scheduler = self._new_scheduler(limits, lengths, sharing)
         self.device = device
         self.decode_steps = [0] * (limits.max_num_seqs + 1)
         """Decode steps taken at each batch size."""
@@ -80,6 +81,14 @@ class ReplicaEngine:
         """When sequences that were just compacted aside, and have not decoded since, got their latest token."""
         self.load = 0
         """Requests routed here that have not ended; counted by the router, and only where it has a choice."""
+
+    def _new_batch(self, limits: SchedulerLimits, token_ticks: int) -> DecodeBatch:
+        return DecodeBatch(limits.block_size, limits.prefill_growths[0][1], token_ticks)
+
+    def _new_scheduler(
+        self, limits: SchedulerLimits, lengths: tuple[list[int], list[int]], sharing: PrefixSharing | None
+    ) -> Scheduler:
+        return Scheduler(limits, self.batch, lengths, self.generated, self.log, self.record, sharing)
 
     @property
     def waiting(self) -> deque[int]:
@@ -250,7 +259,7 @@ class ReplicaEngine:
             if sequence.done + chunk == sequence.target:
                 ending.append(sequence)
                 if not batch.token_ticks:
-                    profile = sequence.profile = self.step.sequences.profile(sequence.target)
+                    profile = sequence.profile = self._profile_of(sequence)
                     compress += profile.compress_ticks
         ticks = self._prefill_ticks(chunks, tokens, len(ending), 0 if self._side_stream else compress)
         size = batch.size
@@ -304,6 +313,16 @@ class ReplicaEngine:
         self.record.prompts.append((size, tokens, ending, attention, compression))
         base, head = tables.base, tables.head
         return base[size + tokens] - base[size] + head[size + ending] - head[size] + attention + compression
+
+    def _profile_of(self, sequence: SequenceState) -> SequenceProfile:
+        """The life of a sequence whose prompt is in."""
+        return self.step.sequences.profile(sequence.target)
+
+    def compression_ticks(self) -> int:
+        """Part of ``variable_total`` that is due to compression."""
+        if self.batch.token_ticks:
+            return math.floor(self.variable_total * self.step.sequences.unpack_share)
+        return self.batch.unpack_total
 
     def _begin_lone_prompt(self) -> int:
         """Start the step of the one waiting request, the commonest of all, without a plan; its ticks.
@@ -468,20 +487,3 @@ class ReplicaEngine:
         if self.source.next_ticks < NEVER:
             events.append(self.env.timeout(self.source.next_ticks - self.now))
         return events
-
-
-def steps_to_cover(gap: int, first: int, slope: int) -> tuple[int, int]:
-    """Smallest k >= 1 with k·first + slope·k·(k-1)/2 >= gap, and that sum, all in ticks."""
-    if slope:
-        linear = first - slope / 2
-        steps = max(1, math.ceil((math.sqrt(linear * linear + 2.0 * slope * gap) - linear) / slope))
-    else:
-        steps = max(1, -(-gap // first))
-    total = steps * first + slope * (steps * (steps - 1) // 2)
-    while total < gap:
-        total += first + slope * steps
-        steps += 1
-    while steps > 1 and total - first - slope * (steps - 1) >= gap:
-        steps -= 1
-        total -= first + slope * steps
-    return steps, total

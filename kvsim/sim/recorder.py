@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvsim.sim.adaptive.record import AdaptiveRecord
+
 Run = tuple[int, int, int, int]
 """(steps, sequences, ticks of the first step, growth per step): every sequence waits each step's length once."""
 
@@ -47,6 +49,8 @@ class ReplicaRecord:
     max_running: int = 0
     max_waiting: int = 0
     min_free_bytes: int = 0
+    adaptive: AdaptiveRecord | None = None
+    """What an adaptive compression did."""
 
     @property
     def steps(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +19,9 @@ from kvsim.deployment import Deployment
 from kvsim.errors import InvariantViolation
 from kvsim.memory import MemoryPlan
 from kvsim.pool import prefill_growths
-from kvsim.requests import RequestTable
+from kvsim.requests import IntArray, RequestTable
+from kvsim.sim.adaptive.engine import AdaptiveEngine
+from kvsim.sim.adaptive.prices import level_prices
 from kvsim.sim.arrivals import ArrivalSource
 from kvsim.sim.engine import ReplicaEngine
 from kvsim.sim.host_tier import HostTier, HostTierLimits
@@ -63,9 +64,29 @@ def run_requests(
     log = RequestLog(source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count)
     lengths = (requests.prompt_tokens.tolist(), requests.output_tokens.tolist())
     limits = _limits(deployment, plan, max_model_len)
-    replicas = []
+    replicas: list[ReplicaEngine] = []
+    prices = level_prices(deployment, edge, (step, tables)) if deployment.adaptive is not None else None
+    foreseeable = coalesce and _foreseeable(deployment, source)
     for _ in range(deployment.replicas):
         device = SharedDevice(env)
+        if deployment.adaptive is not None and prices is not None:
+            adaptive = AdaptiveEngine(
+                env,
+                device,
+                source,
+                lengths,
+                log,
+                step,
+                tables,
+                limits,
+                adaptive=deployment.adaptive,
+                prices=prices,
+                classes=(requests.class_names, _listed(requests.request_class)),
+                coalesce=foreseeable,
+            )
+            replicas.append(adaptive)
+            env.process(adaptive.run())
+            continue
         replica = ReplicaEngine(
             env,
             device,
@@ -77,7 +98,7 @@ def run_requests(
             limits,
             _prefix_sharing(deployment, requests, limits, device, edge),
             token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
-            coalesce=coalesce and _foreseeable(deployment, source),
+            coalesce=foreseeable,
         )
         replicas.append(replica)
         env.process(replica.run())
@@ -85,10 +106,14 @@ def run_requests(
     _play(env, requests, progress)
     for replica in replicas:
         _split_prompt_time(replica.record, tables)
-        _split_decode_time(replica, tables, step)
+        _split_decode_time(replica, tables)
         _check_replica(replica)
     _check_requests(log, requests)
     return RunResult(log, tuple(replica.record for replica in replicas), int(env.now), limits.pool_bytes)
+
+
+def _listed(values: IntArray | None) -> list[int] | None:
+    return None if values is None else values.tolist()
 
 
 def _foreseeable(deployment: Deployment, source: ArrivalSource) -> bool:
@@ -184,7 +209,7 @@ def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
     )
 
 
-def _split_decode_time(replica: ReplicaEngine, tables: StepTables, step: StepModel) -> None:
+def _split_decode_time(replica: ReplicaEngine, tables: StepTables) -> None:
     """Divide the decode steps' time by component from the counts per batch size."""
     decode = PhaseTicks()
     for sequences, steps in enumerate(replica.decode_steps):
@@ -194,10 +219,7 @@ def _split_decode_time(replica: ReplicaEngine, tables: StepTables, step: StepMod
             decode.overhead += steps * tables.overhead[sequences]
             decode.attention += steps * tables.attention_fixed[sequences]
             decode.compression += steps * tables.compression_fixed[sequences]
-    if replica.batch.token_ticks:
-        unpack = math.floor(replica.variable_total * step.sequences.unpack_share)
-    else:
-        unpack = replica.batch.unpack_total
+    unpack = replica.compression_ticks()
     decode.compression += unpack
     decode.attention += replica.variable_total - unpack
     replica.record.decode = decode

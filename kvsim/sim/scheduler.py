@@ -110,8 +110,12 @@ class Scheduler:
         if self.free < self.record.min_free_bytes:
             self.record.min_free_bytes = self.free
 
-    def prefill_bytes(self, tokens: int) -> int:
-        """Bytes held once ``tokens`` of a prompt are in."""
+    def new_sequence(self, index: int, target: int) -> SequenceState:
+        """A request that may be let in."""
+        return SequenceState(index, target)
+
+    def prefill_bytes(self, sequence: SequenceState, tokens: int) -> int:
+        """Bytes held once ``tokens`` of a prompt are in; those of every sequence alike."""
         size, held = self.limits.block_size, self.limits.fixed_bytes
         for cap, block_bytes in self.limits.prefill_growths:
             kept = tokens if cap is None or tokens < cap else cap
@@ -192,7 +196,7 @@ class Scheduler:
     def _continue_partial(self, partial: SequenceState, budget: int, reserved: int, now_ticks: int) -> Chunk | None:
         """Next chunk of the prompt in progress; None where the pool is short and it, the latest, gave way."""
         chunk = min(partial.target - partial.done, budget)
-        need = max(0, self.prefill_bytes(partial.done + chunk) - partial.held - self.shared_bytes(partial))
+        need = max(0, self.prefill_bytes(partial, partial.done + chunk) - partial.held - self.shared_bytes(partial))
         if need + reserved > self.free:
             self.preempt_latest(now_ticks)
             return None
@@ -214,7 +218,7 @@ class Scheduler:
                 log.rejected[index] = True
                 self.rejected.append(index)
                 continue
-            sequence = SequenceState(index, target)
+            sequence = self.new_sequence(index, target)
             pinned_bytes = self._match_prefix(sequence) if self.sharing is not None else 0
             if self.sharing is not None and self.sharing.host is not None:
                 back = self._match_host(self.sharing, self.sharing.host, sequence)
@@ -228,7 +232,7 @@ class Scheduler:
                 if not limits.chunked_prefill:
                     break
                 chunk = budget
-            need = self.prefill_bytes(sequence.done + chunk)
+            need = self.prefill_bytes(sequence, sequence.done + chunk)
             if sequence.pinned:
                 need -= self.shared_bytes(sequence)
             if need + pinned_bytes + reserved > self.free:
@@ -257,7 +261,7 @@ class Scheduler:
 
         It holds blocks while it waits, so it must never need more to go on: two such prompts could block each other.
         """
-        need = self.prefill_bytes(sequence.target) - self.shared_bytes(sequence)
+        need = self.prefill_bytes(sequence, sequence.target) - self.shared_bytes(sequence)
         if need + pinned_bytes + reserved > self.free:
             self.reusable_bytes = pinned_bytes
             return False

@@ -35,7 +35,7 @@ class AuditedScheduler(Scheduler):
     def audit(self) -> None:
         held = sum(self._own_bytes(sequence) for sequence in self.batch.active.values())
         if self.partial is not None:
-            held += self.prefill_bytes(self.partial.done) - self._shared(self.partial)
+            held += self.prefill_bytes(self.partial, self.partial.done) - self._shared(self.partial)
         if self.sharing is not None:
             held += self.sharing.cache.pinned_units * self.sharing.cache.unit_bytes
             assert self.sharing.cache.evictable_bytes <= self.free

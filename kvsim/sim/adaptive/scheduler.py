@@ -1,0 +1,60 @@
+"""The scheduler of a replica whose prompts are let in at different levels."""
+
+from __future__ import annotations
+
+from kvsim.sim.adaptive.batch import LevelledSequence, level_of
+from kvsim.sim.adaptive.control import LevelControl
+from kvsim.sim.adaptive.prices import PromptBytes
+from kvsim.sim.batch import DecodeBatch, SequenceState
+from kvsim.sim.recorder import ReplicaRecord, RequestLog
+from kvsim.sim.scheduler import Chunk, Scheduler, SchedulerLimits
+
+
+class AdaptiveScheduler(Scheduler):
+    """Asks the policy before each step, and counts a prompt's bytes by its own level."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        batch: DecodeBatch,
+        lengths: tuple[list[int], list[int]],
+        generated: list[int],
+        log: RequestLog,
+        record: ReplicaRecord,
+        prompts: tuple[PromptBytes, ...],
+        control: LevelControl,
+    ) -> None:
+        super().__init__(limits, batch, lengths, generated, log, record, None)
+        self._prompts = prompts
+        self._control = control
+
+    def new_sequence(self, index: int, target: int) -> SequenceState:
+        """A request that may be let in, at the level that it would get now."""
+        return LevelledSequence(index, target, self._control.level_for(index))
+
+    def prefill_bytes(self, sequence: SequenceState, tokens: int) -> int:
+        """Bytes held once ``tokens`` of a prompt are in, in its level's format."""
+        prompt, size = self._prompts[level_of(sequence)], self.limits.block_size
+        held = prompt.fixed_bytes
+        for cap, block_bytes in prompt.growths:
+            kept = tokens if cap is None or tokens < cap else cap
+            held += -(-kept // size) * block_bytes
+        return held
+
+    def schedule(self, now_ticks: int, seats_taken: int) -> list[Chunk]:
+        """Prompt chunks of the next step, after the policy has looked."""
+        self._control.look(now_ticks)
+        return super().schedule(now_ticks, seats_taken)
+
+    def make_room(self, now_ticks: int) -> bool:
+        """Encode sequences again if that is wanted, then preempt as far as the next tokens still do not fit."""
+        self._control.make_room(now_ticks)
+        if self.batch.due_bytes() <= self.free:
+            return False
+        return super().make_room(now_ticks)
+
+    def _seat(
+        self, sequence: SequenceState, need_bytes: int, pinned_bytes: int, cached_tokens: int, now_ticks: int
+    ) -> None:
+        super()._seat(sequence, need_bytes, pinned_bytes, cached_tokens, now_ticks)
+        self._control.note_prompt(sequence)
