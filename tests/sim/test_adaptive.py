@@ -1,0 +1,205 @@
+"""Laws of adaptive compression: special cases are the plain runs, and nothing is lost between levels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from adaptive_cases import KEEPING, adapt, adaptive_cases, audited_levels, classed
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from run_invariants import check_run, check_schedulers
+from sim_cases import MS, MODELS, STRATEGIES, Case, build_case, deploy, step_model, table
+from test_coalescing import assert_same
+
+from kvsim.cost.mixed import mixed_prices, reencoding
+from kvsim.cost.tables import build_tables
+from kvsim.sim.adaptive.record import AdaptiveRecord
+from kvsim.sim.run import RunResult
+
+QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+BURST = table([0, 0, 5 * MS, 40 * MS, 41 * MS, 90 * MS], [60, 200, 31, 120, 16, 75], [40, 64, 90, 17, 120, 33])
+NEVER = {"kind": "pressure", "high_watermark": 1.0, "low_watermark": 0.0}
+
+
+def record_of(result: RunResult, replica: int = 0) -> AdaptiveRecord:
+    record = result.records[replica].adaptive
+    assert record is not None
+    return record
+
+
+def tokens_of(result: RunResult) -> int:
+    return sum(sum(map(sum, record.adaptive.tokens)) for record in result.records if record.adaptive)
+
+
+def assert_equal_runs(one: RunResult, other: RunResult) -> None:
+    assert_same(one, other)
+    assert [record.runs for record in one.records] == [record.runs for record in other.records]
+
+
+# --- special cases --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_watermarks_that_are_never_reached_are_level_0(strategy: str) -> None:
+    other = "fp8" if strategy != "fp8" else "native"
+    deployment = adapt((strategy, other), {"policy": NEVER}, max_num_batched_tokens=128, max_num_seqs=4)
+    case = build_case(deployment, BURST)
+    plain = replace(case, deployment=replace(deployment.levels[0], prefix_caching=False))
+    result = case.play()
+    assert_equal_runs(result, plain.play())
+    assert record_of(result).actions == []
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("spare_blocks", [2, 10_000])
+def test_a_class_that_is_held_at_a_level_is_served_as_by_that_level(strategy: str, spare_blocks: int) -> None:
+    other = "fp8" if strategy != "fp8" else "native"
+    adaptive = {"policy": {"kind": "static", "level": 1}, "classes": {"absent": {"max_level": 0}}}
+    deployment = adapt((other, strategy), adaptive, max_num_batched_tokens=128, max_num_seqs=4)
+    assert deployment.adaptive.only_level is None
+    case = build_case(deployment, classed(BURST, [0] * len(BURST), ("present", "absent")), spare_blocks=spare_blocks)
+    plain = replace(case, deployment=deployment.levels[1])
+    result = case.play()
+    assert_equal_runs(result, plain.play())
+    assert record_of(result).tokens[0][0] == 0
+
+
+def test_a_policy_acts_where_it_should() -> None:
+    deployment = adapt(
+        ("native", "fp8", "int4_per_token_head"),
+        {
+            "policy": {"kind": "pressure", "high_watermark": 0.6, "low_watermark": 0.3, "min_dwell_s": 0.001},
+            "requantize": {},
+        },
+        max_num_batched_tokens=512,
+        max_num_seqs=8,
+    )
+    requests = table([i * 2 * MS for i in range(12)] + [3000 * MS], [64] * 13, [160] * 13)
+    case = build_case(deployment, requests, spare_blocks=40)
+    result = case.play()
+    actions = record_of(result).actions
+    assert [action.to_level - action.from_level for action in actions].count(1) >= 2
+    assert any(action.sequences and action.freed_bytes > 0 for action in actions)
+    assert actions[-1].to_level == 0
+    assert actions[-1].at_ticks < requests.arrival_ticks[-1]
+    assert all(b.at_ticks - a.at_ticks >= MS for a, b in zip(actions, actions[1:], strict=False))
+    assert record_of(result).prompts[0] >= 2
+
+
+# --- any run --------------------------------------------------------------------------------------------------------
+
+
+def play_both(case: Case) -> RunResult:
+    with audited_levels() as schedulers:
+        coalesced, stepped = case.play(), case.play(coalesce=False)
+    check_run(case, coalesced)
+    assert_same(coalesced, stepped)
+    for one, other in zip(coalesced.records, stepped.records, strict=True):
+        assert one.adaptive == other.adaptive
+    check_schedulers(schedulers)
+    outputs = case.requests.output_tokens[case.admitted]
+    resumed = sum(step[2] for record in coalesced.records for step in record.prompts) - int(case.admitted.sum())
+    assert tokens_of(coalesced) == int(outputs.sum()) - int(case.admitted.sum()) - resumed
+    return coalesced
+
+
+@given(case=adaptive_cases(pressed=True))
+@settings(QUICK, max_examples=150)
+def test_laws_hold_under_memory_pressure(case: Case) -> None:
+    result = play_both(case)
+    adaptive = case.deployment.adaptive
+    for record in map(record_of, [result]):
+        for action in record.actions:
+            assert abs(action.to_level - action.from_level) == (0 if action.sequences else 1)
+            assert action.freed_bytes > 0 or not action.sequences
+            assert adaptive.requantize is not None or not action.sequences
+
+
+@given(case=adaptive_cases(pressed=False))
+@settings(QUICK, max_examples=80)
+def test_laws_hold_on_every_kind_of_load(case: Case) -> None:
+    play_both(case)
+
+
+@given(case=adaptive_cases(pressed=True))
+@settings(QUICK, max_examples=15)
+def test_equal_runs_act_alike(case: Case) -> None:
+    one, other = case.play(), case.play()
+    assert one.log == other.log
+    assert [r.adaptive for r in one.records] == [r.adaptive for r in other.records]
+
+
+@given(case=adaptive_cases(pressed=True))
+@settings(QUICK, max_examples=40)
+def test_classes_stay_in_their_range(case: Case) -> None:
+    adaptive, names = case.deployment.adaptive, case.requests.class_names
+    for record in case.play().records:
+        for name, tokens in zip(names, record.adaptive.tokens, strict=False):
+            low, high = adaptive.bounds(name)
+            assert not any(count for level, count in enumerate(tokens) if not low <= level <= high)
+
+
+# --- prices of mixtures ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_mixture_costs_one_launch_per_format(model: str) -> None:
+    levels = (
+        ("native", "fp8") if model.startswith("deepseek") else ("native", "fp8", "int4_per_token_head", "snapkv+fp8")
+    )
+    if model == "deepseek-v3.2":
+        levels = ("native", "native")
+    steps = [step_model(deploy(model, level)) for level in levels]
+    tables = [build_tables(step, 8, 8) for step in steps]
+    mixed = mixed_prices(steps, tables)
+    for level in range(len(levels)):
+        assert mixed.shared_attention[1 << level] == mixed.shared_compression[1 << level] == 0
+        assert mixed.append_launch[1 << level] == tables[level].append_launch
+    if len(levels) == 4:
+        fp8_twice = 0b1010
+        launch = 2 * tables[1].attention_fixed[1] - tables[1].attention_fixed[2]
+        assert mixed.shared_attention[fp8_twice] == pytest.approx(launch, rel=1e-6)
+        assert mixed.append_launch[fp8_twice] == tables[1].append_launch
+    if levels == ("native", "native"):
+        launch = 2 * tables[0].attention_fixed[1] - tables[0].attention_fixed[2]
+        assert mixed.shared_attention[0b11] == pytest.approx(launch, rel=1e-6)
+
+
+def test_levels_with_nothing_in_common_share_nothing() -> None:
+    steps = [step_model(deploy("llama-3.1-8b", level)) for level in ("native", "fp8", "int4_per_token_head")]
+    mixed = mixed_prices(steps, [build_tables(step, 4, 4) for step in steps])
+    assert not any(mixed.shared_attention)
+    assert not any(mixed.shared_compression)
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "gpt-oss-20b", "gemma-3-1b"])
+@pytest.mark.parametrize("strategy", KEEPING)
+def test_a_cache_that_keeps_all_tokens_goes_on_from_its_length(model: str, strategy: str) -> None:
+    """Why a sequence that is encoded again can be taken for one whose prompt was everything so far."""
+    sequences = step_model(deploy(model, strategy)).sequences
+    for prompt in (5, 130, 1100):
+        whole = sequences.profile(prompt)
+        for steps in (1, 16, 77, 500):
+            rest = sequences.profile(prompt + steps)
+            for later in (0, 1, 300):
+                assert whole.resident_bytes(steps + later, 16) == rest.resident_bytes(later, 16)
+
+
+def test_encoding_again_costs_at_least_its_bytes_and_grows_with_tokens() -> None:
+    native, fp8, int4 = (
+        step_model(deploy("llama-3.1-8b", level)) for level in ("native", "fp8", "int4_per_token_head")
+    )
+    for source, target in ((native, fp8), (native, int4), (fp8, int4)):
+        price = reencoding(source, target)
+        moved = sum(
+            layer.encoding.bytes_per_token(layer.group, native.deployment.model.dtype).total_bytes * layers
+            for step in (source, target)
+            for layer in step.deployment.layer_classes
+            for _, layers in layer.bands
+        )
+        assert price.ticks(1000) >= 1000 * moved / native.deployment.device.bandwidth_bytes_per_s * 1e12
+        assert price.ticks(2000) == pytest.approx(2 * price.ticks(1000), abs=1)
+        assert price.launch_ticks > 0
+    same = reencoding(fp8, fp8)
+    assert (same.ticks(1000), same.launch_ticks) == (0, 0)
