@@ -81,8 +81,6 @@ def _resolve_adaptive(scenario: Scenario, adaptive: Adaptive, base_dir: Path | N
         raise IncompatibleScenario(msg)
     levels = tuple(_resolve_level(scenario, level, base_dir) for level in range(len(adaptive.levels)))
     first, notes = levels[0], list(levels[0].notes)
-    if first.prefix_caching:
-        notes.append("prefix caching is off: a cached block has one level's format, and requests are at several levels")
     notes.append(f"KV figures and effects are those of level 0 ({adaptive.levels[0].name})")
     return replace(first, adaptive=adaptive, levels=levels, prefix_caching=False, notes=tuple(notes))
 

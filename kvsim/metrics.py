@@ -138,6 +138,12 @@ def _basis_share(basis: Basis) -> Callable[[Report], Figure]:
     return share
 
 
+def _adaptive(report: Report, field: str) -> Figure:
+    """A number of the adaptive section; unknown where nothing adapts."""
+    value = getattr(report.adaptive, field) if report.adaptive is not None else None
+    return value if isinstance(value, Figure) else Figure(value=None if value is None else float(value))
+
+
 def _weakest(bases: list[Basis]) -> Basis:
     order = list(Basis)
     return max(bases, key=order.index)
@@ -210,6 +216,16 @@ _COUNTS = (
     Metric("max_waiting_requests", "Max waiting", "requests", "lower", "counts.max_waiting_requests",
            "longest queue"),
 )  # fmt: skip
+_ADAPTIVE = (
+    Metric("adaptive_actions", "Policy acts", "events", None, lambda r: _adaptive(r, "total_actions"),
+           "times that an adaptive compression changed its level or encoded running sequences again"),
+    Metric("requantized_sequences", "Re-encoded sequences", "sequences", "lower",
+           lambda r: _adaptive(r, "requantized_sequences"), "running sequences that were encoded again"),
+    Metric("requantize_time", "Re-encoding time", "s", "lower", lambda r: _adaptive(r, "requantize_s"),
+           "time that steps took longer for encoding running sequences again"),
+    Metric("reduced_precision_share", "Reduced precision", "", "lower", lambda r: _adaptive(r, "reduced_share"),
+           "share of decoded tokens at a level after the first"),
+)  # fmt: skip
 _EFFECTS = (
     Metric("prefill_tax", "Prefill tax", "x", "lower", "effects.prefill_tax", "prefill time / native"),
     Metric("decode_gain", "Decode gain", "x", "higher", "effects.decode_gain",
@@ -251,7 +267,7 @@ _SHARES = (
 )
 
 METRICS: tuple[Metric, ...] = (
-    *_KV, *_latency_metrics(), *_THROUGHPUT, *_COUNTS, *_EFFECTS, *_COST, *_ENERGY, *_SHARES,
+    *_KV, *_latency_metrics(), *_THROUGHPUT, *_COUNTS, *_ADAPTIVE, *_EFFECTS, *_COST, *_ENERGY, *_SHARES,
 )  # fmt: skip
 METRIC_BY_TAG: dict[str, Metric] = {metric.tag: metric for metric in METRICS}
 

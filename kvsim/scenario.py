@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 
 from kvsim import __version__
 from kvsim.adaptive import Adaptive
-from kvsim.compression import Compression, NamedCompression
+from kvsim.compression import Compression, NamedCompression, parse_compression
+from kvsim.errors import InvalidSpec, UnknownName
 from kvsim.specs.base import Spec
 from kvsim.specs.engine import EngineSpec
 from kvsim.specs.price import Price
@@ -29,6 +30,12 @@ class Slo(Spec):
     def is_set(self) -> bool:
         """Whether any objective is named."""
         return any(limit is not None for limit in (self.ttft_s, self.tpot_s, self.e2el_s))
+
+
+ADAPTIVE = "adaptive"
+"""Name of an adaptive scenario's own policy among strategies."""
+STATIC = "static:"
+"""``static:1`` is level 1 of an adaptive scenario, held throughout."""
 
 
 class Scenario(Spec):
@@ -67,6 +74,36 @@ class Scenario(Spec):
             msg = "compression and adaptive exclude each other: name the compression as one of adaptive.levels"
             raise ValueError(msg)
         return self
+
+    @property
+    def strategy(self) -> str:
+        """Name of what compresses: a strategy's, ``adaptive``, or the strategy of the only level that it may choose."""
+        if self.adaptive is None:
+            return self.compression.name
+        level = self.adaptive.only_level
+        return ADAPTIVE if level is None else self.adaptive.levels[level].name
+
+    def with_strategy(self, name: str) -> Scenario:
+        """The same question of another strategy: by its name, ``adaptive``, or ``static:`` and a level.
+
+        Raises
+        ------
+        UnknownName, InvalidSpec
+            There is no such strategy or level.
+        """
+        if name != ADAPTIVE and not name.startswith(STATIC):
+            return self.model_copy(update={"compression": parse_compression(name), "adaptive": None})
+        if self.adaptive is None:
+            msg = f"strategy {name!r} needs a scenario with adaptive levels"
+            raise InvalidSpec(msg)
+        if name == ADAPTIVE:
+            return self.model_copy(update={"adaptive": self.adaptive.model_copy(update={"baselines": False})})
+        known = [f"{STATIC}{level}" for level in range(len(self.adaptive.levels))]
+        if name not in known:
+            kind = "level"
+            raise UnknownName(kind, name, known)
+        held = self.adaptive.held_at(int(name.removeprefix(STATIC)))
+        return self.model_copy(update={"adaptive": held})
 
     def fingerprint(self) -> str:
         """Hash of the canonical scenario and kvsim's version; equal scenarios give equal reports."""

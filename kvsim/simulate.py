@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import Literal
 
 from kvsim import __version__
-from kvsim.analysis import EdgeModels, LoadShape, capacity, effects, load_shape, price_edges
+from kvsim.adaptation import adaptive_use, policy_outcome, reduced_share
+from kvsim.analysis import EdgeModels, LoadShape, capacity, effects, load_shape, price_edges, resident_bytes
 from kvsim.catalog import DATASHEET, at_field, look_up, resolve
-from kvsim.compression import parse_compression
 from kvsim.cost.basis import kernel_notes, pricings
 from kvsim.cost.priors import EDGES, Edge
+from kvsim.cost.rates import build_rates
+from kvsim.cost.step import StepModel
 from kvsim.deployment import Deployment
-from kvsim.errors import KvsimError, RequestDoesNotFit
+from kvsim.errors import IncompatibleScenario, InvalidSpec, KvsimError, RequestDoesNotFit, UnknownName
 from kvsim.explain import Explanation, Term, explain_deployment
 from kvsim.memory import MemoryPlan, plan_memory, plan_or, waterfall
 from kvsim.pool import block_bytes, longest_prompt
 from kvsim.quality import published_quality
-from kvsim.report import Counts, Figure, KernelUsed, Provenance, Report
+from kvsim.report import Counts, Figure, KernelUsed, PolicyOutcome, Provenance, Quality, Report
 from kvsim.requests import RequestTable
-from kvsim.scenario import Scenario
+from kvsim.scenario import ADAPTIVE, STATIC, Scenario
 from kvsim.specs.workload import WorkloadSpec
 from kvsim.summary import (
     Outcome,
@@ -82,6 +84,8 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
     prepared = prepare(scenario, base_dir=base_dir)
     results = []
     edges = _edges(scenario)
+    held = _held_levels(prepared)
+    parts = len(edges) + len(held)
     for position, edge in enumerate(edges):
         result = run_requests(
             prepared.deployment,
@@ -90,7 +94,7 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
             prepared.max_model_len,
             routing=scenario.routing,
             edge=edge,
-            progress=_part(progress, position, len(edges)),
+            progress=_part(progress, position, parts),
         )
         results.append((result, outcome(result, prepared.requests, scenario.slo, edge)))
     central = results[0][0]
@@ -104,7 +108,43 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
     used = 1.0 - min(record.min_free_bytes for record in central.records) / central.pool_bytes
     batch = _mean_batch(outcomes[0], prepared)
     models = price_edges(prepared.deployment, edges)
-    return assemble(prepared, models, outcomes, "simulation", counts(central, prepared.requests), used, batch)
+    report = assemble(prepared, models, outcomes, "simulation", counts(central, prepared.requests), used, batch)
+    if prepared.deployment.adaptive is None:
+        return report
+    basis = weakest_basis(report.time_split)
+    mine = policy_outcome(ADAPTIVE, "", central, outcomes[0], basis, reduced_share(central))
+    beside = [
+        _hold(scenario, level, base_dir, _part(progress, len(edges) + position, parts))
+        for position, level in enumerate(held)
+    ]
+    use = adaptive_use(central, prepared.deployment, prepared.requests, (mine, *beside), basis)
+    return report.model_copy(update={"adaptive": use})
+
+
+def _held_levels(prepared: Prepared) -> range:
+    """Levels to simulate beside an adaptive run."""
+    adaptive = prepared.deployment.adaptive
+    return range(len(adaptive.levels) if adaptive is not None and adaptive.baselines else 0)
+
+
+def _hold(scenario: Scenario, level: int, base_dir: Path | None, progress: Progress | None) -> PolicyOutcome:
+    """What one level gives if it serves every request, on the same requests; central edge."""
+    from kvsim.sim.run import run_requests
+
+    name = f"{STATIC}{level}"
+    one = scenario.with_strategy(name)
+    try:
+        prepared = prepare(one, base_dir=base_dir)
+    except KvsimError as error:
+        return PolicyOutcome(policy=name, compression=one.strategy, reason=str(error))
+    deployment, requests = prepared.deployment, prepared.requests
+    result = run_requests(
+        deployment, requests, prepared.plan, prepared.max_model_len, routing=scenario.routing, progress=progress
+    )
+    numbers = outcome(result, requests, scenario.slo, Edge.CENTRAL)
+    basis = weakest_basis(time_split(numbers, deployment))
+    reduced = Figure(value=1.0 if level else 0.0)
+    return policy_outcome(name, one.strategy, result, numbers, basis, reduced)
 
 
 def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
@@ -112,6 +152,7 @@ def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
     from kvsim.estimate import estimate_counts, estimate_outcomes
 
     prepared = prepare(scenario, base_dir=base_dir)
+    _refuse_adaptive(prepared)
     if prepared.max_model_len < prepared.load.prompt_tokens + prepared.load.output_tokens:
         msg = (
             f"the mean request of {prepared.load.prompt_tokens} + {prepared.load.output_tokens} tokens exceeds the "
@@ -123,6 +164,16 @@ def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
     outcomes, batch = estimate_outcomes(models.mine, plans, prepared.load)
     tally = estimate_counts(prepared.requests, batch)
     return assemble(prepared, models, outcomes, "estimate", tally, None, round(batch))
+
+
+def _refuse_adaptive(prepared: Prepared) -> None:
+    """A steady state has no bursts to adapt to, and one step explains one compression."""
+    if prepared.deployment.adaptive is not None:
+        msg = (
+            "adaptive: a closed form has no queue and no bursts, so it cannot say when a policy acts; use kvsim "
+            "simulate, or hold one level with --set 'adaptive.policy={kind: static, level: 0}'"
+        )
+        raise IncompatibleScenario(msg)
 
 
 def _edges(scenario: Scenario) -> tuple[Edge, ...]:
@@ -141,13 +192,12 @@ def compare(
 
     With ``native`` among the strategies, the others' queueing effect is filled in.
     """
-    compressions = [parse_compression(name) for name in strategies]
+    variants = [scenario.with_strategy(name) for name in strategies]
     # What no strategy can mend is an error of the whole comparison, not a row.
     look_up(scenario, base_dir=base_dir)
     _load_requests(scenario, base_dir)
     rows: list[Comparison] = []
-    for position, (name, compression) in enumerate(zip(strategies, compressions, strict=True)):
-        one = scenario.model_copy(update={"compression": compression})
+    for position, (name, one) in enumerate(zip(strategies, variants, strict=True)):
         try:
             if method == "estimate":
                 report = estimate(one, base_dir=base_dir)
@@ -165,6 +215,7 @@ def explain(scenario: Scenario, *, base_dir: Path | None = None) -> Explanation:
     from kvsim.estimate import estimate_outcomes
 
     prepared = prepare(scenario, base_dir=base_dir)
+    _refuse_adaptive(prepared)
     load = prepared.load
     steps = price_edges(prepared.deployment, EDGES[:1]).mine
     _, batch = estimate_outcomes(steps, {Edge.CENTRAL: prepared.plan}, load)
@@ -198,15 +249,17 @@ def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
     plan = plan_memory(deployment, block_bytes(deployment))
     limit = scenario.engine.max_model_len or deployment.model.max_position_embeddings
     fits = longest_prompt(deployment, plan.num_blocks * plan.block_bytes, limit)
+    _check_classes(scenario, requests)
     notes = [*deployment.notes, *kernel_notes(deployment), *requests.notes]
     if deployment.engine_fit is not None:
         notes.append(f"{deployment.device.name} is calibrated by an engine-level fit ({deployment.engine_fit.id})")
     elif deployment.calibration is None and scenario.calibration != DATASHEET:
         notes.append(f"no kernel of {deployment.device.name} is calibrated: priced from its datasheet and priors")
     if requests.prefix_hashes is not None and scenario.engine.enable_prefix_caching and not deployment.prefix_caching:
-        notes.append(
-            f"prefix caching is off: {scenario.compression.name} evicts tokens, so a cached prompt cannot be reused"
-        )
+        why = f"{deployment.compression.name} evicts tokens, so a cached prompt cannot be reused"
+        if deployment.adaptive is not None:
+            why = "a cached block has one level's format, and requests are at several levels"
+        notes.append(f"prefix caching is off: {why}")
     if scenario.engine.kv_offloading_size is not None and (
         requests.prefix_hashes is None or not deployment.prefix_caching
     ):
@@ -221,10 +274,36 @@ def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
         notes.append(f"the KV pool holds one sequence of {fits} tokens, less than the model's {limit}")
     if not scenario.engine.enable_chunked_prefill:
         fits = min(fits, scenario.engine.max_num_batched_tokens)
+    notes += _level_notes(deployment, requests)
     longest = int((requests.prompt_tokens + requests.output_tokens).max())
     if longest > fits:
         notes.append(f"requests longer than {fits} tokens (the longest has {longest}) are rejected, and counted")
     return Prepared(scenario, deployment, requests, plan, fits, tuple(notes))
+
+
+def _check_classes(scenario: Scenario, requests: RequestTable) -> None:
+    for name in scenario.adaptive.classes if scenario.adaptive is not None else ():
+        if name not in requests.class_names:
+            if not requests.class_names:
+                msg = f"adaptive.classes.{name}: the workload has no request classes; give workload.classes"
+                raise InvalidSpec(msg)
+            kind = "request class"
+            raise UnknownName(kind, name, requests.class_names, where="adaptive.classes")
+
+
+def _level_notes(deployment: Deployment, requests: RequestTable) -> list[str]:
+    """Levels that hold no less than the one before: pressure would not fall there."""
+    if deployment.adaptive is None:
+        return []
+    load = load_shape(requests)
+    rates = build_rates(deployment.device, deployment.priors, Edge.CENTRAL)
+    held = [resident_bytes(StepModel(variant, rates), load) for variant in deployment.levels]
+    return [
+        f"adaptive: level {level} ({deployment.adaptive.levels[level].name}) holds no less of a mean sequence than the "
+        "level before, so tightening to it frees nothing"
+        for level in range(1, len(held))
+        if held[level] >= held[level - 1]
+    ]
 
 
 def _load_requests(scenario: Scenario, base_dir: Path | None) -> RequestTable:
@@ -278,7 +357,7 @@ def assemble(
     basis = weakest_basis(shares)
     return Report(
         method=method,
-        strategy=prepared.scenario.compression.name,
+        strategy=prepared.scenario.strategy,
         scenario=prepared.scenario,
         kv=capacity(models, prepared.plan, load, peak_kv_utilization),
         memory=waterfall(prepared.plan, deployment),
@@ -292,7 +371,7 @@ def assemble(
         effects=effects(models, load, batch),
         cost=cost(deployment, outcomes, basis),
         energy=energy(deployment, outcomes),
-        quality=published_quality(prepared.scenario.compression),
+        quality=published_quality(deployment.compression) if deployment.adaptive is None else Quality(),
         coverage=coverage(shares),
         provenance=_provenance(prepared),
     )

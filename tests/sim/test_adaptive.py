@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 from adaptive_cases import KEEPING, adapt, adaptive_cases, audited_levels, classed
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from run_invariants import check_run, check_schedulers
-from sim_cases import MS, MODELS, STRATEGIES, Case, build_case, deploy, step_model, table
+from sim_cases import MODELS, MS, STRATEGIES, Case, build_case, deploy, step_model, table
 from test_coalescing import assert_same
 
 from kvsim.cost.mixed import mixed_prices, reencoding
@@ -83,7 +83,7 @@ def test_a_policy_acts_where_it_should() -> None:
     assert any(action.sequences and action.freed_bytes > 0 for action in actions)
     assert actions[-1].to_level == 0
     assert actions[-1].at_ticks < requests.arrival_ticks[-1]
-    assert all(b.at_ticks - a.at_ticks >= MS for a, b in zip(actions, actions[1:], strict=False))
+    assert all(b.at_ticks - a.at_ticks >= MS for a, b in itertools.pairwise(actions))
     assert record_of(result).prompts[0] >= 2
 
 
