@@ -203,3 +203,15 @@ def test_encoding_again_costs_at_least_its_bytes_and_grows_with_tokens() -> None
         assert price.launch_ticks > 0
     same = reencoding(fp8, fp8)
     assert (same.ticks(1000), same.launch_ticks) == (0, 0)
+
+
+def test_a_larger_pool_may_act_more_often() -> None:
+    """Not a law, and why the documents do not claim it: one block more is room for a request that fills it again."""
+    policy = {"kind": "pressure", "high_watermark": 0.75, "low_watermark": 0.5, "min_dwell_s": 0.0}
+    deployment = adapt(("native", "fp8"), {"policy": policy}, max_num_batched_tokens=128, max_num_seqs=8)
+    requests = table([16 * MS, 65 * MS, 145 * MS, 195 * MS], [16, 32, 32, 32], [64, 32, 16, 16])
+    tightened = []
+    for spare_blocks in (2, 3, 8):
+        actions = record_of(build_case(deployment, requests, spare_blocks=spare_blocks).play()).actions
+        tightened.append(sum(action.to_level > action.from_level for action in actions))
+    assert tightened[0] < tightened[1] > tightened[2]
