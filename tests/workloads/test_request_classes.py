@@ -131,7 +131,8 @@ def test_a_trace_names_classes(tmp_path, ending):
         ("csv", "prompt_tokens,output_tokens,kind\n3,4,a\n5,6,\n"),
         (
             "jsonl",
-            '{"prompt_tokens": 3, "output_tokens": 4, "kind": "a"}\n{"prompt_tokens": 3, "output_tokens": 4, "kind": []}',
+            '{"prompt_tokens": 3, "output_tokens": 4, "kind": "a"}\n'
+            '{"prompt_tokens": 3, "output_tokens": 4, "kind": []}',
         ),
     ],
 )
