@@ -79,10 +79,17 @@ def _resolve_adaptive(scenario: Scenario, adaptive: Adaptive, base_dir: Path | N
             "how large the pool is; give engine.kv_cache_memory_bytes instead"
         )
         raise IncompatibleScenario(msg)
+    if scenario.engine.kv_offloading_size is not None:
+        msg = (
+            "engine.kv_offloading_size: the host tier holds blocks of one format, and adaptive levels have several; "
+            "leave it out, or hold one level"
+        )
+        raise IncompatibleScenario(msg)
     levels = tuple(_resolve_level(scenario, level, base_dir) for level in range(len(adaptive.levels)))
     first, notes = levels[0], list(levels[0].notes)
     notes.append(f"KV figures and effects are those of level 0 ({adaptive.levels[0].name})")
-    return replace(first, adaptive=adaptive, levels=levels, prefix_caching=False, notes=tuple(notes))
+    prefix_caching = all(level.prefix_caching for level in levels)
+    return replace(first, adaptive=adaptive, levels=levels, prefix_caching=prefix_caching, notes=tuple(notes))
 
 
 def _resolve_level(scenario: Scenario, level: int, base_dir: Path | None) -> Deployment:

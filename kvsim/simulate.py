@@ -256,10 +256,10 @@ def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
     elif deployment.calibration is None and scenario.calibration != DATASHEET:
         notes.append(f"no kernel of {deployment.device.name} is calibrated: priced from its datasheet and priors")
     if requests.prefix_hashes is not None and scenario.engine.enable_prefix_caching and not deployment.prefix_caching:
-        why = f"{deployment.compression.name} evicts tokens, so a cached prompt cannot be reused"
-        if deployment.adaptive is not None:
-            why = "a cached block has one level's format, and requests are at several levels"
-        notes.append(f"prefix caching is off: {why}")
+        evicting = next(one for one in deployment.variants if one.compression.selection.evicts)
+        notes.append(
+            f"prefix caching is off: {evicting.compression.name} evicts tokens, so a cached prompt cannot be reused"
+        )
     if scenario.engine.kv_offloading_size is not None and (
         requests.prefix_hashes is None or not deployment.prefix_caching
     ):

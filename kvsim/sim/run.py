@@ -21,7 +21,8 @@ from kvsim.memory import MemoryPlan
 from kvsim.pool import prefill_growths
 from kvsim.requests import IntArray, RequestTable
 from kvsim.sim.adaptive.engine import AdaptiveEngine
-from kvsim.sim.adaptive.prices import level_prices
+from kvsim.sim.adaptive.prices import LevelPrices, level_prices
+from kvsim.sim.adaptive.scheduler import LevelSharing, level_sharing
 from kvsim.sim.arrivals import ArrivalSource
 from kvsim.sim.engine import ReplicaEngine
 from kvsim.sim.host_tier import HostTier, HostTierLimits
@@ -79,6 +80,7 @@ def run_requests(
                 step,
                 tables,
                 limits,
+                sharing=_level_sharing(deployment, requests, limits, prices),
                 adaptive=deployment.adaptive,
                 prices=prices,
                 classes=(requests.class_names, _listed(requests.request_class)),
@@ -161,19 +163,38 @@ def _prefix_sharing(
     deployment: Deployment, requests: RequestTable, limits: SchedulerLimits, device: SharedDevice, edge: Edge
 ) -> PrefixSharing | None:
     """A prefix cache, where the workload shares prefixes and the deployment can reuse them."""
-    if requests.prefix_hashes is None or not deployment.prefix_caching:
+    unit_bytes = _unit_bytes(requests, limits.block_size, limits.prefill_growths)
+    if not deployment.prefix_caching or not unit_bytes:
         return None
-    unit_tokens = requests.hash_block_tokens
-    # Windowed layers keep their own blocks: only what grows with the prompt can be shared.
-    growing = sum(block_bytes for cap, block_bytes in limits.prefill_growths if cap is None)
-    unit_bytes = unit_tokens // limits.block_size * growing
-    if unit_tokens % limits.block_size or not unit_bytes:
-        return None
-    hashes = requests.prefix_hashes
-    if requests.output_hashes is not None:
-        hashes = tuple(a + b for a, b in zip(hashes, requests.output_hashes, strict=True))
     host = _host_tier(deployment, unit_bytes, device, edge)
-    return PrefixSharing(PrefixCache(unit_bytes), hashes, unit_tokens, host)
+    return PrefixSharing(PrefixCache(unit_bytes), _hashes(requests), requests.hash_block_tokens, host)
+
+
+def _level_sharing(
+    deployment: Deployment, requests: RequestTable, limits: SchedulerLimits, prices: LevelPrices
+) -> LevelSharing | None:
+    """The same for a deployment of several levels."""
+    unit_bytes = [_unit_bytes(requests, limits.block_size, prompt.growths) for prompt in prices.prompts]
+    if not deployment.prefix_caching or not all(unit_bytes):
+        return None
+    return level_sharing(unit_bytes, _hashes(requests), requests.hash_block_tokens)
+
+
+def _unit_bytes(requests: RequestTable, block_size: int, growths: tuple[tuple[int | None, int], ...]) -> int:
+    """Bytes of one hashed unit; 0 where the workload has no hashes, or blocks cannot be shared by them."""
+    if requests.prefix_hashes is None or requests.hash_block_tokens % block_size:
+        return 0
+    # Windowed layers keep their own blocks: only what grows with the prompt can be shared.
+    growing = sum(block_bytes for cap, block_bytes in growths if cap is None)
+    return requests.hash_block_tokens // block_size * growing
+
+
+def _hashes(requests: RequestTable) -> tuple[tuple[int, ...], ...]:
+    """Per request, hashes of its prompt's units and of those that its answer completes."""
+    prompts = requests.prefix_hashes or ()
+    if requests.output_hashes is None:
+        return prompts
+    return tuple(a + b for a, b in zip(prompts, requests.output_hashes, strict=True))
 
 
 def _host_tier(deployment: Deployment, unit_bytes: int, device: SharedDevice, edge: Edge) -> HostTier | None:

@@ -96,8 +96,8 @@ class Scheduler:
         """Return a sequence's own bytes, and let go of the units that it shares."""
         self._note_peak()
         self.free += held_bytes
-        if self.sharing is not None and sequence.pinned:
-            cache = self.sharing.cache
+        if sequence.pinned and (sharing := self.sharing_of(sequence)) is not None:
+            cache = sharing.cache
             self.free += cache.unpin(sequence.pinned) * cache.unit_bytes
 
     def shrink(self, sequence: SequenceState, kept_bytes: int) -> None:
@@ -124,9 +124,8 @@ class Scheduler:
 
     def shared_bytes(self, sequence: SequenceState) -> int:
         """Bytes of the units that the sequence shares."""
-        if self.sharing is None:
-            return 0
-        return len(sequence.pinned) * self.sharing.cache.unit_bytes
+        sharing = self.sharing_of(sequence)
+        return 0 if sharing is None else len(sequence.pinned) * sharing.cache.unit_bytes
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
@@ -285,9 +284,13 @@ class Scheduler:
 
     # --- prefix sharing ---------------------------------------------------------------------------------------------
 
+    def sharing_of(self, sequence: SequenceState) -> PrefixSharing | None:
+        """Where a sequence's units are found: in one cache for all, or in none."""
+        return self.sharing
+
     def _match_prefix(self, sequence: SequenceState) -> int:
         """Find the cached prefix; bytes that pinning it takes from the free ones."""
-        sharing = self.sharing
+        sharing = self.sharing_of(sequence)
         if sharing is None:
             return 0
         own = sharing.hashes[sequence.index]
@@ -298,13 +301,13 @@ class Scheduler:
         return sharing.cache.unused_among(sequence.pinned) * sharing.cache.unit_bytes
 
     def _pin_prefix(self, sequence: SequenceState, pinned_bytes: int) -> None:
-        if self.sharing is not None:
-            self.sharing.cache.pin(sequence.pinned)
+        if (sharing := self.sharing_of(sequence)) is not None:
+            sharing.cache.pin(sequence.pinned)
             self.free -= pinned_bytes
 
     def register_prompt(self, sequence: SequenceState) -> None:
         """Make a processed prompt's blocks findable; from a unit that another added first, they stay private."""
-        sharing = self.sharing
+        sharing = self.sharing_of(sequence)
         if sharing is None:
             return
         own = sharing.hashes[sequence.index]
@@ -312,7 +315,7 @@ class Scheduler:
 
     def register_output(self, sequence: SequenceState) -> None:
         """Blocks that an answer completed become findable too, for the conversation's next turn."""
-        sharing = self.sharing
+        sharing = self.sharing_of(sequence)
         if sharing is None:
             return
         known = self.prompt[sequence.index] // sharing.unit_tokens

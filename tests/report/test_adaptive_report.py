@@ -187,7 +187,7 @@ def test_closed_forms_answer_static_policies_only() -> None:
 @pytest.mark.parametrize(
     ("adaptive", "error", "said"),
     [
-        ({"classes": {"reasonin": {}}}, UnknownName, "adaptive.classes: unknown request class .*did you mean 'reasoning'"),
+        ({"classes": {"reasonin": {}}}, UnknownName, "classes: unknown request class .*did you mean 'reasoning'"),
         ({"classes": {"chat": {"min_level": 2, "max_level": 1}}}, InvalidSpec, "no range of the levels 0 to 2"),
         ({"levels": ["native", "snapkv"], "classes": None}, InvalidSpec, "snapkv selects tokens"),
         ({"levels": ["fp8", "fp8_e4m3"], "classes": None}, InvalidSpec, "the same level is listed twice"),
@@ -222,9 +222,27 @@ def test_classes_need_a_workload_with_classes() -> None:
         simulate(asked)
 
 
-def test_shared_prefixes_are_not_cached_and_the_report_says_so() -> None:
+def shared_prefixes(**adaptive: Any) -> Scenario:
     workload = {**BURSTS["workload"], "shared_prefix_tokens": 512}
-    asked = validate(Scenario, {**BURSTS, "workload": workload}, "s.yaml", require_units=True)
-    found = simulate(asked)
+    asked = {**BURSTS, "workload": workload, "adaptive": {**BURSTS["adaptive"], **adaptive}}
+    return validate(Scenario, asked, "s.yaml", require_units=True)
+
+
+def test_prefixes_are_shared_within_a_level() -> None:
+    found = simulate(shared_prefixes())
+    held = simulate(shared_prefixes().with_strategy("static:0"))
+    assert 0 < found.counts.cached_prompt_tokens < held.counts.cached_prompt_tokens
+    assert len([level for level in found.adaptive.levels if level.tokens_decoded]) > 1
+
+
+def test_a_level_that_evicts_turns_prefix_caching_off_and_the_report_says_so() -> None:
+    found = simulate(shared_prefixes(levels=["native", "fp8", "snapkv"], requantize=None))
     assert found.counts.cached_prompt_tokens == 0
-    assert any("one level's format" in note for note in found.provenance.notes)
+    assert any("prefix caching is off: snapkv evicts" in note for note in found.provenance.notes)
+
+
+def test_a_host_tier_of_several_formats_is_refused() -> None:
+    several = scenario()
+    engine = several.engine.model_copy(update={"kv_offloading_size": 2**34})
+    with pytest.raises(IncompatibleScenario, match="holds blocks of one format"):
+        simulate(several.model_copy(update={"engine": engine}))

@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 from hypothesis import strategies as st
 from run_invariants import AuditedScheduler
-from sim_cases import BATCHED, MS, Case, build_case, closed_tables, deploy, lengths, open_tables, table
+from sim_cases import ANY_TABLE, BATCHED, MS, Case, build_case, deploy, lengths, shared_tables, table, talk_tables
 
 from kvsim.adaptive import Adaptive
 from kvsim.deployment import Deployment
@@ -30,7 +30,9 @@ def adapt(
     """A deployment of several levels; ``options`` are those of ``deploy``."""
     spec = Adaptive.model_validate({"levels": levels, **adaptive})
     deployed = tuple(deploy(model, level, **options) for level in levels)
-    return replace(deployed[0], adaptive=spec, levels=deployed, prefix_caching=False)
+    return replace(
+        deployed[0], adaptive=spec, levels=deployed, prefix_caching=all(one.prefix_caching for one in deployed)
+    )
 
 
 def classed(requests: RequestTable, classes: list[int], names: tuple[str, ...]) -> RequestTable:
@@ -42,6 +44,11 @@ class AuditedAdaptive(AuditedScheduler, AdaptiveScheduler):
     """Counts every byte of every level again before each step."""
 
     ledger: ClassVar[list[AuditedScheduler]] = []
+
+    def _pinned_bytes(self) -> int:
+        cache = self.sharing.cache
+        assert cache.evictable_bytes == sum(len(one._unused) * one.unit_bytes for one in cache.levels)
+        return cache.pinned_bytes
 
 
 @contextmanager
@@ -83,13 +90,15 @@ def adaptive_cases(draw: st.DrawFn, *, pressed: bool = True) -> Case:
         count = draw(st.integers(3, 10))
         arrivals = sorted(draw(st.lists(st.integers(0, 120), min_size=count, max_size=count)))
         requests = table([a * MS for a in arrivals], draw(lengths(count, 90)), draw(lengths(count, 90)))
+        if draw(st.integers(0, 2)) == 0:
+            requests = draw(st.one_of(shared_tables(), talk_tables()))
         batched, seqs, spare = (
             draw(st.sampled_from((8, 20, 40, 128))),
             draw(st.sampled_from((3, 5, 8))),
             st.integers(0, 12),
         )
     else:
-        requests = draw(st.one_of(open_tables(), open_tables(max_tokens=420), closed_tables()))
+        requests = draw(ANY_TABLE)
         batched, spare = draw(BATCHED), st.sampled_from((0, 1, 5, 12, 10_000))
         seqs = min(batched, draw(st.sampled_from((1, 2, 3, 8))))
     if draw(st.booleans()):

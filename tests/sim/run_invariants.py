@@ -37,7 +37,7 @@ class AuditedScheduler(Scheduler):
         if self.partial is not None:
             held += self.prefill_bytes(self.partial, self.partial.done) - self._shared(self.partial)
         if self.sharing is not None:
-            held += self.sharing.cache.pinned_units * self.sharing.cache.unit_bytes
+            held += self._pinned_bytes()
             assert self.sharing.cache.evictable_bytes <= self.free
         assert self.free >= 0
         assert held + self.free == self.limits.pool_bytes
@@ -52,8 +52,13 @@ class AuditedScheduler(Scheduler):
         blocks = -(-(sequence.target + steps) // size)
         return blocks * block_bytes + self.limits.fixed_bytes - self._shared(sequence)
 
+    def _pinned_bytes(self) -> int:
+        cache = self.sharing.cache
+        return cache.pinned_units * cache.unit_bytes
+
     def _shared(self, sequence: SequenceState) -> int:
-        return len(sequence.pinned) * self.sharing.cache.unit_bytes if self.sharing is not None else 0
+        sharing = self.sharing_of(sequence)
+        return len(sequence.pinned) * sharing.cache.unit_bytes if sharing is not None else 0
 
 
 @contextmanager
@@ -75,7 +80,7 @@ def check_schedulers(schedulers: list[AuditedScheduler]) -> None:
         assert not scheduler.waiting
         assert scheduler.partial is None
         assert not scheduler.batch.active
-        assert scheduler.sharing is None or scheduler.sharing.cache.pinned_units == 0
+        assert scheduler.sharing is None or scheduler._pinned_bytes() == 0
 
 
 def check_run(case: Case, result: RunResult) -> None:

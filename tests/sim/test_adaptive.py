@@ -8,12 +8,16 @@ from dataclasses import replace
 import pytest
 from adaptive_cases import KEEPING, adapt, adaptive_cases, audited_levels, classed
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from run_invariants import check_run, check_schedulers
-from sim_cases import MODELS, MS, STRATEGIES, Case, build_case, deploy, step_model, table
+from sim_cases import MODELS, MS, STRATEGIES, Case, build_case, deploy, shared_tables, step_model, table, talk_tables
 from test_coalescing import assert_same
 
 from kvsim.cost.mixed import mixed_prices, reencoding
 from kvsim.cost.tables import build_tables
+from kvsim.pool import block_bytes
+from kvsim.requests import RequestTable
+from kvsim.sim.adaptive.prefix_cache import LevelledPrefixCache
 from kvsim.sim.adaptive.record import AdaptiveRecord
 from kvsim.sim.run import RunResult
 
@@ -45,10 +49,19 @@ def test_watermarks_that_are_never_reached_are_level_0(strategy: str) -> None:
     other = "fp8" if strategy != "fp8" else "native"
     deployment = adapt((strategy, other), {"policy": NEVER}, max_num_batched_tokens=128, max_num_seqs=4)
     case = build_case(deployment, BURST)
-    plain = replace(case, deployment=replace(deployment.levels[0], prefix_caching=False))
+    plain = replace(case, deployment=replace(deployment.levels[0], prefix_caching=deployment.prefix_caching))
     result = case.play()
     assert_equal_runs(result, plain.play())
     assert record_of(result).actions == []
+
+
+@given(requests=st.one_of(shared_tables(), talk_tables()), spare_blocks=st.sampled_from((0, 3, 10_000)))
+@settings(QUICK, max_examples=40)
+def test_one_level_shares_prefixes_as_the_plain_engine(requests: RequestTable, spare_blocks: int) -> None:
+    adaptive = {"policy": {"kind": "static", "level": 1}, "classes": {"absent": {"max_level": 0}}}
+    deployment = adapt(("native", "fp8"), adaptive, max_num_batched_tokens=128, max_num_seqs=4)
+    case = build_case(deployment, classed(requests, [0] * len(requests), ("present",)), spare_blocks=spare_blocks)
+    assert_equal_runs(case.play(), replace(case, deployment=deployment.levels[1]).play())
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -215,3 +228,46 @@ def test_a_larger_pool_may_act_more_often() -> None:
         actions = record_of(build_case(deployment, requests, spare_blocks=spare_blocks).play()).actions
         tightened.append(sum(action.to_level > action.from_level for action in actions))
     assert tightened[0] < tightened[1] > tightened[2]
+
+
+# --- prefix caches of several levels --------------------------------------------------------------------------------
+
+
+def test_levels_share_the_order_of_forgetting_and_nothing_else() -> None:
+    cache = LevelledPrefixCache((100, 50))
+    loose, tight = cache.levels
+    for one in (loose, tight):
+        assert one.insert(7)
+        assert one.insert(8)
+    assert cache.pinned_bytes == 300
+    assert tight.unpin([7, 8]) == 2
+    assert loose.unpin([7, 8]) == 2
+    assert cache.evictable_bytes == tight.evictable_bytes == 300
+    tight.pin([7])
+    assert cache.evictable_bytes == 250
+    tight.unpin([7])
+    # Oldest first: 8 of the tight level, then 8 and 7 of the loose one; 7 of the tight level was used last.
+    cache.evict_until(260)
+    assert (tight.match([7, 8], 2), loose.match([7, 8], 2)) == (1, 2)
+    cache.evict_until(100)
+    assert (tight.match([7], 1), loose.match([7, 8], 2)) == (1, 0)
+    assert cache.evictable_bytes == 50
+
+
+@pytest.mark.parametrize("followers", [0, 1])
+def test_encoding_again_leaves_shared_units_to_their_other_users(followers: int) -> None:
+    """A unit that another sequence uses frees nothing, so the copy may not be worth it."""
+    ids = tuple(range(30))
+    count = 1 + followers
+    requests = table([i * 40 * MS for i in range(count)], [481] * count, [200] * count, hashes=(ids,) * count)
+    policy = {"kind": "pressure", "high_watermark": 0.5, "low_watermark": 0.1, "min_dwell_s": 0.0}
+    adaptive = {"policy": policy, "requantize": {}}
+    deployment = adapt(("native", "fp8"), adaptive, max_num_batched_tokens=512, max_num_seqs=8)
+    with audited_levels() as schedulers:
+        result = build_case(deployment, requests, spare_blocks=4).play()
+    check_schedulers(schedulers)
+    first = next(action for action in record_of(result).actions if action.sequences)
+    saved_bytes = block_bytes(deployment.levels[0]) - block_bytes(deployment.levels[1])
+    assert first.sequences == 1
+    assert first.freed_bytes >= saved_bytes * len(ids)
+    assert (first.at_ticks >= result.log.finished[0]) == bool(followers)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from kvsim.adaptive import Adaptive
 from kvsim.sim.adaptive.batch import AdaptiveBatch, LevelledSequence, level_of
+from kvsim.sim.adaptive.prefix_cache import LevelCache
 from kvsim.sim.adaptive.prices import LevelPrices
 from kvsim.sim.adaptive.record import Action, AdaptiveRecord
 from kvsim.sim.batch import SequenceState
@@ -196,8 +197,9 @@ class LevelControl:
         scheduler, batch = self._scheduler, self._batch
         steps = batch.counter - sequence.joined
         tokens = sequence.target + steps
-        profile, size = self._prices.steps[level].sequences.profile(tokens), batch.block_size
-        if sequence.profile is None or profile.resident_bytes(0, size) >= sequence.profile.resident_bytes(steps, size):
+        profile = self._prices.steps[level].sequences.profile(tokens)
+        needed = profile.resident_bytes(0, batch.block_size)
+        if needed >= self._leaves_bytes(sequence, steps):
             return 0
         left = sequence.finish - batch.counter
         scheduler.generated[sequence.index] += steps
@@ -205,6 +207,18 @@ class LevelControl:
         encoded.done = tokens
         encoded.held = profile.fixed_bytes
         scheduler.give_back(sequence, batch.remove(sequence))
-        scheduler.take(profile.resident_bytes(0, size))
+        scheduler.take(needed)
         batch.join(encoded, left)
+        scheduler.register_prompt(encoded)
         return tokens
+
+    def _leaves_bytes(self, sequence: SequenceState, steps: int) -> int:
+        """Bytes that are free once a sequence is gone: its own, and those of units that nobody else uses."""
+        if sequence.profile is None:
+            return 0
+        own = sequence.profile.resident_bytes(steps, self._batch.block_size)
+        sharing = self._scheduler.sharing_of(sequence)
+        if not sequence.pinned or sharing is None or not isinstance(sharing.cache, LevelCache):
+            return own
+        others = len(sequence.pinned) - sharing.cache.sole_units(sequence.pinned)
+        return own - others * sharing.cache.unit_bytes

@@ -14,7 +14,7 @@ from kvsim.sim.adaptive.batch import AdaptiveBatch, level_of
 from kvsim.sim.adaptive.control import LevelControl
 from kvsim.sim.adaptive.prices import LevelPrices
 from kvsim.sim.adaptive.record import AdaptiveRecord
-from kvsim.sim.adaptive.scheduler import AdaptiveScheduler
+from kvsim.sim.adaptive.scheduler import AdaptiveScheduler, LevelSharing
 from kvsim.sim.arrivals import ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.engine import Clocked, ClockedAnswer, ReplicaEngine
@@ -39,19 +39,31 @@ class AdaptiveEngine(ReplicaEngine):
         tables: StepTables,
         limits: SchedulerLimits,
         *,
+        sharing: LevelSharing | None,
         adaptive: Adaptive,
         prices: LevelPrices,
         classes: tuple[tuple[str, ...], Sequence[int] | None],
         coalesce: bool,
     ) -> None:
         self.prices = prices
+        self._level_sharing = sharing
         names, self._class_of = classes
         bounds = [adaptive.bounds(name) for name in names] if self._class_of is not None else [adaptive.bounds(None)]
         start = adaptive.policy.level if isinstance(adaptive.policy, StaticPolicy) else 0
         self.adaptive_record = AdaptiveRecord(prices.count, len(bounds), start)
         self.control = LevelControl(adaptive, prices, self.adaptive_record, limits.pool_bytes, bounds, self._class_of)
         super().__init__(
-            env, device, source, lengths, log, step, tables, limits, None, token_ticks=0, coalesce=coalesce
+            env,
+            device,
+            source,
+            lengths,
+            log,
+            step,
+            tables,
+            limits,
+            sharing.whole if sharing else None,
+            token_ticks=0,
+            coalesce=coalesce,
         )
         self.record.adaptive = self.adaptive_record
 
@@ -63,7 +75,15 @@ class AdaptiveEngine(ReplicaEngine):
         self, limits: SchedulerLimits, lengths: tuple[list[int], list[int]], sharing: PrefixSharing | None
     ) -> Scheduler:
         scheduler = AdaptiveScheduler(
-            limits, self.batch, lengths, self.generated, self.log, self.record, self.prices.prompts, self.control
+            limits,
+            self.batch,
+            lengths,
+            self.generated,
+            self.log,
+            self.record,
+            self._level_sharing,
+            self.prices.prompts,
+            self.control,
         )
         self.control.attach(scheduler, self._mixed_batch, lambda: self.source.next_ticks)
         return scheduler

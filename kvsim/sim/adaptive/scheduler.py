@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from kvsim.sim.adaptive.batch import LevelledSequence, level_of
 from kvsim.sim.adaptive.control import LevelControl
+from kvsim.sim.adaptive.prefix_cache import LevelledPrefixCache
 from kvsim.sim.adaptive.prices import PromptBytes
 from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
-from kvsim.sim.scheduler import Chunk, Scheduler, SchedulerLimits
+from kvsim.sim.scheduler import Chunk, PrefixSharing, Scheduler, SchedulerLimits
+
+
+@dataclass(frozen=True)
+class LevelSharing:
+    """The prefix cache of a pool of several levels: as a whole, and as sequences of each level see it."""
+
+    whole: PrefixSharing
+    levels: tuple[PrefixSharing, ...]
+
+
+def level_sharing(unit_bytes: Sequence[int], hashes: Sequence[tuple[int, ...]], unit_tokens: int) -> LevelSharing:
+    """A prefix cache for levels whose units of ``unit_tokens`` take so many bytes."""
+    cache = LevelledPrefixCache(unit_bytes)
+    levels = tuple(PrefixSharing(one, hashes, unit_tokens) for one in cache.levels)
+    return LevelSharing(PrefixSharing(cache, hashes, unit_tokens), levels)
 
 
 class AdaptiveScheduler(Scheduler):
@@ -21,16 +40,22 @@ class AdaptiveScheduler(Scheduler):
         generated: list[int],
         log: RequestLog,
         record: ReplicaRecord,
+        sharing: LevelSharing | None,
         prompts: tuple[PromptBytes, ...],
         control: LevelControl,
     ) -> None:
-        super().__init__(limits, batch, lengths, generated, log, record, None)
+        super().__init__(limits, batch, lengths, generated, log, record, sharing.whole if sharing else None)
+        self._level_sharing = sharing
         self._prompts = prompts
         self._control = control
 
     def new_sequence(self, index: int, target: int) -> SequenceState:
         """A request that may be let in, at the level that it would get now."""
         return LevelledSequence(index, target, self._control.level_for(index))
+
+    def sharing_of(self, sequence: SequenceState) -> PrefixSharing | None:
+        """A sequence finds and leaves units of its own level alone."""
+        return self._level_sharing.levels[level_of(sequence)] if self._level_sharing is not None else None
 
     def prefill_bytes(self, sequence: SequenceState, tokens: int) -> int:
         """Bytes held once ``tokens`` of a prompt are in, in its level's format."""
