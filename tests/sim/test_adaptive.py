@@ -264,7 +264,7 @@ def test_encoding_again_leaves_shared_units_to_their_other_users(followers: int)
     adaptive = {"policy": policy, "requantize": {}}
     deployment = adapt(("native", "fp8"), adaptive, max_num_batched_tokens=512, max_num_seqs=8)
     with audited_levels() as schedulers:
-        result = build_case(deployment, requests, spare_blocks=4).play()
+        result = build_case(deployment, requests, spare_blocks=30).play()
     check_schedulers(schedulers)
     first = next(action for action in record_of(result).actions if action.sequences)
     saved_bytes = block_bytes(deployment.levels[0]) - block_bytes(deployment.levels[1])
