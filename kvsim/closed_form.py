@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvsim.cost.host import exposed_host_seconds
 from kvsim.cost.step import StepModel
 from kvsim.ops import Component
 from kvsim.units import TICKS_PER_SECOND
@@ -25,11 +26,12 @@ def prefill_split(step: StepModel, prompt_tokens: int) -> Split:
     split = dict.fromkeys(Component, 0.0)
     done = 0
     while done < prompt_tokens:
-        chunk = min(budget, prompt_tokens - done)
+        chunk, before_s = min(budget, prompt_tokens - done), total_seconds(split)
         _add_tokens(split, step, chunk)
         attention_s, unpack_s = step.prefill_attention_seconds(chunk, done)
         split[Component.ATTENTION] += float(attention_s)
         split[Component.COMPRESSION] += float(unpack_s) + step.append_launch_s + chunk * step.append_s_per_token
+        split[Component.OVERHEAD] += exposed_host_seconds(step, 1, total_seconds(split) - before_s)
         done += chunk
     split[Component.WEIGHTS] += float(step.head_seconds(1))
     split[Component.COMPRESSION] += step.sequences.profile(prompt_tokens).compress_ticks / TICKS_PER_SECOND
@@ -45,6 +47,7 @@ def decode_split(step: StepModel, batch: int, prompt_tokens: int, generated_toke
     segment_ticks, unpack_ticks = variable_ticks(step, prompt_tokens, generated_tokens)
     split[Component.ATTENTION] += float(attention_s) + batch * (segment_ticks - unpack_ticks) / TICKS_PER_SECOND
     split[Component.COMPRESSION] += float(compression_s) + batch * unpack_ticks / TICKS_PER_SECOND
+    split[Component.OVERHEAD] += exposed_host_seconds(step, batch, total_seconds(split))
     return split
 
 

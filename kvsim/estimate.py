@@ -8,6 +8,7 @@ import numpy as np
 
 from kvsim.analysis import LoadShape, resident_bytes
 from kvsim.closed_form import Split, SteadyState, decode_split, prefill_split, steady_state, total_seconds
+from kvsim.cost.front_end import front_end
 from kvsim.cost.priors import Edge
 from kvsim.cost.step import StepModel
 from kvsim.energy import PhaseSeconds
@@ -47,8 +48,10 @@ def _outcome(step: StepModel, state: SteadyState, prompt: Split, load: LoadShape
     replicas = step.deployment.replicas
     completed = state.request_rate * replicas * REFERENCE_S
     steps = max(0, load.output_tokens - 1)
-    # A new prompt waits for the rest of the running step, half of one on average where the engine is busy.
-    ttft_s = state.prefill_s + 0.5 * state.utilization * state.step_s
+    # A new prompt waits for the rest of the running step, half of one on average where the engine is busy, and for
+    # the one planned behind it where steps are planned ahead.
+    ahead = 1.5 if step.deployment.engine.schedules_ahead else 0.5
+    ttft_s = state.prefill_s + ahead * state.utilization * state.step_s + front_end(step.deployment, edge).overhead_s
     decode_s = steps * state.decode_token_s
     prefill = _scaled(prompt, completed)
     batch = max(1, round(state.batch))

@@ -198,6 +198,8 @@ _THROUGHPUT = (
            "1 / median TPOT, 1 / mean in an estimate"),
     Metric("mean_queue_delay_ms", "Mean queueing delay", "ms", "lower", "queue_delay_mean_s",
            "mean wait before a request's first step", scale=MILLISECONDS_PER_SECOND),
+    Metric("request_overhead_ms", "Outside the engine", "ms", "lower", "request_overhead_s",
+           "time of a request outside the engine, in TTFT and E2EL", scale=MILLISECONDS_PER_SECOND),
 )  # fmt: skip
 _COUNTS = (
     Metric("num_prompts", "Requests sent", "requests", None, "counts.num_prompts", "requests that arrived"),

@@ -313,6 +313,8 @@ class Report(Spec):
     memory: tuple[MemoryTerm, ...]
     duration_s: Figure
     queue_delay_mean_s: Figure
+    request_overhead_s: Figure
+    """Time of a request outside the engine, in TTFT and E2EL; queueing for the front end comes on top."""
     latency: Latency
     throughput: Throughput
     counts: Counts

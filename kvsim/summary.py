@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvsim.cost.basis import component_basis
+from kvsim.cost.front_end import front_end, overhead_prior
 from kvsim.cost.priors import Edge
 from kvsim.deployment import Deployment
 from kvsim.energy import PhaseSeconds, energy_joules
@@ -54,15 +55,11 @@ class Outcome:
 
 def outcome(result: RunResult, requests: RequestTable, slo: Slo, edge: Edge) -> Outcome:
     """Reduce one run to its numbers."""
-    finished = np.asarray(result.log.finished, dtype=np.float64)
-    done = finished >= 0
-    arrived = np.asarray(result.log.arrived, dtype=np.float64)[done]
-    first = np.asarray(result.log.first_token, dtype=np.float64)[done]
-    scheduled = np.asarray(result.log.scheduled, dtype=np.float64)[done]
-    finished = finished[done]
+    sent_s, first_s, last_s = result.log.client_seconds()
+    done = last_s >= 0
+    ttft_s, e2el_s = (first_s - sent_s)[done], (last_s - sent_s)[done]
+    queued = np.asarray(result.log.scheduled, dtype=np.float64) - np.asarray(result.log.arrived, dtype=np.float64)
     generated = requests.output_tokens[done]
-    ttft_s = (first - arrived) / TICKS_PER_SECOND
-    e2el_s = (finished - arrived) / TICKS_PER_SECOND
     several = generated > 1
     tpot_s = np.zeros_like(ttft_s)
     tpot_s[several] = (e2el_s - ttft_s)[several] / (generated[several] - 1)
@@ -71,14 +68,14 @@ def outcome(result: RunResult, requests: RequestTable, slo: Slo, edge: Edge) -> 
     prefill = _components([record.prefill for record in result.records])
     decode = _components([record.decode for record in result.records])
     contention_s = sum(record.contention_ticks for record in result.records) / TICKS_PER_SECOND
-    duration_s = result.end_ticks / TICKS_PER_SECOND
+    duration_s = (result.end_ticks + result.log.egress_ticks) / TICKS_PER_SECOND
     # Compaction on a side stream overlaps steps, and what it costs them is their contention already.
     aside_s = sum(record.aside_ticks for record in result.records) / TICKS_PER_SECOND
     busy_prefill, busy_decode = sum(prefill.values()) - aside_s, sum(decode.values()) + contention_s
     return Outcome(
         edge=edge,
         duration_s=duration_s,
-        queue_delay_mean_s=float((scheduled - arrived).mean() / TICKS_PER_SECOND) if len(arrived) else None,
+        queue_delay_mean_s=float(queued[done].mean() / TICKS_PER_SECOND) if done.any() else None,
         ttft=of_samples(ttft_s),
         tpot=of_samples(tpot_s[several]),
         itl=of_gaps(runs, gaps, TICKS_PER_SECOND),
@@ -143,6 +140,14 @@ def latency(outcomes: tuple[Outcome, ...], basis: Basis) -> Latency:
         itl=stats(lambda one: one.itl),
         e2el=stats(lambda one: one.e2el),
     )
+
+
+def request_overhead(deployment: Deployment, edges: tuple[Edge, ...]) -> Figure:
+    """Time of a request outside the engine: the scenario's own figure, or the engine's prior."""
+    given = deployment.engine.request_overhead_s
+    if given is not None or overhead_prior(deployment) is None:
+        return Figure(value=given or 0.0)
+    return spread([front_end(deployment, edge).overhead_s for edge in edges], Basis.LITERATURE)
 
 
 def throughput(outcomes: tuple[Outcome, ...], basis: Basis) -> Throughput:

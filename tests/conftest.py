@@ -87,6 +87,7 @@ def build_report(
         ),
         duration_s=figure(3600.0),
         queue_delay_mean_s=figure(0.01),
+        request_overhead_s=figure(0.0085),
         latency=Latency(
             ttft=latency_stats(0.1 * (1 + 0.05 * fold), count), tpot=latency_stats(tpot_s, count),
             itl=latency_stats(tpot_s, count * 100), e2el=latency_stats(0.1 + 210 * tpot_s, count),

@@ -32,13 +32,16 @@ HASH_LINE = "<!-- calibration set: {} -->"
 
 @dataclass(frozen=True)
 class Target:
-    """What issue 4 asks for."""
+    """What was asked for before the work; ``correct`` is the least share of right directions."""
 
-    median: float
+    median: float | None = None
     p90: float | None = None
+    correct: float | None = None
 
     def verdict(self, found: Score) -> str:
         """Target and whether it is met, such as ``median ≤ 4 % met, p90 ≤ 12 % missed``."""
+        if self.correct is not None and found.correct is not None:
+            return f"≥ {self.correct:.0%} right {'met' if found.correct >= self.correct else 'missed'}"
         pairs = [("median", self.median, found.median_ape), ("p90", self.p90, found.p90_ape)]
         return ", ".join(
             f"{name} ≤ {limit:.0%} {'met' if value <= limit else 'missed'}"
@@ -47,13 +50,35 @@ class Target:
         )
 
 
-TARGETS: Mapping[str, Target] = {
-    "decode_attention": Target(0.04, 0.12),
-    "prefill_attention": Target(0.07),
-    "gemm": Target(0.06),
-    "all_reduce": Target(0.12),
+TARGETS: Mapping[str, Mapping[str, Target]] = {
+    "kernel-timings": {
+        "decode_attention": Target(0.04, 0.12),
+        "prefill_attention": Target(0.07),
+        "gemm": Target(0.06),
+        "all_reduce": Target(0.12),
+    },
+    "vllm-serving": {
+        "ttft_mean": Target(0.12),
+        "ttft_p99": Target(0.25),
+        "itl_mean": Target(0.05),
+        "e2e_mean": Target(0.05),
+        "e2e_p99": Target(0.10),
+        "kv_blocks": Target(0.01),
+    },
+    "vllm-requests": {
+        "ttft_mean": Target(0.12),
+        "ttft_p99": Target(0.25),
+        "itl_mean": Target(0.05),
+        "e2e_mean": Target(0.05),
+        "e2e_p99": Target(0.10),
+        "kv_blocks": Target(0.01),
+    },
+    "engine-tables": {"ttft": Target(0.20), "tpot": Target(0.08)},
+    "kv-quant": {"ratio": Target(0.12), "direction": Target(correct=0.90)},
 }
-"""On shapes held out of the fit."""
+"""By suite and metric; kernels on shapes held out of the fit."""
+TARGET_SCOPE: Mapping[str, str] = {"engine-tables": "scope"}
+"""Kind of group that a suite's targets were set for, where it is not the whole suite."""
 UNSEEN_TARGETS: Mapping[str, Target] = {"bandwidth": Target(0.12), "arithmetic": Target(0.25)}
 """On a device never seen, by what binds a row."""
 SUITE_TEXT: Mapping[str, str] = {
@@ -62,7 +87,10 @@ SUITE_TEXT: Mapping[str, str] = {
         "by five folds split by shape. Cold calls read more than twice the last-level cache; cached ones were timed "
         "back to back on data that stays in it, which no engine step does."
     ),
-    "vllm-serving": "vLLM 0.15.1 on H100 under inference-perf's load, stage by stage. Validation only.",
+    "vllm-serving": (
+        "vLLM 0.15.1 on H100 under inference-perf's load, stage by stage. Validation only, but for one number: the "
+        "front end's latency per request was fitted on half of the runs, which are shown apart."
+    ),
     "vllm-requests": "Log of 300 ShareGPT requests on an RTX 4090, replayed. Validation only.",
     "engine-tables": "Published TTFT, TPOT and throughput of engines, aggregated serving. Validation only.",
     "kv-quant": "Ratio of a KV format to the 16-bit cache of the same rows. Validation only.",
@@ -70,9 +98,9 @@ SUITE_TEXT: Mapping[str, str] = {
 }
 SHOWN_GROUPS: Mapping[str, tuple[str, ...]] = {
     "kernel-timings": ("domain", "device and domain", "format and domain", "predicted by"),
-    "vllm-serving": ("run",),
+    "vllm-serving": ("front end", "run"),
     "vllm-requests": (),
-    "engine-tables": ("table", "backend", "device", "concurrency"),
+    "engine-tables": ("scope", "table", "backend", "device", "concurrency"),
     "kv-quant": ("quantity", "scheme"),
     "edge": ("runtime", "weights", "device"),
 }
@@ -131,31 +159,41 @@ def render(results: Mapping[str, Result], unseen: Mapping[str, Result | str], ha
         "",
         "## All suites",
         "",
-        *_table([(suite, "all", r.overall) for suite, r in results.items()], first="suite", targets=True),
+        *_table([(suite, r.overall, _whole(suite)) for suite, r in results.items()], first="suite"),
     ]
     for suite, result in results.items():
         lines += ["", f"## {suite}", "", SUITE_TEXT[suite], ""]
-        rows = [("all", "all", result.overall), *_shown(suite, result)]
-        lines += _table(rows, first="group", targets=suite == "kernel-timings")
+        rows = [("all", result.overall, _whole(suite)), *_shown(suite, result)]
+        lines += _table(rows, first="group")
         lines += ["", *_skipped(result)]
     lines += ["", "## Devices treated as never seen", "", *_unseen_lines(unseen)]
     return "\n".join(lines) + "\n"
 
 
-def _shown(suite: str, result: Result) -> Iterator[tuple[str, str, Mapping[str, Score]]]:
+Row = tuple[str, Mapping[str, Score], Mapping[str, Target]]
+"""(first cell, scores by metric, targets by metric)."""
+
+
+def _whole(suite: str) -> Mapping[str, Target]:
+    return {} if suite in TARGET_SCOPE else TARGETS.get(suite, {})
+
+
+def _shown(suite: str, result: Result) -> Iterator[Row]:
     for kind in SHOWN_GROUPS[suite]:
+        targets = TARGETS.get(suite, {}) if TARGET_SCOPE.get(suite, kind) == kind else {}
         for name, scores in result.groups.items():
             found, _, value = name.partition("=")
             if found == kind:
-                yield f"{kind}: {value}", value, scores
+                yield f"{kind}: {value}", scores, targets
 
 
-def _table(rows: Sequence[tuple[str, str, Mapping[str, Score]]], *, first: str, targets: bool) -> list[str]:
+def _table(rows: Sequence[Row], *, first: str) -> list[str]:
+    targets = any(wanted for _, _, wanted in rows)
     head, rule = f"| {first} | metric | n | median | p90 | bias |", "|---|---|---:|---:|---:|---:|"
     lines = [head + (" target |" if targets else ""), rule + ("---|" if targets else "")]
-    for name, _, scores in rows:
+    for name, scores, wanted in rows:
         for metric, score in scores.items():
-            target = TARGETS.get(metric)
+            target = wanted.get(metric)
             last = f" {target.verdict(score) if target else ''} |" if targets else ""
             lines.append(f"| {name} | {metric} | {' | '.join(score_cells(score))} |{last}")
     return lines

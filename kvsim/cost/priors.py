@@ -78,7 +78,11 @@ class Priors(Spec):
     link_efficiency: PriorTable
     host_link_efficiency: PriorTable
     host_copy_efficiency: PriorTable
+    request_overhead_s: PriorTable
+    request_ingress_share: PriorTable
     unpack_ops_per_element: dict[str, PriorTable]
+    host_step_s: PriorTable
+    host_step_per_sequence_s: PriorTable
     usable_memory_fraction: PriorTable
     runtime_memory_bytes: PriorTable
     power_fraction: PriorTable

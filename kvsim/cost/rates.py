@@ -31,6 +31,8 @@ class Rates:
     vector_flops_per_s: float
     all_reduce_latency_s: float
     link_bytes_per_s: float | None
+    host_step_s: float
+    host_step_per_sequence_s: float
     link_is_shared: bool
     """The ranks have no link of their own and meet on the host's."""
 
@@ -87,5 +89,7 @@ def build_rates(device: DeviceSpec, priors: Priors, edge: Edge) -> Rates:
         vector_flops_per_s=vector_peak * efficiency(priors.vector_efficiency),
         all_reduce_latency_s=cost(priors.all_reduce_latency_s),
         link_bytes_per_s=link,
+        host_step_s=cost(priors.host_step_s),
+        host_step_per_sequence_s=cost(priors.host_step_per_sequence_s),
         link_is_shared=device.scale_up_link is None,
     )

@@ -169,6 +169,14 @@ class StepModel:
         """LM head for ``sampled`` sequences."""
         return _if_any(sampled, self.head.seconds(sampled))
 
+    def host_step_seconds(self, sequences: Numeric) -> Numeric:
+        """Host work of a step of ``sequences`` that synchronous scheduling leaves uncovered; no part of any other term.
+
+        Who schedules decides whether it counts: asynchronous scheduling hides it behind the step before.
+        """
+        seconds = self.rates.host_step_s + sequences * self.rates.host_step_per_sequence_s
+        return _if_any(sequences, seconds)
+
     def decode_fixed_seconds(self, sequences: Numeric) -> tuple[Numeric, Numeric]:
         """(attention, compression) of a decode batch that does not grow with context."""
         attention = self._launches * (self.rates.attention_launch_s + sequences * self.rates.attention_per_sequence_s)

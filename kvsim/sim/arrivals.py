@@ -1,20 +1,43 @@
 """When requests reach which replica. Arrivals are delivered lazily, which is exact.
 
 A replica's state changes only at its own step boundaries, so routing an arrival at the next boundary of any replica
-gives the decision that would have been taken at the moment of arrival.
+gives the decision that would have been taken at the moment of arrival. Clients send through a front end, which hands
+requests to the replicas in the order in which they were sent.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import defaultdict, deque
+from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
+import numpy as np
 import simpy
 
-from kvsim.requests import UNSCHEDULED, RequestTable
+from kvsim.cost.front_end import FrontEnd
+from kvsim.requests import UNSCHEDULED, IntArray, RequestTable
+from kvsim.units import seconds_to_ticks
 
 NEVER: Final = 2**62
+
+
+@dataclass(frozen=True)
+class FrontEndTicks:
+    """The front end on the clock, in ticks."""
+
+    ingress: int = 0
+    """From its turn to the engine."""
+    egress: int = 0
+    interval: int = 0
+    """Least time between the turns of two requests."""
+
+
+def front_end_ticks(front: FrontEnd) -> FrontEndTicks:
+    """Round a front end to the clock."""
+    return FrontEndTicks(
+        seconds_to_ticks(front.ingress_s), seconds_to_ticks(front.egress_s), seconds_to_ticks(front.interval_s)
+    )
 
 
 class Replica(Protocol):
@@ -32,43 +55,54 @@ class ArrivalSource:
     """Feeds requests to replicas in time order, and releases the ones that wait for another to end."""
 
     def __init__(
-        self, env: simpy.Environment, requests: RequestTable, routing: Literal["round_robin", "least_loaded"]
+        self,
+        env: simpy.Environment,
+        requests: RequestTable,
+        routing: Literal["round_robin", "least_loaded"],
+        front: FrontEndTicks,
     ) -> None:
         self._env = env
         self.released = env.event()
         """Fires when a request was released or the last one ended; idle replicas wait for it."""
         self.outstanding = len(requests)
-        order = [int(i) for i in requests.arrival_ticks.argsort(kind="stable")]
-        self._ticks: list[int] = requests.arrival_ticks.tolist()
+        order = requests.arrival_ticks.argsort(kind="stable")
+        order = order[requests.arrival_ticks[order] != UNSCHEDULED]
+        self._front = front
         self._delay: list[int] = requests.delay_ticks.tolist()
-        self._queue = [i for i in order if self._ticks[i] != UNSCHEDULED]
+        self._queue: list[int] = order.tolist()
         self._next = 0
+        self._turn_ticks = 0
+        """Earliest turn of the next request at the front end."""
         self._released: list[tuple[int, int]] = []
         self._children: defaultdict[int, list[int]] = defaultdict(list)
-        for index, parent in enumerate(requests.parent.tolist()):
-            if self._ticks[index] == UNSCHEDULED:
-                self._children[parent].append(index)
+        for index in np.flatnonzero(requests.arrival_ticks == UNSCHEDULED).tolist():
+            self._children[int(requests.parent[index])].append(index)
         self._routing = routing
         self._turn = 0
         self.replicas: list[Replica] = []
-        self.arrived_ticks: list[int] = list(self._ticks)
+        self.sent_ticks: list[int] = requests.arrival_ticks.tolist()
+        """When clients sent each request; a released one's is known once it is released."""
+        self.arrived_ticks: list[int] = _arrivals(requests.arrival_ticks, order, front).tolist()
+        """When each reached the engine; worked out on delivery where requests are released."""
         self.is_dynamic = bool(self._children)
         """Whether requests may appear that no one can foresee."""
         self.next_ticks = self._peek()
 
     def _peek(self) -> int:
-        static = self._ticks[self._queue[self._next]] if self._next < len(self._queue) else NEVER
-        released = self._released[0][0] if self._released else NEVER
-        return min(static, released)
+        """When the next request reaches an engine."""
+        sent = self.sent_ticks[self._queue[self._next]] if self._next < len(self._queue) else NEVER
+        if self._released and self._released[0][0] < sent:
+            sent = self._released[0][0]
+        return max(sent, self._turn_ticks) + self._front.ingress if sent < NEVER else NEVER
 
     def settle(self, index: int, now_ticks: int) -> None:
-        """Request ``index`` ended: schedule what waited for it."""
+        """Request ``index`` ended in the engine: schedule what waited for its last token to reach the client."""
         self.outstanding -= 1
         children = self._children.get(index)
         if children:
             for child in children:
-                at_ticks = now_ticks + self._delay[child]
-                self.arrived_ticks[child] = at_ticks
+                at_ticks = now_ticks + self._front.egress + self._delay[child]
+                self.sent_ticks[child] = at_ticks
                 heapq.heappush(self._released, (at_ticks, child))
             self.next_ticks = self._peek()
         if children or not self.outstanding:
@@ -77,28 +111,31 @@ class ArrivalSource:
 
     def deliver(self, now_ticks: int) -> None:
         """Route every arrival up to ``now_ticks``."""
-        queue, ticks = self._queue, self._ticks
-        if not self.is_dynamic and len(self.replicas) == 1:
-            self._deliver_to_only(now_ticks)
+        if not self.is_dynamic:
+            self._deliver_foreseen(now_ticks)
             return
         while self.next_ticks <= now_ticks:
-            if self._released and self._released[0][0] == self.next_ticks:
+            queue, following = self._queue, self._next
+            static = self.sent_ticks[queue[following]] if following < len(queue) else NEVER
+            if self._released and self._released[0][0] <= static:
                 index = heapq.heappop(self._released)[1]
             else:
-                index = queue[self._next]
+                index = queue[following]
                 self._next += 1
+            self.arrived_ticks[index] = self.next_ticks
+            self._turn_ticks = self.next_ticks - self._front.ingress + self._front.interval
             self._route(index)
-            if not self._released:
-                self.next_ticks = ticks[queue[self._next]] if self._next < len(queue) else NEVER
-            else:
-                self.next_ticks = self._peek()
+            self.next_ticks = self._peek()
 
-    def _deliver_to_only(self, now_ticks: int) -> None:
-        """Nothing to route and nothing released: a slice of the queue."""
-        queue, ticks, position = self._queue, self._ticks, self._next
-        waiting = self.replicas[0].waiting
+    def _deliver_foreseen(self, now_ticks: int) -> None:
+        """Nothing is released: a slice of the queue."""
+        queue, ticks, position = self._queue, self.arrived_ticks, self._next
+        only = self.replicas[0].waiting if len(self.replicas) == 1 else None
         while position < len(queue) and ticks[queue[position]] <= now_ticks:
-            waiting.append(queue[position])
+            if only is not None:
+                only.append(queue[position])
+            else:
+                self._route(queue[position])
             position += 1
         self._next = position
         self.next_ticks = ticks[queue[position]] if position < len(queue) else NEVER
@@ -115,3 +152,12 @@ class ArrivalSource:
             chosen = min(replicas, key=lambda replica: replica.load)
         chosen.load += 1
         chosen.waiting.append(index)
+
+
+def _arrivals(sent_ticks: IntArray, order: IntArray, front: FrontEndTicks) -> IntArray:
+    """When requests reach the engine if none is released: turns in order of sending, ``interval`` apart at least."""
+    arrived = sent_ticks.copy()
+    if len(order):
+        waited = np.arange(len(order), dtype=np.int64) * front.interval
+        arrived[order] = np.maximum.accumulate(sent_ticks[order] - waited) + waited + front.ingress
+    return arrived

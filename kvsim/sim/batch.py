@@ -20,9 +20,12 @@ class SequenceState:
     ``held`` are bytes on top of its growing blocks (negative where blocks are shared through the prefix cache).
     """
 
-    __slots__ = ("alive", "done", "finish", "held", "index", "joined", "pinned", "profile", "slope", "target", "ticks")
+    __slots__ = (
+        "alive", "done", "finish", "held", "index", "joined", "order", "pinned", "profile", "slope", "target", "ticks",
+    )  # fmt: skip
 
     joined: int
+    order: int
     finish: int
     ticks: int
     slope: int
@@ -99,12 +102,17 @@ class DecodeBatch:
             self._plan_bends(sequence, profile)
         sequence.ticks = ticks
         sequence.slope = slope
-        self._order += 1
-        heapq.heappush(self.finishing, (counter + steps, self._order, sequence))
+        sequence.order = self.next_order()
+        heapq.heappush(self.finishing, (counter + steps, sequence.order, sequence))
         self.active[sequence.index] = sequence
         self.size += 1
         self.variable += ticks
         self.slope += slope
+
+    def next_order(self) -> int:
+        """A number that grows with every sequence that joins."""
+        self._order += 1
+        return self._order
 
     def remove(self, sequence: SequenceState) -> int:
         """Take a sequence out of every sum; the bytes that it held."""

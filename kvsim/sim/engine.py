@@ -3,6 +3,10 @@
 An event is a scheduler step, never a token. Steps that only decode and repeat until something can change (a sequence
 ends, a request arrives, the pool runs dry, a token curve bends) are taken as one run whose length is summed in closed
 form on the integer clock, which equals stepping through them exactly.
+
+With asynchronous scheduling a step is planned when the one before it starts. The plan counts the running step's
+tokens as there, but the seats and blocks of sequences that end with it only once it is over.
+Source: vLLM 0.15.1 ``v1/engine/core.py`` ``step_with_batch_queue`` with two batches, and ``AsyncScheduler``.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import math
 from collections import deque
 from collections.abc import Generator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import simpy
 
@@ -24,13 +28,29 @@ from kvsim.sim.arrivals import NEVER, ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
-from kvsim.sim.scheduler import Chunk, PrefixSharing, Scheduler, SchedulerLimits
+from kvsim.sim.scheduler import Chunk, Leaving, PrefixSharing, Scheduler, SchedulerLimits
 from kvsim.sim.spans import steps_to_cover
 from kvsim.sim.waits import Waits
 from kvsim.units import TICKS_PER_SECOND
 
 Clocked = Generator[simpy.Event, Any, None]
 ClockedAnswer = Generator[simpy.Event, Any, bool]
+PromptOut = tuple[SequenceState, int, int]
+"""(sequence, when its latest token came out or -1, tokens still to come where it is compacted aside first)."""
+UNKNOWN = -1
+
+
+class Flight(NamedTuple):
+    """A step under way on the shared device, planned ahead."""
+
+    done: simpy.Event
+    start: int
+    alone: int
+    """Ticks that it takes without company."""
+    sequences: int
+    """Decoding sequences whose gap is this step."""
+    late: dict[int, int]
+    """Sequences that were compacted aside before it, and when they got their latest token."""
 
 
 class ReplicaEngine:
@@ -50,10 +70,17 @@ class ReplicaEngine:
         *,
         token_ticks: int,
         coalesce: bool,
+        host_work: list[int],
     ) -> None:
         self.env = env
         self.now = 0
-        """The clock at the latest step boundary, in ticks."""
+        """When the step to plan next starts, in ticks."""
+        self.seen = 0
+        """When it is planned: ``now``, or with asynchronous scheduling when the step before it starts."""
+        self.overlaps = step.deployment.engine.schedules_ahead
+        """Whether a step is planned while the one before it runs."""
+        self._host_work = host_work
+        """Ticks of host work of a step, by its sequences."""
         self.source = source
         self.log = log
         self.step = step
@@ -74,11 +101,18 @@ class ReplicaEngine:
         """Sequences that wait for a compaction or for blocks from the host; each has a seat."""
         self._side_stream = step.deployment.engine.compression_stream == "side"
         self._runs_ahead = coalesce and not self._side_stream and self._host is None
+        self._in_company = self.overlaps and (self._side_stream or self._host is not None)
+        """Whether every step is an activity of the shared device, whose end is known when it comes."""
+        self._foresees_ends = self._runs_ahead and sharing is None and step.deployment.replicas == 1
+        """Whether what a sequence's end changes can be worked out ahead of the clock."""
         self._plain = self._runs_ahead and token_ticks > 0 and sharing is None
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)
         self._late: dict[int, int] = {}
         """When sequences that were just compacted aside, and have not decoded since, got their latest token."""
+        self._prompts_out: list[PromptOut] = []
+        """Prompts that end with the step planned last."""
+        self._flight: Flight | None = None
         self.load = 0
         """Requests routed here that have not ended; counted by the router, and only where it has a choice."""
 
@@ -104,59 +138,106 @@ class ReplicaEngine:
         its own state, so they are taken ahead of the clock and paid for in one event.
         """
         env, source, scheduler, batch = self.env, self.source, self.scheduler, self.batch
+        overlaps = self.overlaps
         while True:
-            if source.next_ticks <= self.now:
-                source.deliver(self.now)
+            if source.next_ticks <= self.seen:
+                source.deliver(self.seen)
             if self.waits:
                 self.waits.settle()
+            lone, chunks, steps, ticks = False, None, 0, 0
             if scheduler.waiting or scheduler.partial is not None or scheduler.loaded:
                 if self._plain and len(scheduler.waiting) == 1 and (ticks := self._begin_lone_prompt()):
-                    self.now += ticks
-                    if self.now >= source.next_ticks:
-                        yield env.timeout(self.now - int(env.now))
-                        source.deliver(self.now)
-                    self._end_lone_prompt(ticks)
+                    lone, last = True, ticks
+                else:
+                    aside = len(self.waits) + len(scheduler.loaded) + len(scheduler.leaving)
+                    if self._side_stream:
+                        aside += sum(left > 0 for _, _, left in self._prompts_out)
+                    chunks = scheduler.schedule(self.seen, aside, self.now)
+                    if scheduler.loads:
+                        self._start_loads()
+                    if self._late:
+                        self._forget_preempted()
+                    if scheduler.rejected:
+                        self._settle_rejected()
+                    if self._in_company and (chunks or batch.size):
+                        yield from self._step_in_company(chunks)
+                        continue
+                    if chunks:
+                        ticks, ending = self._begin_mixed(chunks)
+                        if self._shares_device:
+                            yield self._occupy(ticks)
+                            ticks = self._contended(ticks)
+                        last = ticks
+            if not ticks:
+                if not batch.size:
+                    if self.seen < self.now:
+                        yield from self._run_dry()
+                    elif (scheduler.looked or not (scheduler.waiting or scheduler.loaded)) and not (
+                        yield from self._idle()
+                    ):
+                        return
                     continue
-                aside = len(self.waits) + len(scheduler.loaded)
-                chunks = scheduler.schedule(self.now, aside)
-                if scheduler.loads:
-                    self._start_loads()
-                if self._late:
-                    self._forget_preempted()
-                if scheduler.rejected:
-                    self._settle_rejected()
-                if chunks:
-                    ticks, ending = self._begin_mixed(chunks)
-                    if self._shares_device:
-                        yield self._occupy(ticks)
-                        ticks = self._contended(ticks)
-                    self.now += ticks
-                    if self.now >= source.next_ticks or not self._runs_ahead:
-                        yield env.timeout(self.now - int(env.now))
-                        source.deliver(self.now)
-                    self._end_mixed(chunks, ending, ticks)
+                if self._in_company:
+                    yield from self._step_in_company([])
                     continue
-            if batch.size:
                 if self._shares_device or self._late:
                     yield from self._shared_step()
                     continue
-                steps, ticks = self._plan_run()
+                steps, ticks, last = self._plan_run()
                 if not steps:
                     scheduler.make_room(self.now)
                     if not batch.size:
+                        if self.seen < self.now:
+                            yield from self._run_dry()
                         continue
-                    steps, ticks = self._plan_run()
-                self.now += ticks
-                if self.now >= source.next_ticks or not self._runs_ahead:
-                    yield env.timeout(self.now - int(env.now))
-                    # Before the step's end counts: the router sees who was there when the request came.
-                    source.deliver(self.now)
+                    steps, ticks, last = self._plan_run()
+            # The next plan counts the step's tokens; what ends with it comes out once the clock is there.
+            prompts, leaving, ended = self._prompts_out, scheduler.leaving, self.now
+            self._prompts_out, scheduler.leaving = [], []
+            self.now += ticks
+            if steps:
                 self._advance(steps)
-                continue
-            if not scheduler.looked and (scheduler.waiting or scheduler.loaded):
-                continue
-            if not (yield from self._idle()):
-                return
+            elif lone:
+                self._end_lone_prompt(ticks)
+            elif chunks:
+                self._end_mixed(chunks, ending, ticks)
+            self.seen = self.now - last if overlaps else self.now
+            if self.seen >= source.next_ticks or not self._runs_ahead:
+                yield env.timeout(self.seen - int(env.now))
+                # Before anything comes out: the router sees who was there when the request came.
+                source.deliver(self.seen)
+            if not overlaps:
+                prompts, leaving, ended = self._prompts_out, scheduler.leaving, self.now
+                self._prompts_out, scheduler.leaving = [], []
+            if prompts or leaving:
+                self._come_out(prompts, leaving, ended)
+
+    def _come_out(self, prompts: list[PromptOut], leaving: list[Leaving], ended: int) -> None:
+        """What the end of a step at ``ended`` shows: prompts' tokens, and sequences that are done."""
+        log, scheduler = self.log, self.scheduler
+        for _, sequence, held_bytes in leaving:
+            if held_bytes is not None:
+                scheduler.give_back(sequence, held_bytes)
+            self._complete(sequence.index, ended)
+        for sequence, since, left in prompts:
+            if since == UNKNOWN:
+                log.first_token[sequence.index] = ended
+            else:
+                self.record.gaps.append(ended - since)
+            if left and sequence.profile is not None:
+                self._compact_aside(sequence, sequence.profile, left, ended)
+
+    def _run_dry(self) -> Clocked:
+        """Nothing to plan behind the running step: wait for its end."""
+        prompts, leaving = self._prompts_out, self.scheduler.leaving
+        self._prompts_out, self.scheduler.leaving = [], []
+        if self._flight is not None:
+            yield from self._land()
+        self.seen = self.now
+        if self.seen >= self.source.next_ticks or not self._runs_ahead:
+            yield self.env.timeout(self.seen - int(self.env.now))
+            self.source.deliver(self.seen)
+        self._come_out(prompts, leaving, self.seen)
 
     def _idle(self) -> ClockedAnswer:
         """Wait for what a sequence waits for, an arrival or a release; False where none can come."""
@@ -175,20 +256,23 @@ class ReplicaEngine:
         else:
             yield self.env.timeout(self.now - int(self.env.now))
             return False
-        self.now = int(self.env.now)
+        self.now = self.seen = int(self.env.now)
         return True
 
     def _settle_rejected(self) -> None:
         self.load -= len(self.scheduler.rejected)
         if self._dynamic:
             for index in self.scheduler.rejected:
-                self.source.settle(index, self.now)
+                self.source.settle(index, self.seen)
         self.scheduler.rejected.clear()
 
     # --- decode runs ------------------------------------------------------------------------------------------------
 
-    def _plan_run(self) -> tuple[int, int]:
-        """Take steps until something can change: (steps, ticks), written down; no steps where the pool is dry."""
+    def _plan_run(self) -> tuple[int, int, int]:  # noqa: C901, PLR0912 - hot, as the loop itself
+        """Take steps until something can change: (steps, ticks, ticks of the last), written down.
+
+        No steps where the pool is dry.
+        """
         batch, scheduler = self.batch, self.scheduler
         size, slope = batch.size, batch.slope
         first = self.tables.step[size] + batch.variable
@@ -196,10 +280,22 @@ class ReplicaEngine:
         steps = 1
         if self.coalesce and (scheduler.looked or not scheduler.waiting):
             steps = batch.finishing[0][0] - batch.counter
+        if scheduler.leaving:
+            if scheduler.waiting or not self._foresees_ends:
+                steps = 1
+            elif steps > 1 and batch.due_bytes() <= scheduler.free:
+                self._come_out_behind_first_step()
         if not batch.token_ticks:
             bend = batch.steps_until_bend()
             if bend is not None and bend < steps:
                 steps = bend
+        work, own_first, own_slope = self._host_work[size], first, slope
+        if work:
+            if not self.overlaps:
+                first += work
+            elif first < work:
+                steps = min(steps, _steps_until(work - first, slope))
+                first, slope = work, 0
         if scheduler.waiting and scheduler.reusable_bytes and scheduler.sharing is not None and batch.growth_total:
             # Evicting what the head of the queue would reuse changes what it needs: look again after an eviction.
             spare = scheduler.free - scheduler.sharing.cache.evictable_bytes
@@ -207,19 +303,38 @@ class ReplicaEngine:
         if batch.growth_total * (steps // batch.block_size + 1) > scheduler.free:
             steps = min(steps, batch.steps_until_dry(scheduler.free))
             if not steps:
-                return 0, 0
+                return 0, 0, 0
         ticks = steps * first + slope * (steps * (steps - 1) // 2)
+        last = first + slope * (steps - 1)
         # A new arrival changes nothing while an earlier one is still held back.
         gap = self.source.next_ticks - self.now
-        if ticks > gap and not scheduler.waiting:
-            steps, ticks = steps_to_cover(gap, first, slope)
+        if not scheduler.waiting and ticks > gap:
+            if not self.overlaps:
+                steps, ticks = steps_to_cover(gap, first, slope)
+            elif ticks - last > gap:
+                # The first plan that sees it is made when a step starts, and the step behind it takes it in.
+                steps = 1 + steps_to_cover(gap, first, slope)[0] if gap > 0 else 1
+                ticks = steps * first + slope * (steps * (steps - 1) // 2)
+                last = first + slope * (steps - 1)
         self.decode_steps[size] += steps
-        self.variable_total += ticks - steps * self.tables.step[size]
+        own = ticks
+        if work:
+            own = steps * own_first + own_slope * (steps * (steps - 1) // 2)
+            self.record.host_ticks += ticks - own
+        self.variable_total += own - steps * self.tables.step[size]
         self.record.runs.append((steps, size, first, slope))
-        return steps, ticks
+        return steps, ticks, last
+
+    def _come_out_behind_first_step(self) -> None:
+        """Sequences that end with the running step: a run's first step is planned with their blocks held, no other."""
+        scheduler, due = self.scheduler, self.batch.due_bytes()
+        scheduler.free -= due
+        self._come_out(self._prompts_out, scheduler.leaving, self.now)
+        self._prompts_out, scheduler.leaving = [], []
+        scheduler.free += due
 
     def _advance(self, steps: int) -> None:
-        """Every decoding sequence has gained ``steps`` tokens: account for blocks, let the finished go."""
+        """Every decoding sequence gains ``steps`` tokens: account for blocks, note who ends."""
         batch = self.batch
         due = batch.advance(steps)
         if due:
@@ -234,18 +349,24 @@ class ReplicaEngine:
         batch, scheduler = self.batch, self.scheduler
         finishing, counter = batch.finishing, batch.counter
         while finishing and finishing[0][0] <= counter:
-            sequence = heapq.heappop(finishing)[2]
+            _, order, sequence = heapq.heappop(finishing)
             if sequence.alive:
                 if scheduler.sharing is not None:
                     scheduler.register_output(sequence)
-                scheduler.give_back(sequence, batch.remove(sequence))
-                self._complete(sequence.index)
+                scheduler.leaving.append((order, sequence, batch.remove(sequence)))
 
-    def _complete(self, index: int) -> None:
-        self.log.finished[index] = self.now
+    def _complete(self, index: int, ended: int) -> None:
+        self.log.finished[index] = ended
         self.load -= 1
         if self._dynamic:
-            self.source.settle(index, self.now)
+            self.source.settle(index, ended)
+
+    def _add_host_work(self, ticks: int, sequences: int) -> int:
+        """A step's ticks with the host's work: behind it, or beside it where steps are planned ahead."""
+        work = self._host_work[sequences]
+        whole = max(ticks, work) if self.overlaps else ticks + work
+        self.record.host_ticks += whole - ticks
+        return whole
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 
@@ -267,7 +388,7 @@ class ReplicaEngine:
             self.decode_steps[size] += 1
             self.variable_total += batch.variable
             ticks += tables.step[size] + batch.variable
-        return ticks, ending
+        return self._add_host_work(ticks, size + len(chunks)), ending
 
     def _end_mixed(self, chunks: list[Chunk], ending: list[SequenceState], lasted: int) -> None:
         batch = self.batch
@@ -283,17 +404,20 @@ class ReplicaEngine:
             self._end_prompt(sequence)
 
     def _end_prompt(self, sequence: SequenceState) -> None:
-        """A prompt is in: its blocks can be shared, its token comes out, and it decodes or is compacted first."""
-        scheduler = self.scheduler
+        """A prompt is in: its blocks can be shared, its token will come out, and it decodes or is compacted first."""
+        scheduler, index = self.scheduler, sequence.index
         if sequence is scheduler.partial:
             scheduler.partial = None
         if scheduler.sharing is not None:
             scheduler.register_prompt(sequence)
-        left = self._emit(sequence.index)
+        generated = self.generated[index] = self.generated[index] + 1
+        since = UNKNOWN if generated == 1 else scheduler.last_token.pop(index)
+        left = scheduler.output[index] - generated
         profile = sequence.profile
         if self._side_stream and profile is not None and profile.compress_ticks and left:
-            self._compact_aside(sequence, profile, left)
+            self._prompts_out.append((sequence, since, left))
         else:
+            self._prompts_out.append((sequence, since, 0))
             self._join(sequence, left)
 
     def _prefill_ticks(self, chunks: list[Chunk], tokens: int, ending: int, compress: int) -> int:
@@ -339,7 +463,7 @@ class ReplicaEngine:
             scheduler.partial is not None
             or self.log.scheduled[index] >= 0
             or total > limits.max_num_batched_tokens
-            or size >= limits.max_num_seqs
+            or size + len(scheduler.leaving) >= limits.max_num_seqs
             or target + scheduler.output[index] > limits.max_model_len
             or held + batch.due_bytes() > scheduler.free
         ):
@@ -348,9 +472,10 @@ class ReplicaEngine:
         sequence = self._lone = SequenceState(index, target)
         sequence.held = held
         scheduler.free -= held
-        self.log.scheduled[index] = self.now
-        if size >= record.max_running:
-            record.max_running = size + 1
+        self.log.scheduled[index] = self.seen
+        running = size + len(scheduler.leaving)
+        if running >= record.max_running:
+            record.max_running = running + 1
         record.max_waiting = max(record.max_waiting, 1)
         attention, compression = tables.first_chunk[target], tables.append[target]
         ticks = tables.base[total] - tables.base[size] + tables.head[size + 1] - tables.head[size]
@@ -361,7 +486,9 @@ class ReplicaEngine:
         else:
             compression += tables.append_launch
         record.prompts.append((size, target, 1, attention, compression))
-        return ticks + attention + compression
+        ticks += attention + compression
+        work = self._host_work[size + 1]
+        return ticks if self.overlaps and ticks >= work else self._add_host_work(ticks, size + 1)
 
     def _end_lone_prompt(self, ticks: int) -> None:
         batch, scheduler, sequence = self.batch, self.scheduler, self._lone
@@ -376,24 +503,13 @@ class ReplicaEngine:
             sequence.held = scheduler.limits.fixed_bytes
             batch.join(sequence, left)
         else:
-            scheduler.give_back(sequence, sequence.held)
-            self._complete(index)
-
-    def _emit(self, index: int) -> int:
-        """A prompt is in, so its token comes out now; tokens still to come."""
-        generated = self.generated[index] = self.generated[index] + 1
-        if generated == 1:
-            self.log.first_token[index] = self.now
-        else:
-            self.record.gaps.append(self.now - self.scheduler.last_token.pop(index))
-        return self.scheduler.output[index] - generated
+            scheduler.leaving.append((batch.next_order(), sequence, sequence.held))
 
     def _join(self, sequence: SequenceState, left: int) -> None:
         """Decode from the next step on, ``left`` tokens more."""
         scheduler, batch = self.scheduler, self.batch
         if left == 0:
-            scheduler.give_back(sequence, sequence.held)
-            self._complete(sequence.index)
+            scheduler.leaving.append((batch.next_order(), sequence, sequence.held))
             return
         # From here on, what grows is counted by the batch; ``held`` keeps the rest.
         profile = sequence.profile
@@ -427,10 +543,13 @@ class ReplicaEngine:
 
     def _occupy(self, ticks: int) -> simpy.Event:
         """The engine's step as an activity that shares the device with compaction."""
+        return self.device.start(ticks, self._demand(ticks), "step").done
+
+    def _demand(self, ticks: int) -> Demand:
+        """What a step of ``ticks`` asks of the device: memory while it decodes, compute for prompts."""
         size = self.batch.size
         decode = self.tables.step[size] + self.batch.variable if size else 0
-        demand = Demand(hbm=decode / ticks, compute=(ticks - decode) / ticks)
-        return self.device.start(ticks, demand, "step").done
+        return Demand(hbm=decode / ticks, compute=(ticks - decode) / ticks)
 
     def _contended(self, alone: int) -> int:
         """How long the step just taken lasted on the shared device."""
@@ -446,15 +565,71 @@ class ReplicaEngine:
             self._forget_preempted()
             if not batch.size:
                 return
-        size, ticks = batch.size, self.tables.step[batch.size] + batch.variable
-        self.decode_steps[size] += 1
-        self.variable_total += batch.variable
+        size, ticks = batch.size, self._begin_decode_step()
         yield self._occupy(ticks)
         ticks = self._contended(ticks)
         self.now += ticks
+        self.seen = self.now
         self.source.deliver(self.now)
         self._record_step(size, ticks)
         self._advance(1)
+        leaving, scheduler.leaving = scheduler.leaving, []
+        self._come_out([], leaving, self.now)
+
+    def _begin_decode_step(self) -> int:
+        """Write down one step of all decoding sequences, which may share the device; its ticks alone."""
+        size, variable = self.batch.size, self.batch.variable
+        self.decode_steps[size] += 1
+        self.variable_total += variable
+        return self._add_host_work(self.tables.step[size] + variable, size)
+
+    def _step_in_company(self, chunks: list[Chunk]) -> Clocked:
+        """Plan a step behind the running one, whose end is known when it comes, and start it then."""
+        batch, scheduler = self.batch, self.scheduler
+        if not chunks and batch.due_bytes() > scheduler.free:
+            scheduler.make_room(self.now)
+            self._forget_preempted()
+            if not batch.size:
+                yield from self._run_dry()
+                return
+        size = batch.size
+        ticks, ending = self._begin_mixed(chunks) if chunks else (self._begin_decode_step(), [])
+        demand = self._demand(ticks)
+        prompts, leaving = self._prompts_out, scheduler.leaving
+        self._prompts_out, scheduler.leaving = [], []
+        late, self._late = self._late, {}
+        for sequence, chunk in chunks:
+            sequence.done += chunk
+        if size:
+            self._advance(1)
+        for sequence in ending:
+            self._end_prompt(sequence)
+        if self._flight is not None:
+            yield from self._land()
+        self._come_out(prompts, leaving, self.now)
+        self.seen = self.now
+        self._flight = Flight(self.device.start(ticks, demand, "step").done, self.now, ticks, size - len(late), late)
+        # When it ends is not known yet; any later time says that a step is under way.
+        self.now += ticks
+
+    def _land(self) -> Clocked:
+        """Wait for the running step's end, and write down what it was to its sequences."""
+        flight, record = self._flight, self.record
+        if flight is None:
+            return
+        yield flight.done
+        self._flight = None
+        promised, self.now = self.now, int(self.env.now)
+        lasted = self.now - flight.start
+        record.contention_ticks += lasted - flight.alone
+        if flight.sequences:
+            record.runs.append((1, flight.sequences, lasted, 0))
+        record.gaps += [self.now - since for since in flight.late.values()]
+        # Sequences that the plan behind it preempted got their latest token from it.
+        for index, since in self.scheduler.last_token.items():
+            if since == promised:
+                self.scheduler.last_token[index] = self.now
+        self.source.deliver(self.now)
 
     def _record_step(self, size: int, lasted: int) -> None:
         """One step's gaps; a sequence that waited for its compaction counts that wait as part of its gap."""
@@ -469,11 +644,11 @@ class ReplicaEngine:
         for index in [index for index in self._late if index not in self.batch.active]:
             self.scheduler.last_token[index] = self._late.pop(index)
 
-    def _compact_aside(self, sequence: SequenceState, profile: SequenceProfile, left: int) -> None:
+    def _compact_aside(self, sequence: SequenceState, profile: SequenceProfile, left: int, since: int) -> None:
         """Score and compact on a side stream; the sequence decodes once its cache is compact."""
         self.record.aside_ticks += profile.compress_ticks
         activity = self.device.start(profile.compress_ticks, Demand(hbm=1.0), "compact")
-        self.waits.add(activity.done, partial(self._join_compacted, sequence, left, self.now))
+        self.waits.add(activity.done, partial(self._join_compacted, sequence, left, since))
 
     def _join_compacted(self, sequence: SequenceState, left: int, since: int) -> None:
         self._join(sequence, left)
@@ -487,3 +662,10 @@ class ReplicaEngine:
         if self.source.next_ticks < NEVER:
             events.append(self.env.timeout(self.source.next_ticks - self.now))
         return events
+
+
+def _steps_until(gap: int, slope: int) -> int:
+    """Steps whose growth of ``slope`` each stays within ``gap`` of the first; one where they shrink."""
+    if slope > 0:
+        return gap // slope + 1
+    return 1 if slope else NEVER

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvsim.sim.adaptive.record import AdaptiveRecord
+import numpy as np
+import numpy.typing as npt
 
+from kvsim.sim.adaptive.record import AdaptiveRecord
+from kvsim.units import TICKS_PER_SECOND
+
+FloatArray = npt.NDArray[np.float64]
 Run = tuple[int, int, int, int]
 """(steps, sequences, ticks of the first step, growth per step): every sequence waits each step's length once."""
 
@@ -41,6 +46,8 @@ class ReplicaRecord:
     """Compression that ran on a side stream."""
     prefill: PhaseTicks = field(default_factory=PhaseTicks)
     decode: PhaseTicks = field(default_factory=PhaseTicks)
+    host_ticks: int = 0
+    """Time that steps took longer for the host's work."""
     contention_ticks: int = 0
     """Time lost to sharing the device with side activities."""
     preemptions: int = 0
@@ -65,10 +72,23 @@ class ReplicaRecord:
 
 @dataclass
 class RequestLog:
-    """Per request, in ticks; -1 where it did not happen."""
+    """Per request, in ticks; -1 where it did not happen. The engine's times, but for ``sent``."""
 
+    sent: list[int]
+    """When the client sent it; the front end hands it to the engine at ``arrived``."""
     arrived: list[int]
     scheduled: list[int]
     first_token: list[int]
     finished: list[int]
     rejected: list[bool]
+    egress_ticks: int = 0
+    """From a token out of the engine to the client."""
+
+    def client_seconds(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """When each request was sent and its first and last token reached the client; below 0 where none did."""
+        sent, first, last = (
+            np.asarray(ticks, dtype=np.float64) for ticks in (self.sent, self.first_token, self.finished)
+        )
+        first[first >= 0] += self.egress_ticks
+        last[last >= 0] += self.egress_ticks
+        return sent / TICKS_PER_SECOND, first / TICKS_PER_SECOND, last / TICKS_PER_SECOND

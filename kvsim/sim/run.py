@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
+from kvsim.cost.front_end import front_end
+from kvsim.cost.host import host_seconds
 from kvsim.cost.priors import Edge, look_up
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
@@ -23,13 +25,14 @@ from kvsim.requests import IntArray, RequestTable
 from kvsim.sim.adaptive.engine import AdaptiveEngine
 from kvsim.sim.adaptive.prices import LevelPrices, level_prices
 from kvsim.sim.adaptive.scheduler import LevelSharing, level_sharing
-from kvsim.sim.arrivals import ArrivalSource
+from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
 from kvsim.sim.engine import ReplicaEngine
 from kvsim.sim.host_tier import HostTier, HostTierLimits
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.resources import SharedDevice
 from kvsim.sim.scheduler import PrefixSharing, SchedulerLimits
+from kvsim.units import TICKS_PER_SECOND
 
 PROGRESS_SLICES = 50
 
@@ -60,14 +63,18 @@ def run_requests(
     step = StepModel(deployment, build_rates(deployment.device, deployment.priors, edge))
     engine = deployment.engine
     tables = build_tables(step, engine.max_num_batched_tokens, engine.max_num_seqs)
-    source = ArrivalSource(env, requests, routing)
+    front = front_end_ticks(front_end(deployment, edge))
+    source = ArrivalSource(env, requests, routing, front)
     count = len(requests)
-    log = RequestLog(source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count)
+    log = RequestLog(
+        source.sent_ticks, source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count, front.egress
+    )
     lengths = (requests.prompt_tokens.tolist(), requests.output_tokens.tolist())
     limits = _limits(deployment, plan, max_model_len)
     replicas: list[ReplicaEngine] = []
     prices = level_prices(deployment, edge, (step, tables)) if deployment.adaptive is not None else None
     foreseeable = coalesce and _foreseeable(deployment, source)
+    host_work = host_work_ticks(step)
     for _ in range(deployment.replicas):
         device = SharedDevice(env)
         if deployment.adaptive is not None and prices is not None:
@@ -85,6 +92,7 @@ def run_requests(
                 prices=prices,
                 classes=(requests.class_names, _listed(requests.request_class)),
                 coalesce=foreseeable,
+                host_work=host_work,
             )
             replicas.append(adaptive)
             env.process(adaptive.run())
@@ -101,6 +109,7 @@ def run_requests(
             _prefix_sharing(deployment, requests, limits, device, edge),
             token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
             coalesce=foreseeable,
+            host_work=host_work,
         )
         replicas.append(replica)
         env.process(replica.run())
@@ -116,6 +125,13 @@ def run_requests(
 
 def _listed(values: IntArray | None) -> list[int] | None:
     return None if values is None else values.tolist()
+
+
+def host_work_ticks(step: StepModel) -> list[int]:
+    """Ticks of host work of a step, by its sequences."""
+    sequences = np.arange(step.deployment.engine.max_num_seqs + 1, dtype=np.float64)
+    ticks: list[int] = np.rint(np.asarray(host_seconds(step, sequences)) * TICKS_PER_SECOND).astype(np.int64).tolist()
+    return ticks
 
 
 def _foreseeable(deployment: Deployment, source: ArrivalSource) -> bool:
@@ -243,6 +259,7 @@ def _split_decode_time(replica: ReplicaEngine, tables: StepTables) -> None:
     unpack = replica.compression_ticks()
     decode.compression += unpack
     decode.attention += replica.variable_total - unpack
+    decode.overhead += replica.record.host_ticks
     replica.record.decode = decode
 
 

@@ -18,6 +18,8 @@ from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 
 Chunk = tuple[SequenceState, int]
+Leaving = tuple[int, SequenceState, int | None]
+"""(order of joining, sequence, bytes that it holds, or None where a preemption has taken them)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Scheduler:
         self.loaded: deque[SequenceState] = deque()
         """Prompts whose blocks are back, in the order to go on; all their blocks are reserved."""
         self.partial: SequenceState | None = None
+        self.leaving: list[Leaving] = []
+        """Sequences that end with the running step: they keep seats and blocks until it is over, oldest first."""
         self.free = limits.pool_bytes
         self.looked = False
         """Whether the latest step offered the waiting queue tokens, seats and blocks; one that preempted does not."""
@@ -129,29 +133,31 @@ class Scheduler:
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
-    def make_room(self, now_ticks: int) -> bool:
+    def make_room(self, start_ticks: int) -> bool:
         """Preempt the latest arrivals until the next token of all others fits; True if any was."""
         batch = self.batch
         preempted = False
         while batch.due_bytes() > self.free:
-            self.preempt_latest(now_ticks)
+            self.preempt_latest(start_ticks)
             preempted = True
         self.looked = False
         batch.drop_dead()
         return preempted
 
-    def preempt_latest(self, now_ticks: int) -> None:
-        """Take all blocks from the latest arrival and queue it first."""
+    def preempt_latest(self, start_ticks: int) -> None:
+        """Take all blocks from the latest arrival and queue it first; its latest token is out at ``start_ticks``."""
         batch = self.batch
         if self.partial is not None:
             sequence, self.partial = self.partial, None
             self.record.recomputed_tokens += sequence.done
             self.give_back(sequence, sequence.held)
+        elif self.leaving and self._take_from_leaving():
+            return
         elif batch.active:
             sequence = batch.active[next(reversed(batch.active))]
             index = sequence.index
             self.generated[index] += batch.counter - sequence.joined
-            self.last_token[index] = now_ticks
+            self.last_token[index] = start_ticks
             self.record.recomputed_tokens += self.prompt[index] + self.generated[index] - 1
             self.give_back(sequence, batch.remove(sequence))
         else:
@@ -160,19 +166,32 @@ class Scheduler:
         self.record.preemptions += 1
         self.waiting.appendleft(sequence.index)
 
+    def _take_from_leaving(self) -> bool:
+        """Take the blocks of the latest arrival where it ends with the running step anyway; True if it was so."""
+        order, sequence, held_bytes = self.leaving[-1]
+        active = self.batch.active
+        if held_bytes is None or (active and active[next(reversed(active))].order > order):
+            return False
+        self.give_back(sequence, held_bytes)
+        self.leaving[-1] = (order, sequence, None)
+        return True
+
     # --- one step ---------------------------------------------------------------------------------------------------
 
-    def schedule(self, now_ticks: int, seats_taken: int) -> list[Chunk]:
-        """Prompt chunks of the next step. ``seats_taken`` sequences are neither decoding nor prefilling."""
+    def schedule(self, now_ticks: int, seats_taken: int, start_ticks: int) -> list[Chunk]:
+        """Prompt chunks of the next step, planned at ``now_ticks`` to start at ``start_ticks``.
+
+        ``seats_taken`` sequences are neither decoding nor prefilling.
+        """
         batch, limits = self.batch, self.limits
         reserved = batch.due_bytes()
-        preempted = reserved > self.free and self.make_room(now_ticks)
+        preempted = reserved > self.free and self.make_room(start_ticks)
         if preempted:
             reserved = batch.due_bytes()
         budget = limits.max_num_batched_tokens - batch.size
         chunks: list[Chunk] = []
         if self.partial is not None and budget > 0:
-            chunk = self._continue_partial(self.partial, budget, reserved, now_ticks)
+            chunk = self._continue_partial(self.partial, budget, reserved, start_ticks)
             if chunk is None:
                 preempted = True
             else:
@@ -192,12 +211,12 @@ class Scheduler:
             self._admit(chunks, budget, reserved, now_ticks, running)
         return chunks
 
-    def _continue_partial(self, partial: SequenceState, budget: int, reserved: int, now_ticks: int) -> Chunk | None:
+    def _continue_partial(self, partial: SequenceState, budget: int, reserved: int, start_ticks: int) -> Chunk | None:
         """Next chunk of the prompt in progress; None where the pool is short and it, the latest, gave way."""
         chunk = min(partial.target - partial.done, budget)
         need = max(0, self.prefill_bytes(partial, partial.done + chunk) - partial.held - self.shared_bytes(partial))
         if need + reserved > self.free:
-            self.preempt_latest(now_ticks)
+            self.preempt_latest(start_ticks)
             return None
         partial.held += need
         self.take(need)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kvsim.specs.base import Spec
-from kvsim.units import Bytes
+from kvsim.units import Bytes, Seconds
 
 Count = Annotated[int, Field(gt=0)]
 SkippedLayers = tuple[int | Literal["sliding_window"], ...]
@@ -37,5 +37,28 @@ class EngineSpec(Spec):
     attention_kernel: str = "auto"
     """Attention kernel as calibration sets name it, such as ``vllm/flash_attn_fa3``, for the operations and formats
     that it has; ``auto`` takes the set's default."""
+    async_scheduling: bool | None = None
+    """Plan a step while the one before it runs; None takes the engine's default: on, off for llama.cpp.
+    Source: vLLM 0.15.1 config/vllm.py, on for the mp and uni executors."""
+    request_overhead_s: Seconds | None = None
+    """Time of a request outside the engine (HTTP, tokeniser, detokeniser, streaming), part before it and part after;
+    None takes the engine's prior, nothing for llama.cpp. Zero for a caller in the engine's own process."""
+    front_end_requests_per_s: Annotated[float, Field(gt=0)] | None = None
+    """Requests per second that one API server lets through, in order of arrival; None is no limit."""
     cuda_graphs: bool = True
     """Pad decode batches to captured sizes and pay one launch per graph instead of one per kernel."""
+
+    @model_validator(mode="after")
+    def _one_loop(self) -> Self:
+        if self.kind == "llamacpp" and self.async_scheduling:
+            msg = (
+                "async_scheduling=true cannot go with kind='llamacpp': its server runs one batch after the other; "
+                "leave async_scheduling out"
+            )
+            raise ValueError(msg)
+        return self
+
+    @property
+    def schedules_ahead(self) -> bool:
+        """Whether a step is planned while the one before it runs."""
+        return self.kind != "llamacpp" if self.async_scheduling is None else self.async_scheduling

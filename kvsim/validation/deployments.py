@@ -18,7 +18,7 @@ from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
 from kvsim.deployment import Deployment
 from kvsim.device_catalog import load_device
-from kvsim.errors import RequestDoesNotFit, UnknownName
+from kvsim.errors import InfeasibleScenario, RequestDoesNotFit, UnknownName
 from kvsim.memory import plan_memory
 from kvsim.model_catalog import list_models, preset_hub_ids
 from kvsim.pool import block_bytes, longest_prompt
@@ -192,6 +192,22 @@ def play(deployment: Deployment, requests: RequestTable) -> Played:
         raise RequestDoesNotFit(msg)
     result = run_requests(deployment, requests, plan, fits)
     return Played(outcome(result, requests, Slo(), Edge.CENTRAL), result, requests)
+
+
+def kv_blocks(setup: Setup, options: Options) -> int | None:
+    """Blocks of the KV pool by the memory model, whatever number the setup's engine was told; None if nothing fits.
+
+    Raises
+    ------
+    UnknownName, IncompatibleScenario
+        As `deploy`.
+    """
+    engine = setup.engine.model_copy(update={"num_gpu_blocks_override": None})
+    deployment = deploy(replace(setup, engine=engine), options)
+    try:
+        return plan_memory(deployment, block_bytes(deployment)).num_blocks
+    except InfeasibleScenario:
+        return None
 
 
 def kv_tokens(deployment: Deployment) -> float:

@@ -21,17 +21,20 @@ from kvsim.specs.engine import EngineSpec
 from kvsim.traces.files import finite_number, json_lines, read_trace_bytes, whole_number
 from kvsim.traces.rows import Origin
 from kvsim.units import TICKS_PER_SECOND
-from kvsim.validation.deployments import Setup, deploy, find_device, find_preset, play
+from kvsim.validation.deployments import Setup, deploy, find_device, find_preset, kv_blocks, play
 from kvsim.validation.pool import predictions
 from kvsim.validation.suite import FloatArray, Options, Result, Tally, locate
 from kvsim.validation.vllm_serving import (
     HASH_TOKENS,
+    LATENCIES,
     METRICS,
     OTHER_UNSEEN,
     UNKNOWN_DEVICE,
     UNKNOWN_MODEL,
+    Predicted,
     StageLatencies,
     latencies,
+    score_blocks,
     statistic,
 )
 
@@ -167,13 +170,15 @@ def _why_not(meta: Meta, options: Options) -> str | None:
     return None if find_preset(meta.model) else UNKNOWN_MODEL
 
 
-def _simulated(job: tuple[Log, str, str | None]) -> StageLatencies | str:
+def _simulated(job: tuple[Log, str, str | None]) -> Predicted | str:
     log, calibration, as_unseen = job
+    setup, options = setup_of(log.meta), Options(as_unseen, calibration)
     try:
-        played = play(deploy(setup_of(log.meta), Options(as_unseen, calibration)), requests_of(log))
+        played = play(deploy(setup, options), requests_of(log))
+        blocks = kv_blocks(setup, options)
     except KvsimError as error:
         return f"cannot be deployed: {type(error).__name__}"
-    return latencies(played, np.ones(len(log.queued_s), dtype=bool))
+    return Predicted([latencies(played, np.ones(len(log.queued_s), dtype=bool))], blocks)
 
 
 def setup_of(meta: Meta) -> Setup:
@@ -186,6 +191,8 @@ def setup_of(meta: Meta) -> Setup:
         "block_size": meta.kv_cache.block_size,
         "gpu_memory_utilization": meta.kv_cache.gpu_memory_utilization,
         "enable_prefix_caching": meta.kv_cache.enable_prefix_caching,
+        # The log's times are the engine's own.
+        "request_overhead_s": "0 s",
     }
     engine = validate(EngineSpec, options, "meta.json")
     model, device = find_preset(meta.model) or "", find_device(meta.hardware.device_name) or ""
@@ -209,7 +216,8 @@ def requests_of(log: Log) -> RequestTable:
     )
 
 
-def _score(log: Log, found: StageLatencies, tally: Tally) -> None:
+def _score(log: Log, answer: Predicted, tally: Tally) -> None:
+    found = answer.stages[0]
     gaps = log.output_tokens - 1
     decode_s = log.last_s - log.first_s
     several = gaps > 0
@@ -220,7 +228,8 @@ def _score(log: Log, found: StageLatencies, tally: Tally) -> None:
         itl_mean=float(decode_s.sum() / max(int(gaps.sum()), 1)),
     )
     groups = {"log": log.name, "device": find_device(log.meta.hardware.device_name) or ""}
-    for metric in METRICS:
+    score_blocks(tally, log.meta.kv_cache.num_gpu_blocks, answer.kv_blocks, groups)
+    for metric in LATENCIES:
         what, _, how = metric.partition("_")
         seconds, predicted = statistic(measured, what, how), statistic(found, what, how)
         if seconds is None or predicted is None or not seconds > 0 or (how == "p99" and len(gaps) < MIN_FOR_P99):

@@ -21,13 +21,18 @@ from kvsim.errors import InvalidSpec, KvsimError
 from kvsim.requests import RequestTable
 from kvsim.specs.engine import EngineSpec
 from kvsim.units import TICKS_PER_SECOND
-from kvsim.validation.deployments import Played, Setup, deploy, find_device, find_preset, play
+from kvsim.validation.deployments import Played, Setup, deploy, find_device, find_preset, kv_blocks, play
 from kvsim.validation.pool import predictions
 from kvsim.validation.suite import FloatArray, Options, Result, Tally, locate
 
 HASH_TOKENS: Final = 16
 METRIC: Final = re.compile(r"(ttft|tpot|itl|e2e)_(mean|p90|p99)")
-METRICS: Final = tuple(f"{what}_{how}" for what in ("ttft", "tpot", "itl", "e2e") for how in ("mean", "p90", "p99"))
+KV_BLOCKS: Final = "kv_blocks"
+LATENCIES: Final = tuple(f"{what}_{how}" for what in ("ttft", "tpot", "itl", "e2e") for how in ("mean", "p90", "p99"))
+METRICS: Final = (*LATENCIES, KV_BLOCKS)
+FITTED_RUNS: Final = frozenset({"20", "60", "65"})
+"""Runs that the front end's latency was fitted on (``tools/fit_front_end.py``): every second one in the order of the
+published file, beginning with the first. They are scored apart from the others."""
 QUANTILES: Final = {"p90": 0.9, "p99": 0.99}
 UNKNOWN_MODEL: Final = "model without a preset"
 UNKNOWN_DEVICE: Final = "device without a spec"
@@ -35,6 +40,7 @@ OTHER_UNSEEN: Final = "device other than the one treated as unseen"
 SUMMARY: Final = "summary of stages that are scored one by one"
 OTHER_WORKLOAD: Final = "workload other than inference-perf's shared prefix"
 NOT_MEASURED: Final = "stage without a measured figure"
+NO_POOL: Final = "KV blocks of a run whose weights leave no room by the memory model (counted in figures)"
 NO_GAPS: Final = "quantiles of inter-token gaps by stage: the simulator pools gaps over a run"
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
@@ -167,25 +173,36 @@ class StageLatencies:
     itl_mean: float
 
 
-def _simulated(job: tuple[Run, str, str | None]) -> list[StageLatencies] | str:
-    """Latencies by stage, or why the run cannot be simulated."""
+@dataclass(frozen=True)
+class Predicted:
+    """What kvsim says of a run."""
+
+    stages: list[StageLatencies]
+    kv_blocks: int | None
+
+
+def _simulated(job: tuple[Run, str, str | None]) -> Predicted | str:
+    """Latencies by stage and KV blocks, or why the run cannot be simulated."""
     run, calibration, as_unseen = job
+    options = Options(as_unseen, calibration)
     try:
-        deployment = deploy(setup_of(run), Options(as_unseen, calibration))
+        deployment = deploy(setup_of(run), options)
         requests, stage_of = requests_of(run)
         played = play(deployment, requests)
+        blocks = kv_blocks(setup_of(run), options)
     except KvsimError as error:
         return f"cannot be deployed: {type(error).__name__}"
-    return [latencies(played, stage_of == stage) for stage in range(int(stage_of.max()) + 1)]
+    return Predicted([latencies(played, stage_of == stage) for stage in range(int(stage_of.max()) + 1)], blocks)
 
 
-def setup_of(run: Run) -> Setup:
-    """Deployment of a run."""
+def setup_of(run: Run, request_overhead_s: float | None = None) -> Setup:
+    """Deployment of a run; the front end's latency is the prior's unless given."""
     engine = EngineSpec(
         max_num_seqs=run.max_num_seqs,
         max_num_batched_tokens=max(run.max_num_batched_tokens, run.max_num_seqs),
         gpu_memory_utilization=run.gpu_memory_utilization,
         num_gpu_blocks_override=run.total_kv_blocks,
+        request_overhead_s=request_overhead_s,
     )
     return Setup(find_preset(run.model) or "", find_device(run.hardware) or "", ranks=run.tp, engine=engine)
 
@@ -234,11 +251,7 @@ def _prompt_hashes(shared: SharedPrefix) -> Iterator[tuple[int, ...]]:
 
 def latencies(played: Played, chosen: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> StageLatencies:
     """Latencies of some requests of a run."""
-    log = played.result.log
-    arrived, first, finished = (
-        np.asarray(ticks, dtype=np.float64)[chosen] / TICKS_PER_SECOND
-        for ticks in (log.arrived, log.first_token, log.finished)
-    )
+    arrived, first, finished = (times[chosen] for times in played.result.log.client_seconds())
     gaps = np.maximum(played.requests.output_tokens[chosen] - 1, 0)
     decode_s = finished - first
     several = gaps > 0
@@ -258,12 +271,22 @@ def statistic(found: StageLatencies, what: str, how: str) -> float | None:
     return float(values.mean() if how == "mean" else np.quantile(values, QUANTILES[how]))
 
 
-def _score(run: Run, stages: list[StageLatencies], tally: Tally) -> None:
+def score_blocks(tally: Tally, logged: int | None, predicted: int | None, groups: Mapping[str, str]) -> None:
+    """Compare KV blocks with those that an engine logged, where it did."""
+    if logged is not None and predicted is None:
+        tally.skip(NO_POOL)
+    elif logged is not None and predicted is not None:
+        tally.add(KV_BLOCKS, logged, predicted, **groups)
+
+
+def _score(run: Run, answer: Predicted, tally: Tally) -> None:
     groups = {
         "run": f"{run.id} {find_preset(run.model)} tp{run.tp}", "model": find_preset(run.model) or "",
         "device": find_device(run.hardware) or "",
+        "front end": "fitted on these runs" if run.id in FITTED_RUNS else "fitted on other runs",
     }  # fmt: skip
-    for index, found in enumerate(stages):
+    score_blocks(tally, run.total_kv_blocks, answer.kv_blocks, groups)
+    for index, found in enumerate(answer.stages):
         measured: Mapping[str, Any] = run.measured_ms.get(f"stage_{index}", {})
         scored = False
         for name, value_ms in measured.items():

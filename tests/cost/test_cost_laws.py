@@ -254,3 +254,16 @@ def test_the_smooth_maximum_lies_between_the_largest_term_and_the_sum(terms, mor
     value = smooth_maximum(*terms)
     assert max(terms) * EXACT <= value <= sum(terms) / EXACT
     assert smooth_maximum(*terms, more) >= value * EXACT
+
+
+def test_host_work_of_a_step_grows_with_its_sequences_and_is_no_part_of_it():
+    step = step_model(deploy("llama-3.1-8b", "h100-sxm"))
+    assert step.host_step_seconds(0) == 0.0
+    assert 0.0 < step.host_step_seconds(1) < step.host_step_seconds(256) < 0.02
+    table = step.host_step_seconds(np.arange(3.0))
+    assert table.tolist() == [step.host_step_seconds(n) for n in range(3)]
+    optimistic, pessimistic = (
+        step_model(deploy("llama-3.1-8b", "h100-sxm"), edge).host_step_seconds(8)
+        for edge in (Edge.OPTIMISTIC, Edge.PESSIMISTIC)
+    )
+    assert optimistic < step.host_step_seconds(8) < pessimistic

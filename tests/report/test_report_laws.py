@@ -13,7 +13,6 @@ from kvsim.device_catalog import load_device
 from kvsim.report import Figure, Report
 from kvsim.sim.run import run_requests
 from kvsim.simulate import compare, estimate, prepare, simulate
-from kvsim.units import TICKS_PER_SECOND
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 
@@ -139,10 +138,7 @@ def test_latency_definitions_hold_request_by_request():
     one = scenario("llama-3.1-8b", "h100-sxm", bands=False)
     report, prepared = simulate(one), prepare(one)
     result = run_requests(prepared.deployment, prepared.requests, prepared.plan, prepared.max_model_len)
-    log = result.log
-    arrived, first, finished = (
-        np.asarray(ticks, dtype=float) / TICKS_PER_SECOND for ticks in (log.arrived, log.first_token, log.finished)
-    )
+    arrived, first, finished = result.log.client_seconds()
     outputs = prepared.requests.output_tokens
     several = outputs > 1
     assert report.latency.ttft.mean_s.value == pytest.approx((first - arrived).mean())
@@ -160,7 +156,8 @@ def test_goodput_counts_the_requests_that_meet_every_objective():
     base = scenario("llama-3.1-8b", "h100-sxm", bands=False, workload=workload(rate=20, num_prompts=200))
     prepared = prepare(base)
     result = run_requests(prepared.deployment, prepared.requests, prepared.plan, prepared.max_model_len)
-    ttft = (np.asarray(result.log.first_token) - np.asarray(result.log.arrived)) / TICKS_PER_SECOND
+    sent, first, _ = result.log.client_seconds()
+    ttft = first - sent
     limit_s = float(np.median(ttft))
     report = simulate(base.model_copy(update={"slo": base.slo.model_copy(update={"ttft_s": limit_s})}))
     good = int((ttft <= limit_s).sum())

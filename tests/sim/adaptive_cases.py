@@ -110,7 +110,7 @@ def adaptive_cases(draw: st.DrawFn, *, pressed: bool = True) -> Case:
         levels, adaptive, model=model, max_num_batched_tokens=batched, max_num_seqs=min(batched, seqs),
         enable_chunked_prefill=draw(st.sampled_from((True, True, True, False))),
         compression_stream=draw(st.sampled_from(("inline", "inline", "side"))),
-        replicas=1 if pressed else draw(st.sampled_from((1, 1, 2))),
+        async_scheduling=draw(st.booleans()), replicas=1 if pressed else draw(st.sampled_from((1, 1, 2))),
     )  # fmt: skip
     return build_case(
         deployment, requests, spare_blocks=draw(spare), reject_longest=draw(st.sampled_from((False, False, True)))

@@ -2,8 +2,10 @@
 
 Follows ``vllm/v1/core/sched/scheduler.py`` (``Scheduler.schedule``, ``update_from_output``) and
 ``kv_cache_manager.py`` (``allocate_slots``): running requests in order of admission, each preempting the last one
-where no block is free; then, if nobody was preempted, the waiting queue in order of arrival. Prefix caching, windows
-and compression are left out. Shares no code with kvsim.sim; only the price of a step is taken from the cost model.
+where no block is free; then, if nobody was preempted, the waiting queue in order of arrival. Asynchronous scheduling
+follows ``v1/engine/core.py`` (``step_with_batch_queue`` with two batches) and ``AsyncScheduler``: a step is scheduled
+while the one before it runs, whose tokens are counted as promised. Prefix caching, windows and compression are left
+out. Shares no code with kvsim.sim; only the price of a step is taken from the cost model.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ class Request:
     finished: int = -1
     rejected: bool = False
     generated: int = 0
+    promised: int = 0
+    """Tokens that steps under way will give."""
     computed: int = 0
     target: int = 0
     """Tokens to compute as a prompt: after a preemption the output so far is part of it."""
@@ -38,7 +42,11 @@ class Request:
     @property
     def known(self) -> int:
         """Tokens whose KV must be computed before the next token comes out."""
-        return self.prompt + self.generated
+        return self.prompt + self.generated + self.promised
+
+    @property
+    def ends_under_way(self) -> bool:
+        return self.generated + self.promised == self.output
 
 
 class PlainReplica:
@@ -46,7 +54,7 @@ class PlainReplica:
 
     def __init__(
         self, *, blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int,
-        chunked: bool, price: Price,
+        chunked: bool, price: Price, ahead: bool,
     ) -> None:  # fmt: skip
         self.free = list(range(blocks))
         self.total = blocks
@@ -56,9 +64,14 @@ class PlainReplica:
         self.max_model_len = max_model_len
         self.chunked = chunked
         self.price = price
+        self.ahead = ahead
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.step_ends: int | None = None
+        self.tokens_to: list[Request] = []
+        """Requests that get a token from the running step."""
+        self.queued: tuple[int, list[Request]] | None = None
+        """Ticks and tokens of the step scheduled behind the running one; no ticks where nothing could be scheduled."""
         self.scheduled: dict[Request, int] = {}
         self.gaps: Counter[int] = Counter()
         self.preemptions = 0
@@ -84,29 +97,47 @@ class PlainReplica:
     def _preempt_last(self) -> Request:
         victim = self.running.pop()
         self._release(victim)
+        self.waiting.insert(0, victim)
+        if victim.ends_under_way:
+            return victim
         self.preemptions += 1
         self.recomputed += victim.computed
         victim.computed = 0
-        self.waiting.insert(0, victim)
         return victim
 
     def begin_step(self, now: int) -> list[Request]:
-        """Schedule and start one step; the requests rejected on the way. A step without tokens takes no time."""
+        """Schedule and start steps; the requests rejected on the way. A step without tokens takes no time."""
         rejected: list[Request] = []
+        if self.step_ends is None and self.queued is not None:
+            self._start(self.queued, now)
+            self.queued = None
         while self.step_ends is None and self.load:
-            preempted = self._schedule_running()
-            if not preempted:
-                self._schedule_waiting(now, rejected)
-            if self.scheduled:
-                self._start(now)
-            elif not preempted:
-                assert not self.load, "nothing runs although requests wait"
+            self._start(self._schedule(now, rejected), now)
+        if self.ahead and self.step_ends is not None and self.queued is None:
+            self.queued = self._schedule(now, rejected)
         return rejected
+
+    def _start(self, step: tuple[int, list[Request]], now: int) -> None:
+        ticks, self.tokens_to = step
+        if ticks:
+            self.step_ends = now + ticks
+
+    def _schedule(self, now: int, rejected: list[Request]) -> tuple[int, list[Request]]:
+        preempted = self._schedule_running()
+        if not preempted:
+            self._schedule_waiting(now, rejected)
+        if self.scheduled:
+            return self._count()
+        assert preempted or not self.load or self.step_ends is not None, "nothing runs although requests wait"
+        return 0, []
 
     def _schedule_running(self) -> bool:
         budget, preempted, position = self.budget, False, 0
         while position < len(self.running) and budget:
             request = self.running[position]
+            position += 1
+            if request.ends_under_way:
+                continue
             tokens = min(request.known - request.computed, budget)
             while not self._allocate(request, tokens):
                 preempted = True
@@ -114,7 +145,6 @@ class PlainReplica:
                     return True
             self.scheduled[request] = tokens
             budget -= tokens
-            position += 1
         return preempted
 
     def _schedule_waiting(self, now: int, rejected: list[Request]) -> None:
@@ -135,25 +165,28 @@ class PlainReplica:
             self.scheduled[request] = tokens
             budget -= tokens
 
-    def _start(self, now: int) -> None:
-        decoding, prompts, completed = [], [], 0
+    def _count(self) -> tuple[int, list[Request]]:
+        """Price what was scheduled, and take its tokens as computed."""
+        decoding, prompts, tokens_to = [], [], []
         for request, tokens in self.scheduled.items():
             if request.computed >= request.target:
                 decoding.append(request.computed)
             else:
                 prompts.append((tokens, request.computed))
                 self.prefilled += tokens
-                completed += request.computed + tokens == request.known
-        self.step_ends = now + self.price(decoding, prompts, completed)
+            request.computed += tokens
+            if request.computed == request.known:
+                request.promised += 1
+                tokens_to.append(request)
+        self.scheduled = {}
+        return self.price(decoding, prompts, len(tokens_to) - len(decoding)), tokens_to
 
     def end_step(self) -> list[Request]:
-        """Hand out the step's tokens; the requests that finished."""
+        """Hand out the step's tokens, also to requests preempted since; the requests that finished."""
         now, finished = self.step_ends, []
         assert now is not None
-        for request, tokens in self.scheduled.items():
-            request.computed += tokens
-            if request.computed < request.known:
-                continue
+        for request in self.tokens_to:
+            request.promised -= 1
             request.generated += 1
             if request.latest_token < 0:
                 request.first_token = now
@@ -162,10 +195,10 @@ class PlainReplica:
             request.latest_token = now
             if request.generated == request.output:
                 request.finished = now
-                self.running.remove(request)
+                (self.running if request in self.running else self.waiting).remove(request)
                 self._release(request)
                 finished.append(request)
-        self.step_ends, self.scheduled = None, {}
+        self.step_ends, self.tokens_to = None, []
         return finished
 
 

@@ -26,14 +26,15 @@ class AuditedScheduler(Scheduler):
         self.audits = 0
         self.ledger.append(self)
 
-    def schedule(self, now_ticks: int, seats_taken: int) -> list[Chunk]:
+    def schedule(self, now_ticks: int, seats_taken: int, start_ticks: int) -> list[Chunk]:
         # A sequence that is compacted aside is in no list; a prompt that comes back from the host is paid for ahead.
-        if not seats_taken and (self.sharing is None or self.sharing.host is None):
+        if seats_taken == len(self.leaving) and (self.sharing is None or self.sharing.host is None):
             self.audit()
-        return super().schedule(now_ticks, seats_taken)
+        return super().schedule(now_ticks, seats_taken, start_ticks)
 
     def audit(self) -> None:
         held = sum(self._own_bytes(sequence) for sequence in self.batch.active.values())
+        held += sum(held_bytes or 0 for _, _, held_bytes in self.leaving)
         if self.partial is not None:
             held += self.prefill_bytes(self.partial, self.partial.done) - self._shared(self.partial)
         if self.sharing is not None:
@@ -101,7 +102,7 @@ def _lives(case: Case, result: RunResult) -> None:
     log = result.log
     for index, fits in enumerate(case.admitted):
         assert log.rejected[index] is not bool(fits)
-        assert 0 <= log.arrived[index] <= result.end_ticks
+        assert 0 <= log.sent[index] <= log.arrived[index] <= result.end_ticks
         if fits:
             assert log.arrived[index] <= log.scheduled[index] < log.first_token[index] <= log.finished[index]
             assert log.finished[index] <= result.end_ticks
@@ -109,7 +110,7 @@ def _lives(case: Case, result: RunResult) -> None:
             assert (log.scheduled[index], log.first_token[index], log.finished[index]) == (-1, -1, -1)
         parent = case.requests.parent[index]
         if parent >= 0 and not log.rejected[parent]:
-            assert log.arrived[index] == log.finished[parent] + case.requests.delay_ticks[index]
+            assert log.sent[index] == log.finished[parent] + log.egress_ticks + case.requests.delay_ticks[index]
 
 
 def _gaps(case: Case, result: RunResult) -> None:

@@ -51,7 +51,8 @@ def base_deployment(model: str, strategy: str, engine: EngineSpec, replicas: int
 
 
 def deploy(model: str = "llama-3.1-8b", strategy: str = "native", **options: Any) -> Deployment:
-    """A deployment; ``options`` are EngineSpec's, and ``replicas`` and ``ranks``."""
+    """A deployment; ``options`` are EngineSpec's, and ``replicas`` and ``ranks``. No front end unless asked for."""
+    options.setdefault("request_overhead_s", 0.0)
     replicas, ranks = options.pop("replicas", 1), options.pop("ranks", 8 if model == "deepseek-v3.2" else 1)
     return base_deployment(model, strategy, EngineSpec(**options), replicas, ranks)
 
@@ -116,7 +117,7 @@ class Case:
         return (
             f"Case({self.deployment.model.name}, {self.deployment.compression.name}, x{self.deployment.replicas} "
             f"{self.routing}, blocks={self.plan.num_blocks}, seqs={e.max_num_seqs}, "
-            f"batched={e.max_num_batched_tokens}, "
+            f"batched={e.max_num_batched_tokens}, async={e.schedules_ahead}, "
             f"chunked={e.enable_chunked_prefill}, stream={e.compression_stream}, len={self.max_model_len}, "
             f"arrivals={r.arrival_ticks.tolist()}, prompts={r.prompt_tokens.tolist()}, "
             f"outputs={r.output_tokens.tolist()}, parents={r.parent.tolist()}, delays={r.delay_ticks.tolist()}, "
@@ -226,6 +227,7 @@ SPARE_BLOCKS = st.sampled_from((0, 0, 1, 2, 5, 12, 10_000))
 ANY_MODEL = st.sampled_from(("llama-3.1-8b", *MODELS))
 ANY_STRATEGY = st.sampled_from(("native", *STRATEGIES))
 NATIVE = st.just("native")
+AHEAD = st.booleans()
 BATCHED = st.sampled_from((8, 24, 64, 512))
 
 
@@ -245,7 +247,7 @@ def cases(
     deployment = deploy(
         model, strategy, max_num_batched_tokens=batched, max_num_seqs=min(batched, draw(st.sampled_from((1, 2, 3, 8)))),
         enable_chunked_prefill=draw(st.sampled_from((True, True, True, False))), compression_stream=stream,
-        replicas=draw(st.sampled_from((1, 1, 1, 2, 3))),
+        replicas=draw(st.sampled_from((1, 1, 1, 2, 3))), async_scheduling=draw(AHEAD),
     )  # fmt: skip
     return build_case(
         deployment,
@@ -271,6 +273,7 @@ def tight_cases(
     deployment = deploy(
         strategy=draw(strategies), max_num_batched_tokens=draw(st.sampled_from((8, 10, 20, 24, 40))),
         max_num_seqs=draw(st.sampled_from((3, 5, 8))), block_size=draw(st.sampled_from((8, 16))),
+        async_scheduling=draw(AHEAD),
     )  # fmt: skip
     return build_case(deployment, draw(tables), spare_blocks=draw(st.integers(0, 8)))
 
@@ -281,7 +284,7 @@ def routed_cases(draw: st.DrawFn) -> Case:
     count = draw(st.integers(4, 16))
     deployment = deploy(
         "qwen2.5-0.5b", max_num_batched_tokens=64, max_num_seqs=draw(st.sampled_from((1, 2, 8))),
-        replicas=draw(st.sampled_from((2, 3))),
+        replicas=draw(st.sampled_from((2, 3))), async_scheduling=draw(AHEAD),
     )  # fmt: skip
     short = st.lists(st.integers(1, 12), min_size=count, max_size=count)
     ticks = st.lists(st.integers(0, 150), min_size=count, max_size=count)

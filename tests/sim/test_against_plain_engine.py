@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from unittest import mock
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,8 +22,10 @@ from sim_cases import (
     table,
     tight_cases,
 )  # fmt: skip
+from test_coalescing import assert_same
 
 from kvsim.cost.tables import build_tables
+from kvsim.sim import run
 from kvsim.units import TICKS_PER_SECOND
 
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -34,6 +37,7 @@ def price_of(case: Case) -> Price:
     """Price of a step of ``case``: the tables, one price per attended token, prefill attention chunk by chunk."""
     step, engine = step_model(case.deployment), case.deployment.engine
     tables = build_tables(step, engine.max_num_batched_tokens, engine.max_num_seqs)
+    host_work = run.host_work_ticks(step)
 
     def price(decoding: Sequence[int], prompts: Sequence[tuple[int, int]], completed: int) -> int:
         size, tokens = len(decoding), sum(chunk for chunk, _ in prompts)
@@ -45,7 +49,8 @@ def price_of(case: Case) -> Price:
             ticks += tables.append[tokens] + (0 if size else tables.append_launch)
         for chunk, cached in prompts:
             ticks += sum(round(float(s) * TICKS_PER_SECOND) for s in step.prefill_attention_seconds(chunk, cached))
-        return ticks
+        host_ticks = host_work[size + len(prompts)]
+        return max(ticks, host_ticks) if engine.schedules_ahead else ticks + host_ticks
 
     return price
 
@@ -60,7 +65,7 @@ def assert_equals_plain(case: Case) -> None:
         PlainReplica(
             blocks=case.plan.num_blocks, block_size=engine.block_size, max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens, max_model_len=case.max_model_len,
-            chunked=engine.enable_chunked_prefill, price=price,
+            chunked=engine.enable_chunked_prefill, price=price, ahead=engine.schedules_ahead,
         )
         for _ in range(case.deployment.replicas)
     ]  # fmt: skip
@@ -92,6 +97,23 @@ def test_equals_the_plain_engine(case: Case) -> None:
 @settings(SETTINGS, max_examples=150)
 def test_equals_the_plain_engine_under_memory_pressure(case: Case) -> None:
     assert_equals_plain(case)
+
+
+@given(
+    case=cases(models=MODELS, strategies=NATIVE, tables=st.one_of(open_tables(), closed_tables())),
+    share=st.floats(0.8, 1.3),
+)
+@settings(SETTINGS, max_examples=60)
+def test_equals_the_plain_engine_where_the_host_is_as_slow_as_the_device(case: Case, share: float) -> None:
+    """Host work that growing steps overtake, or never do."""
+    if case.deployment.replicas > 1 and case.is_dynamic:
+        return
+    engine = case.deployment.engine
+    step = build_tables(step_model(case.deployment), engine.max_num_batched_tokens, engine.max_num_seqs).step
+    work = [round(share * ticks) for ticks in step]
+    with mock.patch.object(run, "host_work_ticks", return_value=work):
+        assert_equals_plain(case)
+        assert_same(case.play(), case.play(coalesce=False))
 
 
 @given(case=routed_cases())

@@ -82,8 +82,8 @@ def test_a_dropped_request_is_noticed(case: Case, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_clock_that_runs_backwards_is_noticed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    def backdate(original: Callable[..., None], replica: engine.ReplicaEngine, index: int) -> None:
-        original(replica, index)
+    def backdate(original: Callable[..., None], replica: engine.ReplicaEngine, index: int, ended: int) -> None:
+        original(replica, index, ended)
         replica.log.finished[index] = replica.log.first_token[index] - 1
 
     wrap(monkeypatch, engine.ReplicaEngine, "_complete", backdate)
@@ -92,7 +92,7 @@ def test_a_clock_that_runs_backwards_is_noticed(case: Case, monkeypatch: pytest.
 
 
 def test_idling_beside_admissible_work_is_noticed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(original: Callable[..., Any], scheduler: Scheduler, now_ticks: int, seats_taken: int) -> list[Any]:
+    def refuse(original: Callable[..., Any], scheduler: Scheduler, *_: int) -> list[Any]:
         scheduler.looked = True
         return []
 

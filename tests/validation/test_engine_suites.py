@@ -115,7 +115,7 @@ def test_each_stage_of_a_run_is_scored(run, tmp_path):
     found = run("vllm-serving", write_json(tmp_path / "vllm_serving" / "experiments.json", [RUN]).parent.parent)
     assert found.rows == 2
     assert {metric: one.n for metric, one in found.overall.items()} == {
-        "ttft_mean": 2, "ttft_p90": 2, "itl_mean": 2, "e2e_mean": 2,
+        "ttft_mean": 2, "ttft_p90": 2, "itl_mean": 2, "e2e_mean": 2, "kv_blocks": 1,
     }  # fmt: skip
     assert counts(found) == {vllm_serving.SUMMARY: 1}
 
@@ -182,7 +182,7 @@ def test_a_log_is_replayed(run, tmp_path):
     assert found.rows == 120
     assert set(found.overall) == {
         "ttft_mean", "ttft_p90", "ttft_p99", "tpot_mean", "tpot_p90", "tpot_p99", "itl_mean", "e2e_mean", "e2e_p90",
-        "e2e_p99",
+        "e2e_p99", "kv_blocks",
     }  # fmt: skip
     assert "device=rtx-4090" in found.groups
 

@@ -19,10 +19,11 @@ from kvsim.validation.pool import in_processes
 from kvsim.validation.report import result_document, result_table
 from kvsim.validation.suite import Samples, Tally, score, score_by_metric
 
+LATENCIES = tuple(f"{what}_{how}" for what in ("ttft", "tpot", "itl", "e2e") for how in ("mean", "p90", "p99"))
 METRICS = {
     "kernel-timings": ("decode_attention", "prefill_attention", "gemm", "mla", "all_reduce"),
-    "vllm-serving": tuple(f"{what}_{how}" for what in ("ttft", "tpot", "itl", "e2e") for how in ("mean", "p90", "p99")),
-    "vllm-requests": tuple(f"{w}_{h}" for w in ("ttft", "tpot", "itl", "e2e") for h in ("mean", "p90", "p99")),
+    "vllm-serving": (*LATENCIES, "kv_blocks"),
+    "vllm-requests": (*LATENCIES, "kv_blocks"),
     "engine-tables": ("ttft", "tpot", "output_tok_s"),
     "kv-quant": ("ratio", "direction"),
     "edge": ("decode_tok_s", "prefill_tok_s"),

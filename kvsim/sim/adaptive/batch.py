@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Sequence
 
@@ -108,9 +109,11 @@ class AdaptiveBatch(DecodeBatch):
         found = [steps for steps in (super().steps_until_bend(), self._outlook()) if steps is not None]
         return min(found) if found else None
 
-    def next_ticks(self) -> int:
-        """How long the next step takes if it decodes only."""
-        return self._prices.tables[0].step[self.size] + self.variable
+    def reorder(self, indices: Sequence[int]) -> None:
+        """Put sequences back into an order of admission, after some of them left and joined again."""
+        self.active = {index: self.active[index] for index in indices}
+        self.finishing[:] = [(at, sequence.order, sequence) for at, _, sequence in self.finishing if sequence.alive]
+        heapq.heapify(self.finishing)
 
     def compression_ticks(self) -> int:
         """Part of all ticks above level 0's fixed parts that is due to compression."""

@@ -56,13 +56,19 @@ class LevelControl:
         self._looked_at = -1
         self._ready_at = 0
         """From when on the next change is allowed, in ticks."""
-        self._next_arrival: Callable[[], int] = lambda: 0
 
-    def attach(self, scheduler: Scheduler, batch: AdaptiveBatch, next_arrival: Callable[[], int]) -> None:
-        """Watch a replica's queue, pool and batch."""
+    def attach(
+        self,
+        scheduler: Scheduler,
+        batch: AdaptiveBatch,
+        next_arrival: Callable[[], int],
+        next_ticks: Callable[[], int],
+    ) -> None:
+        """Watch a replica's queue, pool and batch; ``next_ticks`` says how long its next step takes at least."""
         self._scheduler = scheduler
         self._batch = batch
         self._next_arrival = next_arrival
+        self._next_ticks = next_ticks
         if self._policy is not None:
             batch.watch(self.steps_until_change)
 
@@ -150,7 +156,7 @@ class LevelControl:
         return min(found) if found else None
 
     def _steps_to(self, at_ticks: int) -> int:
-        steps, _ = steps_to_cover(max(1, at_ticks - self._looked_at), self._batch.next_ticks(), self._batch.slope)
+        steps, _ = steps_to_cover(max(1, at_ticks - self._looked_at), self._next_ticks(), self._batch.slope)
         return steps
 
     # --- running sequences ------------------------------------------------------------------------------------------
@@ -179,8 +185,7 @@ class LevelControl:
                 self._record.requantized_tokens += tokens
         if not sequences:
             return False
-        batch.active = {index: batch.active[index] for index in order}
-        batch.drop_dead()
+        batch.reorder(order)
         batch.charge(ticks + sum(self._prices.reencodings[way].launch_ticks for way in ways))
         freed = before - self._used_bytes
         self._record.actions.append(
@@ -209,6 +214,7 @@ class LevelControl:
         scheduler.give_back(sequence, batch.remove(sequence))
         scheduler.take(needed)
         batch.join(encoded, left)
+        encoded.order = sequence.order
         scheduler.register_prompt(encoded)
         return tokens
 

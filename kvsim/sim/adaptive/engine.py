@@ -44,6 +44,7 @@ class AdaptiveEngine(ReplicaEngine):
         prices: LevelPrices,
         classes: tuple[tuple[str, ...], Sequence[int] | None],
         coalesce: bool,
+        host_work: list[int],
     ) -> None:
         self.prices = prices
         self._level_sharing = sharing
@@ -64,7 +65,10 @@ class AdaptiveEngine(ReplicaEngine):
             sharing.whole if sharing else None,
             token_ticks=0,
             coalesce=coalesce,
+            host_work=host_work,
         )
+        # What ends with the running step frees blocks behind a run's first step, and the policy must see that.
+        self._foresees_ends = self._foresees_ends and isinstance(adaptive.policy, StaticPolicy)
         self.record.adaptive = self.adaptive_record
 
     def _new_batch(self, limits: SchedulerLimits, token_ticks: int) -> DecodeBatch:
@@ -85,7 +89,7 @@ class AdaptiveEngine(ReplicaEngine):
             self.prices.prompts,
             self.control,
         )
-        self.control.attach(scheduler, self._mixed_batch, lambda: self.source.next_ticks)
+        self.control.attach(scheduler, self._mixed_batch, lambda: self.source.next_ticks, self._next_ticks)
         return scheduler
 
     def compression_ticks(self) -> int:
@@ -94,9 +98,19 @@ class AdaptiveEngine(ReplicaEngine):
 
     # --- the policy looks at every boundary -------------------------------------------------------------------------
 
-    def _plan_run(self) -> tuple[int, int]:
+    def _next_ticks(self) -> int:
+        """How long the next step takes if it decodes only; no later step of its run grows faster than the batch."""
+        size = self.batch.size
+        ticks, work = self.tables.step[size] + self.batch.variable, self._host_work[size]
+        return max(ticks, work) if self.overlaps else ticks + work
+
+    def _plan_run(self) -> tuple[int, int, int]:
         self.control.look(self.now)
         return super()._plan_run()
+
+    def _step_in_company(self, chunks: list[Chunk]) -> Clocked:
+        self.control.look(self.now)
+        yield from super()._step_in_company(chunks)
 
     def _shared_step(self) -> Clocked:
         self.control.look(self.now)

@@ -66,17 +66,17 @@ class AdaptiveScheduler(Scheduler):
             held += -(-kept // size) * block_bytes
         return held
 
-    def schedule(self, now_ticks: int, seats_taken: int) -> list[Chunk]:
+    def schedule(self, now_ticks: int, seats_taken: int, start_ticks: int) -> list[Chunk]:
         """Prompt chunks of the next step, after the policy has looked."""
-        self._control.look(now_ticks)
-        return super().schedule(now_ticks, seats_taken)
+        self._control.look(start_ticks)
+        return super().schedule(now_ticks, seats_taken, start_ticks)
 
-    def make_room(self, now_ticks: int) -> bool:
+    def make_room(self, start_ticks: int) -> bool:
         """Encode sequences again if that is wanted, then preempt as far as the next tokens still do not fit."""
-        self._control.make_room(now_ticks)
+        self._control.make_room(start_ticks)
         if self.batch.due_bytes() <= self.free:
             return False
-        return super().make_room(now_ticks)
+        return super().make_room(start_ticks)
 
     def _seat(
         self, sequence: SequenceState, need_bytes: int, pinned_bytes: int, cached_tokens: int, now_ticks: int
