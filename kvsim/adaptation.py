@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from kvsim.adaptive import Adaptive
 from kvsim.cost.sequence import layer_bytes_per_token
 from kvsim.deployment import Deployment
@@ -130,17 +128,14 @@ def _classes(
 ) -> Iterator[ClassUse]:
     if requests.request_class is None:
         return
-    arrived, first, finished = (
-        np.asarray(ticks, dtype=np.float64) / TICKS_PER_SECOND
-        for ticks in (result.log.arrived, result.log.first_token, result.log.finished)
-    )
+    sent_s, first_s, last_s = result.log.client_seconds()
     for index, name in enumerate(requests.class_names):
-        members = (requests.request_class == index) & (finished >= 0)
+        members = (requests.request_class == index) & (last_s >= 0)
         gaps = requests.output_tokens - 1
         several = members & (gaps > 0)
         tokens = [sum(column) for column in zip(*(record.tokens[index] for record in records), strict=True)]
-        ttft = of_samples((first - arrived)[members]).p99_s
-        tpot = of_samples((finished - first)[several] / gaps[several]).median_s
+        ttft = of_samples((first_s - sent_s)[members]).p99_s
+        tpot = of_samples((last_s - first_s)[several] / gaps[several]).median_s
         yield ClassUse(
             name=name,
             completed=int(members.sum()),

@@ -109,7 +109,7 @@ def test_the_section_adds_up(report: Report) -> None:
     assert use.requantized_sequences > 0
     assert use.requantize_freed_bytes > 0
     assert 0 < use.requantize_s < report.duration_s.value
-    assert sum(level.policy_s for level in use.levels) == pytest.approx(report.duration_s.value)
+    assert sum(level.policy_s for level in use.levels) == pytest.approx(report.duration_s.value, abs=0.05)
     tokens = [level.tokens_decoded for level in use.levels]
     assert [sum(column) for column in zip(*(one.tokens_decoded for one in use.classes), strict=True)] == tokens
     assert use.reduced_share.value == pytest.approx(sum(tokens[1:]) / sum(tokens))
@@ -229,10 +229,16 @@ def shared_prefixes(**adaptive: Any) -> Scenario:
 
 
 def test_prefixes_are_shared_within_a_level() -> None:
-    found = simulate(shared_prefixes())
-    held = simulate(shared_prefixes().with_strategy("static:0"))
-    assert 0 < found.counts.cached_prompt_tokens < held.counts.cached_prompt_tokens
-    assert len([level for level in found.adaptive.levels if level.tokens_decoded]) > 1
+    """Every level computes the common prefix once for itself, unless what is encoded again brings it along."""
+    left, encoded, held = (
+        simulate(one).counts.cached_prompt_tokens
+        for one in (
+            shared_prefixes(requantize=None),
+            shared_prefixes(),
+            shared_prefixes().with_strategy("static:0"),
+        )
+    )
+    assert 0 < left < encoded <= held
 
 
 def test_a_level_that_evicts_turns_prefix_caching_off_and_the_report_says_so() -> None:

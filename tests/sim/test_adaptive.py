@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 from adaptive_cases import KEEPING, adapt, adaptive_cases, audited_levels, classed
@@ -17,6 +18,7 @@ from kvsim.cost.mixed import mixed_prices, reencoding
 from kvsim.cost.tables import build_tables
 from kvsim.pool import block_bytes
 from kvsim.requests import RequestTable
+from kvsim.sim import run
 from kvsim.sim.adaptive.prefix_cache import LevelledPrefixCache
 from kvsim.sim.adaptive.record import AdaptiveRecord
 from kvsim.sim.run import RunResult
@@ -133,6 +135,15 @@ def test_laws_hold_under_memory_pressure(case: Case) -> None:
 @settings(QUICK, max_examples=80)
 def test_laws_hold_on_every_kind_of_load(case: Case) -> None:
     play_both(case)
+
+
+@given(case=adaptive_cases(pressed=True), share=st.sampled_from((0.9, 1.0, 1.02)))
+@settings(QUICK, max_examples=40)
+def test_laws_hold_where_the_host_is_as_slow_as_the_device(case: Case, share: float) -> None:
+    engine = case.deployment.engine
+    step = build_tables(step_model(case.deployment), engine.max_num_batched_tokens, engine.max_num_seqs).step
+    with mock.patch.object(run, "host_work_ticks", return_value=[round(share * ticks) for ticks in step]):
+        play_both(case)
 
 
 @given(case=adaptive_cases(pressed=True))
