@@ -67,8 +67,6 @@ class AdaptiveEngine(ReplicaEngine):
             coalesce=coalesce,
             host_work=host_work,
         )
-        # What ends with the running step frees blocks behind a run's first step, and the policy must see that.
-        self._foresees_ends = self._foresees_ends and isinstance(adaptive.policy, StaticPolicy)
         self.record.adaptive = self.adaptive_record
 
     def _new_batch(self, limits: SchedulerLimits, token_ticks: int) -> DecodeBatch:
