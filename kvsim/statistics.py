@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsim.report import Figure
-from kvsim.sim.recorder import Run
 from kvsim.specs.base import Basis
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 MIN_SAMPLES_FOR_P99 = 100
 EXPANDED_STEPS = 5_000_000
@@ -59,28 +59,37 @@ def of_samples(samples_s: FloatArray) -> Distribution:
     )
 
 
-def of_gaps(runs: list[Run], gaps_ticks: list[int], ticks_per_second: int) -> Distribution:
-    """Pooled inter-token gaps: each step of a run counts once per sequence.
+def of_gaps(runs: npt.ArrayLike, gaps_ticks: list[int], ticks_per_second: int) -> Distribution:
+    """Pooled inter-token gaps of ``runs``, shape (runs, 4): each step of a run counts once per sequence.
 
     Quantiles interpolate linearly between order statistics of the pooled sample, as numpy does.
     """
-    values, weights = _expand(runs, gaps_ticks)
+    values, weights = _expand(np.asarray(runs, dtype=np.int64).reshape(-1, 4), gaps_ticks)
     count = int(weights.sum())
     if count == 0:
         return EMPTY
-    order = np.argsort(values)
-    values, cumulative = values[order] / ticks_per_second, np.cumsum(weights[order])
-    weights = weights[order]
+    values, weights = _in_order(values, weights)
+    values, cumulative = values / ticks_per_second, np.cumsum(weights)
     mean = float((values * weights).sum() / count)
     variance = float((weights * (values - mean) ** 2).sum() / count)
     median, p90, p95, p99 = (_weighted_quantile(values, cumulative, q) for q in QUANTILES)
     return Distribution(count, mean, variance**0.5, median, p90, p95, p99 if count >= MIN_SAMPLES_FOR_P99 else None)
 
 
-def _expand(runs: list[Run], gaps_ticks: list[int]) -> tuple[FloatArray, npt.NDArray[np.int64]]:
-    table = np.array(runs, dtype=np.float64).reshape(-1, 4)
-    steps = table[:, 0].astype(np.int64)
-    sequences, first, slope = table[:, 1], table[:, 2], table[:, 3]
+def _in_order(values: FloatArray, weights: IntArray) -> tuple[FloatArray, IntArray]:
+    """Sort by value. Whole ticks and their weights fit one integer, which sorts ten times as fast as indices."""
+    bits = int(weights.max()).bit_length()
+    whole = values.astype(np.int64)
+    if (whole == values).all() and int(whole.max()) >> (62 - bits) == 0:
+        packed = np.sort(whole << bits | weights)
+        return (packed >> bits).astype(np.float64), packed & ((1 << bits) - 1)
+    order = np.argsort(values)
+    return values[order], weights[order]
+
+
+def _expand(runs: IntArray, gaps_ticks: list[int]) -> tuple[FloatArray, IntArray]:
+    steps = runs[:, 0]
+    sequences, first, slope = (runs[:, column].astype(np.float64) for column in (1, 2, 3))
     if int(steps.sum()) > EXPANDED_STEPS:
         # A run's gaps rise evenly: two points one standard deviation beside their mean keep both (one gap in an odd
         # count goes to the upper point).
@@ -98,7 +107,7 @@ def _expand(runs: list[Run], gaps_ticks: list[int]) -> tuple[FloatArray, npt.NDA
     return values, weights.astype(np.int64)
 
 
-def _weighted_quantile(values: FloatArray, cumulative: npt.NDArray[np.int64], quantile: float) -> float:
+def _weighted_quantile(values: FloatArray, cumulative: IntArray, quantile: float) -> float:
     rank = quantile * (int(cumulative[-1]) - 1)
     below = int(np.floor(rank))
     low = float(values[int(np.searchsorted(cumulative, below + 1))])

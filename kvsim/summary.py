@@ -63,7 +63,7 @@ def outcome(result: RunResult, requests: RequestTable, slo: Slo, edge: Edge) -> 
     several = generated > 1
     tpot_s = np.zeros_like(ttft_s)
     tpot_s[several] = (e2el_s - ttft_s)[several] / (generated[several] - 1)
-    runs = [run for record in result.records for run in record.runs]
+    runs = np.concatenate([record.runs.table() for record in result.records])
     gaps = [gap for record in result.records for gap in record.gaps]
     prefill = _components([record.prefill for record in result.records])
     decode = _components([record.decode for record in result.records])

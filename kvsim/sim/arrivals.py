@@ -69,8 +69,8 @@ class ArrivalSource:
         order = order[requests.arrival_ticks[order] != UNSCHEDULED]
         self._front = front
         self._delay: list[int] = requests.delay_ticks.tolist()
-        self._queue: list[int] = order.tolist()
-        self._next = 0
+        self.queue: list[int] = order.tolist()
+        self.position = 0
         self._turn_ticks = 0
         """Earliest turn of the next request at the front end."""
         self._released: list[tuple[int, int]] = []
@@ -90,7 +90,7 @@ class ArrivalSource:
 
     def _peek(self) -> int:
         """When the next request reaches an engine."""
-        sent = self.sent_ticks[self._queue[self._next]] if self._next < len(self._queue) else NEVER
+        sent = self.sent_ticks[self.queue[self.position]] if self.position < len(self.queue) else NEVER
         if self._released and self._released[0][0] < sent:
             sent = self._released[0][0]
         return max(sent, self._turn_ticks) + self._front.ingress if sent < NEVER else NEVER
@@ -115,21 +115,26 @@ class ArrivalSource:
             self._deliver_foreseen(now_ticks)
             return
         while self.next_ticks <= now_ticks:
-            queue, following = self._queue, self._next
+            queue, following = self.queue, self.position
             static = self.sent_ticks[queue[following]] if following < len(queue) else NEVER
             if self._released and self._released[0][0] <= static:
                 index = heapq.heappop(self._released)[1]
             else:
                 index = queue[following]
-                self._next += 1
+                self.position += 1
             self.arrived_ticks[index] = self.next_ticks
             self._turn_ticks = self.next_ticks - self._front.ingress + self._front.interval
             self._route(index)
             self.next_ticks = self._peek()
 
+    def go_to(self, position: int) -> None:
+        """Take everything before ``position`` of the queue as delivered; nothing is released."""
+        self.position = position
+        self.next_ticks = self.arrived_ticks[self.queue[position]] if position < len(self.queue) else NEVER
+
     def _deliver_foreseen(self, now_ticks: int) -> None:
         """Nothing is released: a slice of the queue."""
-        queue, ticks, position = self._queue, self.arrived_ticks, self._next
+        queue, ticks, position = self.queue, self.arrived_ticks, self.position
         only = self.replicas[0].waiting if len(self.replicas) == 1 else None
         while position < len(queue) and ticks[queue[position]] <= now_ticks:
             if only is not None:
@@ -137,7 +142,7 @@ class ArrivalSource:
             else:
                 self._route(queue[position])
             position += 1
-        self._next = position
+        self.position = position
         self.next_ticks = ticks[queue[position]] if position < len(queue) else NEVER
 
     def _route(self, index: int) -> None:

@@ -29,7 +29,8 @@ from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
 from kvsim.sim.scheduler import Chunk, Leaving, PrefixSharing, Scheduler, SchedulerLimits
-from kvsim.sim.spans import steps_to_cover
+from kvsim.sim.spans import steps_to_cover, steps_within
+from kvsim.sim.sprint import sprint
 from kvsim.sim.waits import Waits
 from kvsim.units import TICKS_PER_SECOND
 
@@ -38,6 +39,8 @@ ClockedAnswer = Generator[simpy.Event, Any, bool]
 PromptOut = tuple[SequenceState, int, int]
 """(sequence, when its latest token came out or -1, tokens still to come where it is compacted aside first)."""
 UNKNOWN = -1
+LONE_STRIDE_TICKS = 10 * TICKS_PER_SECOND
+"""How far a replica without neighbours goes before it moves the clock."""
 
 
 class Flight(NamedTuple):
@@ -79,7 +82,7 @@ class ReplicaEngine:
         """When it is planned: ``now``, or with asynchronous scheduling when the step before it starts."""
         self.overlaps = step.deployment.engine.schedules_ahead
         """Whether a step is planned while the one before it runs."""
-        self._host_work = host_work
+        self.host_work = host_work
         """Ticks of host work of a step, by its sequences."""
         self.source = source
         self.log = log
@@ -138,18 +141,24 @@ class ReplicaEngine:
         its own state, so they are taken ahead of the clock and paid for in one event.
         """
         env, source, scheduler, batch = self.env, self.source, self.scheduler, self.batch
-        overlaps = self.overlaps
+        overlaps, runs_ahead, waits = self.overlaps, self._runs_ahead, self.waits
+        # Nobody else looks at the clock of a replica that is alone; it still moves now and then, to show progress.
+        clock_from = LONE_STRIDE_TICKS if runs_ahead and len(source.replicas) == 1 else 0
+        # The loop that knows nothing but prompts and decoding takes over where it may.
+        sprints = self._plain and clock_from > 0 and not source.is_dynamic
         while True:
+            if sprints and not (scheduler.waiting or scheduler.partial or self._prompts_out):
+                sprint(self, clock_from)
             if source.next_ticks <= self.seen:
                 source.deliver(self.seen)
-            if self.waits:
-                self.waits.settle()
+            if waits:
+                waits.settle()
             lone, chunks, steps, ticks = False, None, 0, 0
             if scheduler.waiting or scheduler.partial is not None or scheduler.loaded:
                 if self._plain and len(scheduler.waiting) == 1 and (ticks := self._begin_lone_prompt()):
                     lone, last = True, ticks
                 else:
-                    aside = len(self.waits) + len(scheduler.loaded) + len(scheduler.leaving)
+                    aside = len(waits) + len(scheduler.loaded) + len(scheduler.leaving)
                     if self._side_stream:
                         aside += sum(left > 0 for _, _, left in self._prompts_out)
                     chunks = scheduler.schedule(self.seen, aside, self.now)
@@ -202,8 +211,10 @@ class ReplicaEngine:
             elif chunks:
                 self._end_mixed(chunks, ending, ticks)
             self.seen = self.now - last if overlaps else self.now
-            if self.seen >= source.next_ticks or not self._runs_ahead:
-                yield env.timeout(self.seen - int(env.now))
+            if self.seen >= source.next_ticks or not runs_ahead:
+                if self.seen >= clock_from:
+                    yield env.timeout(self.seen - int(env.now))
+                    clock_from = clock_from and self.seen + LONE_STRIDE_TICKS
                 # Before anything comes out: the router sees who was there when the request came.
                 source.deliver(self.seen)
             if not overlaps:
@@ -289,12 +300,12 @@ class ReplicaEngine:
             bend = batch.steps_until_bend()
             if bend is not None and bend < steps:
                 steps = bend
-        work, own_first, own_slope = self._host_work[size], first, slope
+        work, own_first, own_slope = self.host_work[size], first, slope
         if work:
             if not self.overlaps:
                 first += work
             elif first < work:
-                steps = min(steps, _steps_until(work - first, slope))
+                steps = min(steps, steps_within(work - first, slope))
                 first, slope = work, 0
         if scheduler.waiting and scheduler.reusable_bytes and scheduler.sharing is not None and batch.growth_total:
             # Evicting what the head of the queue would reuse changes what it needs: look again after an eviction.
@@ -363,7 +374,7 @@ class ReplicaEngine:
 
     def _add_host_work(self, ticks: int, sequences: int) -> int:
         """A step's ticks with the host's work: behind it, or beside it where steps are planned ahead."""
-        work = self._host_work[sequences]
+        work = self.host_work[sequences]
         whole = max(ticks, work) if self.overlaps else ticks + work
         self.record.host_ticks += whole - ticks
         return whole
@@ -487,7 +498,7 @@ class ReplicaEngine:
             compression += tables.append_launch
         record.prompts.append((size, target, 1, attention, compression))
         ticks += attention + compression
-        work = self._host_work[size + 1]
+        work = self.host_work[size + 1]
         return ticks if self.overlaps and ticks >= work else self._add_host_work(ticks, size + 1)
 
     def _end_lone_prompt(self, ticks: int) -> None:
@@ -662,10 +673,3 @@ class ReplicaEngine:
         if self.source.next_ticks < NEVER:
             events.append(self.env.timeout(self.source.next_ticks - self.now))
         return events
-
-
-def _steps_until(gap: int, slope: int) -> int:
-    """Steps whose growth of ``slope`` each stays within ``gap`` of the first; one where they shrink."""
-    if slope > 0:
-        return gap // slope + 1
-    return 1 if slope else NEVER

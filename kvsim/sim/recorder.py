@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,11 +13,46 @@ from kvsim.sim.adaptive.record import AdaptiveRecord
 from kvsim.units import TICKS_PER_SECOND
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 Run = tuple[int, int, int, int]
 """(steps, sequences, ticks of the first step, growth per step): every sequence waits each step's length once."""
 
 PromptStep = tuple[int, int, int, int, int]
 """(decoding sequences, prompt tokens, prompts completed, attention ticks, compression ticks) of one step."""
+
+
+class Rows:  # noqa: PLW1641 - it grows
+    """Rows of as many integers each in one flat array of 64-bit integers: a million tuples would take 200 MB."""
+
+    __slots__ = ("_flat", "_width", "append")
+
+    append: Callable[[Iterable[int]], None]
+    """Add one row of exactly the width; not checked, for the hot loop."""
+
+    def __init__(self, width: int) -> None:
+        self._flat = array("q")
+        self._width = width
+        self.append = self._flat.extend
+
+    def __len__(self) -> int:
+        return len(self._flat) // self._width
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return zip(*[iter(self._flat)] * self._width, strict=True)
+
+    def __getitem__(self, index: int) -> tuple[int, ...]:
+        start = range(len(self))[index] * self._width
+        return tuple(self._flat[start : start + self._width])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rows) and self._flat == other._flat
+
+    def __repr__(self) -> str:
+        return f"Rows({list(self)!r})"
+
+    def table(self) -> IntArray:
+        """A copy as an array of shape (rows, width)."""
+        return np.array(self._flat, dtype=np.int64).reshape(-1, self._width)
 
 
 @dataclass
@@ -38,10 +75,12 @@ class PhaseTicks:
 class ReplicaRecord:
     """Tallies of one replica."""
 
-    runs: list[Run] = field(default_factory=list)
+    runs: Rows = field(default_factory=lambda: Rows(4))
+    """A :data:`Run` each."""
     gaps: list[int] = field(default_factory=list)
     """Single inter-token gaps that span a preemption or a compaction."""
-    prompts: list[PromptStep] = field(default_factory=list)
+    prompts: Rows = field(default_factory=lambda: Rows(5))
+    """A :data:`PromptStep` each."""
     aside_ticks: int = 0
     """Compression that ran on a side stream."""
     prefill: PhaseTicks = field(default_factory=PhaseTicks)
@@ -62,12 +101,12 @@ class ReplicaRecord:
     @property
     def steps(self) -> int:
         """Engine steps taken."""
-        return sum(run[0] for run in self.runs) + sum(1 for step in self.prompts if not step[0])
+        return int(self.runs.table()[:, 0].sum()) + int((self.prompts.table()[:, 0] == 0).sum())
 
     @property
     def prefilled_tokens(self) -> int:
         """Prompt tokens processed, recomputed ones included."""
-        return sum(step[1] for step in self.prompts)
+        return int(self.prompts.table()[:, 1].sum())
 
 
 @dataclass

@@ -231,7 +231,7 @@ def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
     """Divide what prompts added to steps by component: differences of the tables the steps were priced from."""
     if not record.prompts:
         return
-    size, tokens, ending, attention, compression = np.array(record.prompts, dtype=np.int64).T
+    size, tokens, ending, attention, compression = record.prompts.table().T
 
     def added(table: list[int], extra: npt.NDArray[np.int64]) -> int:
         values = np.array(table, dtype=np.int64)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from kvsim.sim.arrivals import NEVER
+
 
 def steps_to_cover(gap: int, first: int, slope: int) -> tuple[int, int]:
     """Smallest k >= 1 with k·first + slope·k·(k-1)/2 >= gap, and that sum, all in ticks."""
@@ -20,3 +22,10 @@ def steps_to_cover(gap: int, first: int, slope: int) -> tuple[int, int]:
         steps -= 1
         total -= first + slope * steps
     return steps, total
+
+
+def steps_within(room: int, slope: int) -> int:
+    """Steps whose growth of ``slope`` each stays within ``room`` of the first; one where they shrink."""
+    if slope > 0:
+        return room // slope + 1
+    return 1 if slope else NEVER

@@ -88,7 +88,7 @@ def test_a_clock_that_runs_backwards_is_noticed(case: Case, monkeypatch: pytest.
 
     wrap(monkeypatch, engine.ReplicaEngine, "_complete", backdate)
     with pytest.raises(InvariantViolation, match="ran backwards"):
-        case.play()
+        case.play(coalesce=False)
 
 
 def test_idling_beside_admissible_work_is_noticed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

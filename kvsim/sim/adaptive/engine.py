@@ -99,7 +99,7 @@ class AdaptiveEngine(ReplicaEngine):
     def _next_ticks(self) -> int:
         """How long the next step takes if it decodes only; no later step of its run grows faster than the batch."""
         size = self.batch.size
-        ticks, work = self.tables.step[size] + self.batch.variable, self._host_work[size]
+        ticks, work = self.tables.step[size] + self.batch.variable, self.host_work[size]
         return max(ticks, work) if self.overlaps else ticks + work
 
     def _plan_run(self) -> tuple[int, int, int]:
