@@ -88,10 +88,11 @@ def uncompressed(deployment: Deployment) -> Deployment:
 def capacity(models: EdgeModels, plan: MemoryPlan, load: LoadShape, peak_kv_utilization: float | None) -> KvCapacity:
     """KV of the mean sequence, and how many of them the pool of one replica holds."""
     deployment = models.mine[Edge.CENTRAL].deployment
-    ranks = deployment.tensor_parallel_size
+    parallel = deployment.parallelism
+    ranks, stages = parallel.tensor, parallel.pipeline
     held = resident_bytes(models.mine[Edge.CENTRAL], load)
     plain = resident_bytes(models.native[Edge.CENTRAL], load)
-    pool_bytes = plan.num_blocks * plan.block_bytes
+    pool_bytes = plan.num_blocks * plan.block_bytes * parallel.data
     per_token = sum(
         size * layer_bytes_per_token(layer_class, view, deployment.model)
         for layer_class in deployment.layer_classes
@@ -108,10 +109,10 @@ def capacity(models: EdgeModels, plan: MemoryPlan, load: LoadShape, peak_kv_util
         fold=plain / held if held else 1.0,
         compression_ratio=1.0 - held / plain if plain else 0.0,
         block_size=deployment.engine.block_size,
-        num_blocks=plan.num_blocks,
-        capacity_tokens=plan.num_blocks * deployment.engine.block_size,
+        num_blocks=plan.num_blocks * parallel.data,
+        capacity_tokens=plan.num_blocks * parallel.data * deployment.engine.block_size,
         sequence_tokens=tokens,
-        sequence_kv_bytes=float(held * ranks),
+        sequence_kv_bytes=float(held * ranks * stages),
         max_concurrency=pool_bytes / held if held else float("inf"),
         peak_kv_utilization=peak_kv_utilization,
         basis=Basis.LITERATURE,

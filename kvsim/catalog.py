@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvsim.adaptive import Adaptive
+from kvsim.adaptive_checks import check_levels
 from kvsim.allocator import kv_heads_per_rank, layer_token_cap, state_bytes_per_sequence
 from kvsim.calibration.engine_fits import engine_fit
 from kvsim.calibration.sets import AUTO, CalibrationSet, load_set
@@ -18,10 +19,13 @@ from kvsim.deployment import Deployment, LayerClass, layer_bands
 from kvsim.device_catalog import ResolvedDevice, load_device
 from kvsim.errors import IncompatibleScenario, InvalidSpec, UnknownName
 from kvsim.model_catalog import load_model
+from kvsim.parallel_checks import check_parallelism
+from kvsim.parallelism import Parallelism
 from kvsim.price_list import default_price
 from kvsim.scenario import Scenario
 from kvsim.specs.device import DeviceSpec
 from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
+from kvsim.tier_rules import check_tiers, tier_encoding
 
 DATASHEET = "datasheet"
 """Name of the calibration that uses no fitted kernel."""
@@ -38,14 +42,19 @@ def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
     calibration = resolve_calibration(scenario, device.spec, base_dir=base_dir)
     if calibration is not None:
         notes += calibration.stale_notes(device.spec.name)
+    parallelism, replicas = _parallelism(scenario, model)
+    if replicas > scenario.replicas:
+        notes.append(
+            f"data_parallel_size {scenario.data_parallel_size}: {model.name} is dense, so each rank is a replica"
+        )
     price = scenario.price or default_price(device.spec.name)
     return Deployment(
         model=model,
         device=device.spec,
         engine=scenario.engine,
         compression=scenario.compression,
-        tensor_parallel_size=scenario.tensor_parallel_size,
-        replicas=scenario.replicas,
+        parallelism=parallelism,
+        replicas=replicas,
         layer_classes=_layer_classes(scenario, model),
         state_bytes_per_sequence=-(-state_bytes_per_sequence(model) // scenario.tensor_parallel_size),
         priors=load_priors(),
@@ -53,6 +62,8 @@ def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
         prefix_caching=scenario.engine.enable_prefix_caching and not scenario.compression.selection.evicts,
         notes=tuple(notes),
         calibration=calibration,
+        tier_classes=_tier_classes(scenario, model, device.spec),
+        sampling=scenario.engine.sampling.filled_from(model.generation),
         engine_fit=engine_fit(device.spec.name) if calibration is None and scenario.calibration != DATASHEET else None,
     )
 
@@ -73,20 +84,9 @@ def _resolve_adaptive(scenario: Scenario, adaptive: Adaptive, base_dir: Path | N
     if adaptive.only_level is not None:
         plain = _resolve_level(scenario, adaptive.only_level, base_dir)
         return replace(plain, notes=(*plain.notes, f"adaptive: every request is at level {adaptive.only_level}"))
-    if scenario.engine.num_gpu_blocks_override is not None:
-        msg = (
-            "engine.num_gpu_blocks_override: blocks of different levels differ in size, so their number does not say "
-            "how large the pool is; give engine.kv_cache_memory_bytes instead"
-        )
-        raise IncompatibleScenario(msg)
-    if scenario.engine.kv_offloading_size is not None:
-        msg = (
-            "engine.kv_offloading_size: the host tier holds blocks of one format, and adaptive levels have several; "
-            "leave it out, or hold one level"
-        )
-        raise IncompatibleScenario(msg)
     levels = tuple(_resolve_level(scenario, level, base_dir) for level in range(len(adaptive.levels)))
     first, notes = levels[0], list(levels[0].notes)
+    check_levels(scenario, first.model)
     notes.append(f"KV figures and effects are those of level 0 ({adaptive.levels[0].name})")
     prefix_caching = all(level.prefix_caching for level in levels)
     return replace(first, adaptive=adaptive, levels=levels, prefix_caching=prefix_caching, notes=tuple(notes))
@@ -99,6 +99,15 @@ def _resolve_level(scenario: Scenario, level: int, base_dir: Path | None) -> Dep
         if str(error).startswith("compression:"):
             error.locate(f"adaptive.levels.{level}")
         raise
+
+
+def _parallelism(scenario: Scenario, model: ModelSpec) -> tuple[Parallelism, int]:
+    """(ranks of one replica, replicas): data parallel ranks of a dense model share nothing, so they are replicas."""
+    data = scenario.data_parallel_size if model.moe is not None else 1
+    parallelism = Parallelism(
+        scenario.tensor_parallel_size, scenario.pipeline_parallel_size, data, scenario.enable_expert_parallel
+    )
+    return parallelism, scenario.replicas * (scenario.data_parallel_size // data)
 
 
 def look_up(scenario: Scenario, *, base_dir: Path | None = None) -> tuple[ResolvedDevice, ModelSpec]:
@@ -148,28 +157,15 @@ def at_field(field: str) -> Iterator[None]:
 
 
 def _check(scenario: Scenario, model: ModelSpec, device: DeviceSpec) -> None:
-    engine, ranks = scenario.engine, scenario.tensor_parallel_size
+    engine = scenario.engine
     if engine.max_num_batched_tokens < engine.max_num_seqs:
         msg = (
             f"engine.max_num_batched_tokens: {engine.max_num_batched_tokens} is less than engine.max_num_seqs "
             f"{engine.max_num_seqs}; every running sequence needs one token a step"
         )
         raise InvalidSpec(msg)
-    if engine.kv_offloading_size is not None and device.host_link is None:
-        msg = (
-            f"engine.kv_offloading_size: {device.name} has no figure for a host link (or shares the host's memory), so "
-            "copies cannot be priced; leave it out"
-        )
-        raise IncompatibleScenario(msg)
-    if model.num_attention_heads % ranks:
-        msg = (
-            f"tensor_parallel_size: {ranks} does not divide the {model.num_attention_heads} attention heads of "
-            f"{model.name}"
-        )
-        raise IncompatibleScenario(msg)
-    if ranks > 1 and device.scale_up_link is None and device.host_link is None:
-        msg = f"tensor_parallel_size: {ranks} needs a link between devices, and {device.name} has no figure for one"
-        raise IncompatibleScenario(msg)
+    check_tiers(engine, device)
+    check_parallelism(scenario, model, device)
     reason = scenario.compression.check(model, device)
     if reason:
         msg = f"compression: {scenario.compression.name} cannot run {model.name} on {device.name}: {reason}"
@@ -188,6 +184,25 @@ def _layer_classes(scenario: Scenario, model: ModelSpec) -> tuple[LayerClass, ..
             by_encoding[encoding].append(LayerView(index, model.num_layers, group))
         classes += [_layer_class(scenario, group, encoding, views) for encoding, views in by_encoding.items()]
     return tuple(classes)
+
+
+def _tier_classes(
+    scenario: Scenario, model: ModelSpec, device: DeviceSpec
+) -> tuple[tuple[LayerClass, ...] | None, ...]:
+    """Layers as each tier stores them, where it has a KV encoding of its own."""
+    found: list[tuple[LayerClass, ...] | None] = []
+    for index, tier in enumerate(scenario.engine.all_kv_tiers):
+        encoding = tier_encoding(index, tier)
+        if encoding is None:
+            found.append(None)
+            continue
+        stored = scenario.compression.model_copy(update={"encoding": encoding})
+        reason = encoding.check(model, device)
+        if reason:
+            msg = f"engine.kv_tiers[{index}].encoding: {reason}"
+            raise IncompatibleScenario(msg)
+        found.append(_layer_classes(scenario.model_copy(update={"compression": stored}), model))
+    return tuple(found)
 
 
 def _layer_class(scenario: Scenario, group: LayerGroup, encoding: KvEncoding, views: list[LayerView]) -> LayerClass:

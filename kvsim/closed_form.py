@@ -22,37 +22,51 @@ def total_seconds(split: Mapping[Component, float]) -> float:
 
 def prefill_split(step: StepModel, prompt_tokens: int) -> Split:
     """Seconds by component of one prompt alone, in chunks of the token budget, up to its first token."""
-    budget = step.deployment.engine.max_num_batched_tokens
+    budget, stages = step.deployment.engine.max_num_batched_tokens, step.deployment.parallelism.pipeline
     split = dict.fromkeys(Component, 0.0)
     done = 0
     while done < prompt_tokens:
-        chunk, before_s = min(budget, prompt_tokens - done), total_seconds(split)
-        _add_tokens(split, step, chunk)
-        attention_s, unpack_s = step.prefill_attention_seconds(chunk, done)
-        split[Component.ATTENTION] += float(attention_s)
-        split[Component.COMPRESSION] += float(unpack_s) + step.append_launch_s + chunk * step.append_s_per_token
-        split[Component.OVERHEAD] += exposed_host_seconds(step, 1, total_seconds(split) - before_s)
-        done += chunk
-    split[Component.WEIGHTS] += float(step.head_seconds(1))
+        # Chunks follow each other through a pipeline's stages: a turn lasts as long as its slowest chunk.
+        starts = range(done, min(prompt_tokens, done + stages * budget), budget)
+        chunks = [_chunk_split(step, min(budget, prompt_tokens - start), start) for start in starts]
+        for component, seconds in max(chunks, key=total_seconds).items():
+            split[component] += seconds
+        done += stages * budget
+    _add_sampled(split, step, 1)
     split[Component.COMPRESSION] += step.sequences.profile(prompt_tokens).compress_ticks / TICKS_PER_SECOND
+    return split
+
+
+def _chunk_split(step: StepModel, tokens: int, context_tokens: int) -> Split:
+    split = dict.fromkeys(Component, 0.0)
+    _add_tokens(split, step, tokens)
+    attention_s, unpack_s = step.prefill_attention_seconds(tokens, context_tokens)
+    split[Component.ATTENTION] += float(attention_s)
+    split[Component.COMPRESSION] += float(unpack_s) + step.append_launch_s + tokens * step.append_s_per_token
+    split[Component.OVERHEAD] += exposed_host_seconds(step, 1, total_seconds(split))
     return split
 
 
 def decode_split(step: StepModel, batch: int, prompt_tokens: int, generated_tokens: int) -> Split:
     """Seconds by component of one decode step of ``batch`` equal sequences."""
     split = dict.fromkeys(Component, 0.0)
-    _add_tokens(split, step, batch)
-    split[Component.WEIGHTS] += float(step.head_seconds(batch))
-    attention_s, compression_s = step.decode_fixed_seconds(batch)
-    segment_ticks, unpack_ticks = variable_ticks(step, prompt_tokens, generated_tokens)
+    parallel = step.deployment.parallelism
+    sequences, factor = parallel.sequences_per_lane(batch), parallel.lane_factor(batch)
+    _add_tokens(split, step, sequences)
+    _add_sampled(split, step, sequences)
+    attention_s, compression_s = step.decode_fixed_seconds(sequences)
+    segment_ticks, unpack_ticks = (factor * ticks for ticks in variable_ticks(step, prompt_tokens, generated_tokens))
     split[Component.ATTENTION] += float(attention_s) + batch * (segment_ticks - unpack_ticks) / TICKS_PER_SECOND
     split[Component.COMPRESSION] += float(compression_s) + batch * unpack_ticks / TICKS_PER_SECOND
-    split[Component.OVERHEAD] += exposed_host_seconds(step, batch, total_seconds(split))
+    split[Component.OVERHEAD] += exposed_host_seconds(step, sequences, total_seconds(split))
     return split
 
 
 def variable_ticks(step: StepModel, prompt_tokens: int, generated_tokens: int) -> tuple[int, int]:
-    """Ticks that one sequence adds to a decode step: (whole, part due to the compression)."""
+    """Ticks that one sequence adds to a decode step: (whole, part due to the compression).
+
+    Where there are several lanes, times the batch's ``lane_factor``.
+    """
     found = None
     for segment in step.sequences.profile(prompt_tokens).segments:
         if segment.start_step > generated_tokens:
@@ -69,6 +83,12 @@ def _add_tokens(split: Split, step: StepModel, tokens: int) -> None:
     split[Component.WEIGHTS] += float(terms.weights_s)
     split[Component.COMMUNICATION] += float(terms.communication_s)
     split[Component.OVERHEAD] += float(terms.overhead_s)
+
+
+def _add_sampled(split: Split, step: StepModel, sampled: int) -> None:
+    split[Component.WEIGHTS] += float(step.head_seconds(sampled))
+    split[Component.COMMUNICATION] += float(step.gather_seconds(sampled))
+    split[Component.OVERHEAD] += float(step.sampling_seconds(sampled))
 
 
 @dataclass(frozen=True)

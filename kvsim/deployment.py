@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from kvsim.compression import Compression
 from kvsim.compression.base import KvEncoding, LayerView, TokenCurve, TokenSelection, growing
+from kvsim.parallelism import Parallelism
 from kvsim.specs.device import DeviceSpec
-from kvsim.specs.engine import EngineSpec
+from kvsim.specs.engine import EngineSpec, SamplingSpec
 from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
 from kvsim.specs.price import Price
 
@@ -86,17 +87,22 @@ class Deployment:
     device: DeviceSpec
     engine: EngineSpec
     compression: Compression
-    tensor_parallel_size: int
+    parallelism: Parallelism
+    """How the devices of one replica share the model."""
     replicas: int
     layer_classes: tuple[LayerClass, ...]
     state_bytes_per_sequence: int
-    """Per rank: linear-attention state."""
+    """Per tensor-parallel rank, over all layers: linear-attention state."""
     priors: Priors
     price: Price | None
     prefix_caching: bool
     notes: tuple[str, ...]
+    sampling: SamplingSpec
+    """The scenario's sampling parameters, and the model's where it states none."""
     calibration: CalibrationSet | None = None
     """Fitted kernels; None where the scenario wants none or its set has none for the device."""
+    tier_classes: tuple[tuple[LayerClass, ...] | None, ...] = ()
+    """Per tier that stores a KV encoding of its own: the layers as it stores them; None for any other tier."""
     engine_fit: EngineFit | None = None
     """What engines reach on a device without fitted kernels; None where there is no such fit, or none is wanted."""
     adaptive: Adaptive | None = None
@@ -108,3 +114,28 @@ class Deployment:
     def variants(self) -> tuple[Deployment, ...]:
         """Every deployment of one compression that this one may serve requests with."""
         return self.levels or (self,)
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Ranks that share each layer."""
+        return self.parallelism.tensor
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of all replicas."""
+        return self.parallelism.num_devices * self.replicas
+
+    @property
+    def lanes(self) -> int:
+        """Parts that a replica's running sequences are dealt to."""
+        return self.parallelism.lanes
+
+    @property
+    def max_running(self) -> int:
+        """Most sequences that a replica runs: ``max_num_seqs`` of each data parallel rank."""
+        return self.engine.max_num_seqs * self.parallelism.data
+
+    @property
+    def step_tokens(self) -> int:
+        """Token budget of one turn: ``max_num_batched_tokens`` of each lane."""
+        return self.engine.max_num_batched_tokens * self.lanes

@@ -37,4 +37,4 @@ def energy_joules(deployment: Deployment, phases: PhaseSeconds, edge: Edge) -> f
         + phases.decode_s * table["decode"].cost(edge)
         + phases.idle_s * table["idle"].cost(edge)
     )
-    return deployment.device.tdp.value * weighted_s * deployment.tensor_parallel_size
+    return deployment.device.tdp.value * weighted_s * deployment.parallelism.num_devices

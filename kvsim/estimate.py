@@ -31,9 +31,9 @@ def estimate_outcomes(
     for edge, step in steps.items():
         deployment = step.deployment
         held = resident_bytes(step, load)
-        pool_bytes = plans[edge].num_blocks * plans[edge].block_bytes
+        pool_bytes = plans[edge].num_blocks * plans[edge].block_bytes * deployment.parallelism.data
         fits = max(1.0, pool_bytes / max(held, 1))
-        slots = min(float(deployment.engine.max_num_seqs), fits)
+        slots = min(float(deployment.max_running), fits)
         rate = load.request_rate / deployment.replicas if load.request_rate is not None else None
         if load.concurrency is not None:
             slots = min(slots, max(1.0, load.concurrency / deployment.replicas))

@@ -55,7 +55,7 @@ def explain_deployment(
     context = prompt_tokens + generated_tokens
     return Explanation(
         title=(
-            f"{deployment.model.name} on {deployment.tensor_parallel_size} x {deployment.device.name}, "
+            f"{deployment.model.name} on {deployment.parallelism.num_devices} x {deployment.device.name}, "
             f"{deployment.compression.name}: prompt of {prompt_tokens} tokens; decode batch {batch} at {context} tokens"
         ),
         terms=(
@@ -103,7 +103,7 @@ def _prefill_terms(deployment: Deployment, steps: list[StepModel], prompt_tokens
             priors.prefill_attention_efficiency,
         ),
         Component.COMPRESSION: ("quantise new tokens, unpack earlier chunks, score and compact", None),
-        Component.COMMUNICATION: ("all-reduces x (latency + 2(r-1)/r·bytes/link)", _link_prior(deployment)),
+        Component.COMMUNICATION: (_collectives_formula(deployment), _link_prior(deployment)),
         Component.OVERHEAD: ("4 elementwise kernels a layer: launch + bytes/bandwidth", priors.elementwise_launch_s),
     }
     terms = []
@@ -128,7 +128,8 @@ def _fitted_source(deployment: Deployment, component: Component) -> str:
 def _decode_terms(
     deployment: Deployment, steps: list[StepModel], prompt_tokens: int, generated_tokens: int, batch: int
 ) -> list[Term]:
-    priors = deployment.priors
+    priors, parallel = deployment.priors, deployment.parallelism
+    whole_batch, factor, batch = batch, parallel.lane_factor(batch), parallel.sequences_per_lane(batch)
     terms = _gemm_terms(deployment, steps, batch)
 
     def add(
@@ -140,8 +141,9 @@ def _decode_terms(
 
     def variable(step: StepModel, *, unpack: bool) -> float:
         whole, part = variable_ticks(step, prompt_tokens, generated_tokens)
-        return batch * (part if unpack else whole - part) / TICKS_PER_SECOND
+        return whole_batch * factor * (part if unpack else whole - part) / TICKS_PER_SECOND
 
+    has_experts = deployment.model.moe is not None and deployment.engine_fit is None
     floors = [kernels.floor for kernels in attention_kernels(deployment)]
     caches = [kernels.decode for kernels in attention_kernels(deployment)]
     add(
@@ -172,21 +174,62 @@ def _decode_terms(
         always=False,
     )
     add(
-        "all-reduce",
-        "all-reduces a step x (latency + 2(r-1)/r·bytes/link)",
+        "collectives",
+        _collectives_formula(deployment),
         lambda step: float(step.token_terms(batch).communication_s),
         component_basis(deployment)[Component.COMMUNICATION],
         _fitted_source(deployment, Component.COMMUNICATION) or _source(deployment, _link_prior(deployment)),
         always=False,
     )
     add(
+        "gathering logits",
+        "latency + (r-1)/r·sequences·vocabulary·2 B/link",
+        lambda step: float(step.gather_seconds(batch)),
+        Basis.DATASHEET,
+        _source(deployment, priors.gather_latency_s),
+        always=False,
+    )
+    add(
+        "sampling",
+        _sampling_formula(deployment),
+        lambda step: float(step.sampling_seconds(batch)),
+        Basis.LITERATURE if deployment.sampling.truncates else Basis.DATASHEET,
+        _source(deployment, priors.vocabulary_sort_s if deployment.sampling.truncates else priors.elementwise_launch_s),
+        always=False,
+    )
+    add(
         "elementwise",
-        "4 kernels a layer: launch + bytes/BW",
+        "4 kernels a layer: launch + bytes/BW"
+        + (", and per MoE layer what is around its products" if has_experts else ""),
         lambda step: float(step.token_terms(batch).overhead_s),
         component_basis(deployment)[Component.OVERHEAD],
-        _source(deployment, priors.elementwise_launch_s),
+        _source(deployment, priors.elementwise_launch_s)
+        + (f"; {_source(deployment, priors.moe_layer_s)}" if has_experts else ""),
     )
     return terms
+
+
+def _collectives_formula(deployment: Deployment) -> str:
+    """What ranks exchange in one turn."""
+    parallel = deployment.parallelism
+    parts = ["all-reduces a step x (latency + 2(r-1)/r·bytes/link)"] if parallel.tensor > 1 else []
+    if parallel.data > 1:
+        backend = deployment.engine.all2all_backend
+        parts.append(f"a dispatch and a combine per MoE layer over {parallel.data} ranks ({backend})")
+    if parallel.pipeline > 1:
+        parts.append(f"{parallel.pipeline} sends of hidden states and residual")
+    return " + ".join(parts) or "one rank exchanges nothing"
+
+
+def _sampling_formula(deployment: Deployment) -> str:
+    """How tokens are drawn, with what."""
+    sampling = deployment.sampling
+    if sampling.is_greedy:
+        known = "greedy" if sampling.temperature is not None else "greedy, as nothing else is stated"
+        return f"{known}: cast to fp32, largest logit: launches + sequences·vocabulary·bytes/BW"
+    stated = ", ".join(f"{name} {value:g}" for name, value in sampling.model_dump(exclude_none=True).items())
+    how = "sorting the vocabulary" if sampling.truncates and not deployment.engine.use_flashinfer_sampler else "no sort"
+    return f"{stated}: scale, softmax, draw; {how}"
 
 
 def _gemm_terms(deployment: Deployment, steps: list[StepModel], batch: int) -> list[Term]:
@@ -210,7 +253,9 @@ def _gemm_term(deployment: Deployment, priced: PricedGemm | CalibratedGemm, rows
             "decode", gemm.name, f"{gemm.count} x kernel({rows} x {gemm.k} x {gemm.n})", values, kernel.basis, source
         )
     formula = f"{gemm.count} x (launch + smooth max(weights+activations/BW, 2·{rows}·{gemm.k}·{gemm.n} FLOPs/rate))"
-    source = _source(deployment, deployment.priors.weight_streaming_efficiency)
+    priors = deployment.priors
+    grouped = gemm.num_experts > 0 and deployment.engine_fit is None
+    source = _source(deployment, priors.grouped_streaming_efficiency if grouped else priors.weight_streaming_efficiency)
     return _term("decode", gemm.name, formula, values, _estimated_basis(deployment), source)
 
 

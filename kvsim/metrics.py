@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from kvsim.ops import Component
-from kvsim.report import Figure, Report
+from kvsim.report import Figure, Report, TiersUse
 from kvsim.specs.base import Basis
 from kvsim.specs.workload import ConcurrencyArrivals, GammaArrivals, PoissonArrivals, SyntheticWorkload, TraceWorkload
 from kvsim.units import GIBI, KIBI, MEGA, MILLISECONDS_PER_SECOND
@@ -113,7 +113,7 @@ def _inverse(value: float | None) -> float | None:
 
 def output_throughput_per_device(report: Report) -> Figure:
     """Output tokens per second and device, over all replicas and ranks."""
-    num_devices = report.scenario.tensor_parallel_size * report.scenario.replicas
+    num_devices = report.scenario.num_devices
     rate = report.throughput.output_throughput
     per_device = [None if value is None else value / num_devices for value in (rate.value, rate.low, rate.high)]
     return Figure(value=per_device[0], low=per_device[1], high=per_device[2], basis=rate.basis)
@@ -147,6 +147,26 @@ def _adaptive(report: Report, field: str) -> Figure:
 def _weakest(bases: list[Basis]) -> Basis:
     order = list(Basis)
     return max(bases, key=order.index)
+
+
+def _tier_figure(read_use: Callable[[TiersUse], float | None]) -> Callable[[Report], Figure]:
+    """A number of the tiers; unknown where there are none."""
+    return lambda report: Figure(value=read_use(report.tiers) if report.tiers is not None else None)
+
+
+def _tier_hit_rate(*kinds: str) -> Callable[[Report], Figure]:
+    """Share of the tokens looked up that was loaded from tiers of some kinds; unknown where there is no such tier."""
+
+    def rate(use: TiersUse) -> float | None:
+        found = [tier.hit_rate for tier in use.tiers if tier.kind in kinds and tier.hit_rate is not None]
+        return sum(found) if found else None
+
+    return _tier_figure(rate)
+
+
+def _tier_wait_s(use: TiersUse) -> float | None:
+    loads = sum(tier.loads for tier in use.tiers)
+    return sum(tier.loads * (tier.wait_mean_s or 0.0) for tier in use.tiers) / loads if loads else None
 
 
 def _latency_metrics() -> Iterator[Metric]:
@@ -228,6 +248,33 @@ _ADAPTIVE = (
     Metric("reduced_precision_share", "Reduced precision", "", "lower", lambda r: _adaptive(r, "reduced_share"),
            "share of decoded tokens at a level after the first"),
 )  # fmt: skip
+_TIERS = (
+    Metric("device_hit_rate", "Hits on the device", "", "higher", _tier_figure(lambda use: use.device_hit_rate),
+           "share of reusable prompt tokens found in the device's prefix cache, with tiers"),
+    Metric("tier_hit_rate", "Hits in tiers", "", "higher", _tier_hit_rate("host", "nvme", "remote"),
+           "share of reusable prompt tokens loaded from tiers"),
+    Metric("host_tier_hit_rate", "Hits in host memory", "", "higher", _tier_hit_rate("host"),
+           "of those, from host memory"),
+    Metric("nvme_tier_hit_rate", "Hits on NVMe", "", "higher", _tier_hit_rate("nvme"), "of those, from NVMe"),
+    Metric("remote_tier_hit_rate", "Hits in remote stores", "", "higher", _tier_hit_rate("remote"),
+           "of those, from remote stores"),
+    Metric("tier_stored_bytes", "Stored in tiers", "B", None,
+           _tier_figure(lambda use: sum(tier.stored_bytes for tier in use.tiers)), "bytes written to tiers",
+           display_unit="GiB", display_scale=1 / GIBI),
+    Metric("tier_loaded_bytes", "Loaded from tiers", "B", None,
+           _tier_figure(lambda use: sum(tier.loaded_bytes for tier in use.tiers)), "bytes read back from tiers",
+           display_unit="GiB", display_scale=1 / GIBI),
+    Metric("mean_tier_wait_ms", "Mean wait for a load", "ms", "lower", _tier_figure(_tier_wait_s),
+           "mean duration of a load from a tier", scale=MILLISECONDS_PER_SECOND),
+    Metric("lossy_tier_tokens", "Tokens from lossy tiers", "tokens", "lower",
+           _tier_figure(lambda use: use.lossy_tokens), "prompt tokens loaded from lossy tiers"),
+    Metric("recompute_tier_tokens", "Tokens computed again", "tokens", "lower",
+           _tier_figure(lambda use: use.recompute_tokens), "prompt tokens of the recompute tier"),
+    Metric("saved_against_load_s", "Saved against loading", "s", "higher",
+           _tier_figure(lambda use: use.saved_against_load_s), "estimated, against loading all that is found"),
+    Metric("saved_against_compute_s", "Saved against computing", "s", "higher",
+           _tier_figure(lambda use: use.saved_against_compute_s), "estimated, against loading nothing"),
+)  # fmt: skip
 _EFFECTS = (
     Metric("prefill_tax", "Prefill tax", "x", "lower", "effects.prefill_tax", "prefill time / native"),
     Metric("decode_gain", "Decode gain", "x", "higher", "effects.decode_gain",
@@ -269,7 +316,7 @@ _SHARES = (
 )
 
 METRICS: tuple[Metric, ...] = (
-    *_KV, *_latency_metrics(), *_THROUGHPUT, *_COUNTS, *_ADAPTIVE, *_EFFECTS, *_COST, *_ENERGY, *_SHARES,
+    *_KV, *_latency_metrics(), *_THROUGHPUT, *_COUNTS, *_ADAPTIVE, *_TIERS, *_EFFECTS, *_COST, *_ENERGY, *_SHARES,
 )  # fmt: skip
 METRIC_BY_TAG: dict[str, Metric] = {metric.tag: metric for metric in METRICS}
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kvsim.data_files import preset_dir
-from kvsim.documents import load_json
+from kvsim.documents import load_json, validate
 from kvsim.errors import InvalidSpec, UnknownName
 from kvsim.hf_config import parse_hf_config
+from kvsim.specs.engine import SamplingSpec
 from kvsim.specs.model import ModelSpec
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[\w.\-/]+))?")
@@ -83,7 +84,19 @@ def load_preset(name: str) -> ModelSpec:
     path = preset_dir("models") / f"{name}.json"
     document = _preset_document(path)
     source = f"{document['hub_id']} (preset; config from {document['source']}, {document['retrieved']})"
-    return parse_hf_config(document["config"], name=name, source=source)
+    model = parse_hf_config(document["config"], name=name, source=source)
+    stated = document.get("generation")
+    if stated is None:
+        return model
+    return model.model_copy(update={"generation": _generation(path, stated)})
+
+
+def _generation(path: Path, stated: Any) -> SamplingSpec:
+    """Default sampling parameters that a preset quotes, with where from."""
+    if not isinstance(stated, Mapping) or not stated.get("source"):
+        msg = f"{path}: generation needs a source"
+        raise InvalidSpec(msg)
+    return validate(SamplingSpec, {key: value for key, value in stated.items() if key != "source"}, str(path))
 
 
 @lru_cache(maxsize=1)
@@ -96,8 +109,8 @@ def preset_hub_ids() -> Mapping[str, str]:
 def _preset_document(path: Path) -> dict[str, Any]:
     document = load_json(path)
     expected = {"hub_id", "retrieved", "source", "config"}
-    if not isinstance(document, dict) or set(document) != expected:
-        msg = f"{path}: a preset has exactly the keys {', '.join(sorted(expected))}"
+    if not isinstance(document, dict) or set(document) - {"generation"} != expected:
+        msg = f"{path}: a preset has exactly the keys {', '.join(sorted(expected))}, and may have generation"
         raise InvalidSpec(msg)
     return document
 

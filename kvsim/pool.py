@@ -16,7 +16,7 @@ _PROBE_TOKENS = 2**40
 def prefill_growths(deployment: Deployment) -> tuple[tuple[tuple[int | None, int], ...], int]:
     """((most tokens held or None, bytes of a block), ...) while a prompt is processed, and fixed bytes per sequence.
 
-    Layers with the same cap share one block table entry. Bytes are those of one tensor-parallel rank.
+    Layers with the same cap share one block table entry. Bytes are those of one rank of the largest stage.
     """
     per_token: defaultdict[int | None, float] = defaultdict(float)
     fixed = float(deployment.state_bytes_per_sequence)
@@ -26,12 +26,13 @@ def prefill_growths(deployment: Deployment) -> tuple[tuple[tuple[int | None, int
             per_token[cap] += layers * layer_bytes_per_token(layer_class, view, deployment.model)
             fixed += layers * residual_bytes(layer_class, deployment.model)
     block_size = deployment.engine.block_size
+    share = deployment.parallelism.stage_share(deployment.model.num_layers)
     growths = tuple(
-        (cap, math.ceil(size_bytes * block_size))
+        (cap, math.ceil(size_bytes * share * block_size))
         for cap, size_bytes in sorted(per_token.items(), key=lambda item: (item[0] is not None, item[0] or 0))
         if size_bytes > 0
     )
-    return growths, math.ceil(fixed)
+    return growths, math.ceil(fixed * share)
 
 
 def _prefill_cap(layer_class: LayerClass, view: LayerView) -> int | None:

@@ -56,6 +56,13 @@ class Scenario(Spec):
     """Several compressions between which a policy chooses during the run, instead of ``compression``."""
     engine: EngineSpec = EngineSpec()
     tensor_parallel_size: Annotated[int, Field(gt=0)] = 1
+    pipeline_parallel_size: Annotated[int, Field(gt=0)] = 1
+    """Stages of consecutive layers, each on its own devices."""
+    data_parallel_size: Annotated[int, Field(gt=0)] = 1
+    """Ranks with their own sequences and KV pool. They share the experts of a model that has them, and run in step;
+    of a dense model each is a replica."""
+    enable_expert_parallel: bool = False
+    """Keep experts whole, spread over tensor and data parallel ranks, instead of slicing each of them."""
     replicas: Annotated[int, Field(gt=0)] = 1
     calibration: str = "default"
     """Fitted kernels that the cost model uses: the shipped set ``default`` or another by name, one's own set by the
@@ -104,6 +111,11 @@ class Scenario(Spec):
             raise UnknownName(kind, name, known)
         held = self.adaptive.held_at(int(name.removeprefix(STATIC)))
         return self.model_copy(update={"adaptive": held})
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the whole deployment."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size * self.replicas
 
     def fingerprint(self) -> str:
         """Hash of the canonical scenario and kvsim's version; equal scenarios give equal reports."""

@@ -40,6 +40,8 @@ from kvsim.summary import (
     time_split,
     weakest_basis,
 )
+from kvsim.tier_use import tiers_use, with_tiers
+from kvsim.tiers import tier_notes
 from kvsim.workload_catalog import load_workload
 from kvsim.workloads import build_requests
 
@@ -110,6 +112,8 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
     batch = _mean_batch(outcomes[0], prepared)
     models = price_edges(prepared.deployment, edges)
     report = assemble(prepared, models, outcomes, "simulation", counts(central, prepared.requests), used, batch)
+    if central.tiers is not None:
+        return with_tiers(report, tiers_use(central.tiers, prepared.deployment))
     if prepared.deployment.adaptive is None:
         return report
     basis = weakest_basis(report.time_split)
@@ -261,10 +265,7 @@ def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
         notes.append(
             f"prefix caching is off: {evicting.compression.name} evicts tokens, so a cached prompt cannot be reused"
         )
-    if scenario.engine.kv_offloading_size is not None and (
-        requests.prefix_hashes is None or not deployment.prefix_caching
-    ):
-        notes.append("nothing is offloaded to the host: without prefix caching no request could hit a block there")
+    notes += tier_notes(deployment, shares_prefixes=requests.prefix_hashes is not None)
     if scenario.engine.max_model_len is not None and fits < scenario.engine.max_model_len:
         msg = (
             f"engine.max_model_len: one sequence of {scenario.engine.max_model_len} tokens does not fit the KV pool; "
@@ -340,7 +341,7 @@ def _mean_batch(one: Outcome, prepared: Prepared) -> int:
     if not decode_s or not mean:
         return 1
     sequences = one.itl.count * mean / (decode_s + sum(one.prefill.values()))
-    return max(1, min(round(sequences), prepared.deployment.engine.max_num_seqs))
+    return max(1, min(round(sequences), prepared.deployment.max_running))
 
 
 def assemble(
@@ -432,7 +433,12 @@ def _calibration_name(deployment: Deployment) -> str:
 
 
 def _kernels(deployment: Deployment) -> tuple[KernelUsed, ...]:
-    used = ((pricing.operation, pricing.kernel) for pricing in pricings(deployment))
+    used = (
+        (pricing.operation, member)
+        for pricing in pricings(deployment)
+        if pricing.kernel is not None
+        for member in pricing.kernel.members
+    )
     return tuple(
         KernelUsed(
             operation=operation,
@@ -442,7 +448,6 @@ def _kernels(deployment: Deployment) -> tuple[KernelUsed, ...]:
             basis=kernel.basis,
         )
         for operation, kernel in dict.fromkeys(used)
-        if kernel is not None
     )
 
 

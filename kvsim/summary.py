@@ -223,7 +223,7 @@ def weakest_basis(shares: tuple[TimeShare, ...]) -> Basis:
 
 def cost(deployment: Deployment, outcomes: tuple[Outcome, ...], basis: Basis) -> Cost:
     """Dollars of the run. Input and output tokens share the bill by the engine time of their phase."""
-    devices = deployment.tensor_parallel_size * deployment.replicas
+    devices = deployment.num_devices
     usd_per_hour = deployment.price.usd_per_device_hour * devices if deployment.price else None
 
     def usd(one: Outcome) -> float | None:

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from kvsim.cost.collectives import all_reduce_seconds
 from kvsim.cost.estimator import (
-    all_reduce_seconds,
     attention_seconds_per_token,
     prefill_attention_seconds,
     price_gemm,

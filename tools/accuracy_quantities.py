@@ -33,7 +33,12 @@ def deploy(
                 "workload": "chat",
                 "compression": strategy,
                 "tensor_parallel_size": ranks,
-                "engine": {"kind": engine, "gpu_memory_utilization": gpu_memory_utilization},
+                # vllm bench serve asks for greedy decoding where it is not told otherwise.
+                "engine": {
+                    "kind": engine,
+                    "gpu_memory_utilization": gpu_memory_utilization,
+                    "sampling": {"temperature": 0.0},
+                },
                 "calibration": "datasheet",
             }
         )

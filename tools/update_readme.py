@@ -61,7 +61,7 @@ def main() -> None:
     groups = []
     for file in files[:1] if arguments.table_only else files:
         scenario = load_scenario(CHECKOUT / file)
-        devices = scenario.tensor_parallel_size * scenario.replicas
+        devices = scenario.num_devices
         title = f"{scenario.model} on {devices} x {scenario.device}, workload {scenario.workload}"
         groups.append((title, compare(scenario, strategies, base_dir=(CHECKOUT / file).parent)))
     table = "\n".join(table_columns(comparison_markdown(groups[0][1])))

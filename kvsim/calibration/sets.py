@@ -13,6 +13,7 @@ from typing import Annotated, Final
 from pydantic import Field, StringConstraints
 
 from kvsim.calibration.artefact import Artefact, Predictor, artefact_file_name, load_artefact
+from kvsim.calibration.choice import FRAMEWORKS, version_order
 from kvsim.calibration.facts import device_facts
 from kvsim.calibration.sealed import SCHEMA_VERSION, refuse_newer
 from kvsim.calibration.staleness import OWN_KERNELS, is_stale_source
@@ -126,6 +127,15 @@ class CalibrationSet:
             if pin.default if kernel == AUTO else kernel in (pin.kernel, f"{pin.kernel}@{pin.version}"):
                 return self.load(pin)
         return None
+
+    def newest_of_engines(self, device: str, operation: str, *, dtype: str, kv_dtype: str = "") -> tuple[Artefact, ...]:
+        """Give every engine's newest artefact for an operation and format, engines in the order of `FRAMEWORKS`.
+
+        Raises CalibrationError as `load`.
+        """
+        pins = self._by_format.get((device, operation, dtype, kv_dtype), ())
+        of_engine = [[pin for pin in pins if pin.kernel.startswith(f"{name}/")] for name in FRAMEWORKS]
+        return tuple(self.load(max(mine, key=lambda pin: version_order(pin.version))) for mine in of_engine if mine)
 
     def predictor(self, artefact: Artefact, device: DeviceSpec) -> Predictor:
         """Make an artefact ready to predict on a device with that datasheet."""

@@ -137,7 +137,7 @@ def _check_outputs(out: Path | None, html: Path | None, png: Path | None, *, as_
 def _title(scenario: Scenario) -> str:
     from kvsim.batch.rows import workload_label
 
-    devices = scenario.tensor_parallel_size * scenario.replicas
+    devices = scenario.num_devices
     return f"{scenario.model} on {devices} x {scenario.device}, workload {workload_label(scenario)}"
 
 

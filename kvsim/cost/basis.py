@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from kvsim.cost.kernels import Kernel, all_reduce_kernel, format_name, kept_by_deployment, linear_kernels
+from kvsim.cost.kernels import Kernel, all_reduce_kernel, format_name, kept_by_deployment
+from kvsim.cost.linear import linear_kernels
 from kvsim.cost.projection import attention_kernels
 from kvsim.deployment import Deployment
 from kvsim.ops import Component

@@ -40,25 +40,50 @@ class PricedGemm:
     """Reading one k x n matrix."""
     activations_s_per_row: float
     compute_s_per_row: float
+    skew: float = 1.0
+    """Work of the fullest rank over the mean, where experts lie on different ranks."""
+    tile_s: float = 0.0
+    """Least time that one expert touched computes for; 0 for a dense product."""
 
     def seconds(self, rows: Numeric) -> Numeric:
         """All repetitions: launch + smooth maximum of weights and activations moved, and FLOPs."""
-        moved_s = self.weights_s * self.gemm.matrices_touched(rows) + rows * self.activations_s_per_row
+        touched = _at_most(self.gemm.matrices_touched(rows) * self.skew, self.gemm.local_experts)
+        moved_s = self.weights_s * touched + rows * self.activations_s_per_row
         computed_s = rows * self.compute_s_per_row
+        if self.tile_s:
+            # Every expert touched computes whole tiles of rows.
+            computed_s = _larger(computed_s, touched * self.tile_s)
         busy_s = (moved_s**GEMM_SMOOTHNESS + computed_s**GEMM_SMOOTHNESS) ** (1.0 / GEMM_SMOOTHNESS)
         return self.gemm.count * (self.launch_s + busy_s)
 
 
 def price_gemm(gemm: Gemm, rates: Rates, *, weight_bits: float, compute: Dtype) -> PricedGemm:
     """Price a product whose weights take ``weight_bits`` each and that multiplies in ``compute``."""
-    visits = max(1, gemm.experts_per_token)
+    visits = gemm.visits_per_row
+    bandwidth, launch_s, tile_s = rates.weight_bytes_per_s, rates.gemm_launch_s, 0.0
+    skew = rates.expert_imbalance if gemm.is_spread else 1.0
+    if gemm.num_experts:
+        bandwidth, launch_s = rates.grouped_bytes_per_s, rates.grouped_launch_s
+        tile_s = 2.0 * rates.grouped_tile_rows * gemm.k * gemm.n / rates.matmul_flops_per_s(compute)
     return PricedGemm(
         gemm=gemm,
-        launch_s=rates.gemm_launch_s,
-        weights_s=gemm.k * gemm.n * weight_bits / 8.0 / rates.weight_bytes_per_s,
-        activations_s_per_row=2.0 * (gemm.k + gemm.n) * visits / rates.weight_bytes_per_s,
-        compute_s_per_row=float(gemm.flops(1.0)) / rates.matmul_flops_per_s(compute),
+        launch_s=launch_s,
+        weights_s=gemm.k * gemm.n * weight_bits / 8.0 / bandwidth,
+        activations_s_per_row=2.0 * (gemm.k + gemm.n) * visits * skew / bandwidth,
+        compute_s_per_row=float(gemm.flops(1.0)) * skew / rates.matmul_flops_per_s(compute),
+        skew=skew,
+        tile_s=tile_s,
     )
+
+
+def _at_most(count: Numeric, limit: int) -> Numeric:
+    if not limit:
+        return count
+    return np.minimum(count, limit) if isinstance(count, np.ndarray) else min(count, float(limit))
+
+
+def _larger(left: Numeric, right: Numeric) -> Numeric:
+    return np.maximum(left, right) if isinstance(left, np.ndarray) else max(left, float(right))
 
 
 def streaming_seconds(work: Work, rates: Rates) -> float:
@@ -117,15 +142,3 @@ def prefill_attention_seconds(queries: Numeric, pairs: Numeric, flops_per_pair: 
     """
     charged = pairs + queries * rates.attention_half_tokens / 2.0
     return rates.attention_launch_s + flops_per_pair * charged / rates.attention_flops_per_s
-
-
-def all_reduce_seconds(size_bytes: Numeric, ranks: int, rates: Rates) -> Numeric:
-    """Ring all-reduce: latency + 2·(n-1)/n of the message over one direction of the link.
-
-    Ranks without a link of their own share the host's: n/2 pairs talk over it at once.
-    """
-    if ranks == 1 or rates.link_bytes_per_s is None:
-        return size_bytes * 0.0
-    pairs_on_link = ranks / 2.0 if rates.link_is_shared else 1.0
-    wire_bytes = 2.0 * (ranks - 1) / ranks * size_bytes
-    return rates.all_reduce_latency_s + wire_bytes * pairs_on_link / rates.link_bytes_per_s

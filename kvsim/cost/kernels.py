@@ -13,7 +13,6 @@ import numpy.typing as npt
 from kvsim.compression.base import KvEncoding
 from kvsim.compression.pair import spell
 from kvsim.cost.priors import Edge
-from kvsim.cost.shapes import Gemm
 from kvsim.deployment import Deployment, LayerClass
 from kvsim.specs.base import Basis, Dtype
 from kvsim.specs.device import DeviceSpec
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 FloatArray = npt.NDArray[np.float64]
 AUTO = "auto"
-ROUTER = "router"
-"""Name of the routing layer in ``cost/shapes``."""
 DEPLOYMENTS_KEPT = 32
 MAX_KEPT = 1024
 """Kernels kept ready; hypothetical devices in tests and sweeps would pile up otherwise."""
@@ -44,6 +41,11 @@ class Kernel:
         self.predictor = predictor
 
     @property
+    def members(self) -> tuple[Kernel, ...]:
+        """The fitted kernels that it is made of: itself."""
+        return (self,)
+
+    @property
     def source(self) -> str:
         """Kernel, artefact, rows and held-out errors, as explanations name them."""
         one = self.artefact
@@ -54,6 +56,11 @@ class Kernel:
         ]
         held_out = f"; held out: {'; '.join(errors)}" if errors else ""
         return f"{one.kernel} {one.version} ({self.artefact_id}), {one.basis.value} over {one.rows} rows{held_out}"
+
+    @property
+    def framework(self) -> str:
+        """Engine or library that it comes from."""
+        return self.artefact.kernel.partition("/")[0]
 
     def outside(self, **given: float) -> tuple[str, ...]:
         """Columns of a shape that lie beyond the rows fitted."""
@@ -102,7 +109,13 @@ def find_kernel(
     if calibration is None:
         return None
     artefact = calibration.find(device.name, operation, kernel=kernel, dtype=dtype, kv_dtype=kv_dtype)
-    if artefact is None or not _runs(deployment, artefact.kernel):
+    return ready_kernel(deployment, artefact) if artefact is not None else None
+
+
+def ready_kernel(deployment: Deployment, artefact: Artefact) -> Kernel | None:
+    """Make an artefact of the deployment's set ready on its device, once; None where its engine cannot run it."""
+    calibration, device = deployment.calibration, deployment.device
+    if calibration is None or not _runs(deployment, artefact.kernel):
         return None
     key = (id(calibration), id(device), id(artefact))
     if key not in _READY:
@@ -115,59 +128,6 @@ def find_kernel(
 def _runs(deployment: Deployment, kernel_name: str) -> bool:
     allowed = ENGINE_KERNELS.get(deployment.engine.kind)
     return allowed is None or kernel_name.startswith(allowed)
-
-
-def gemm_kernel(deployment: Deployment, *, weight_bits: float, weight_dtype: Dtype, compute: Dtype) -> Kernel | None:
-    """Kernel of linear layers with weights of that format; None where the set has none for the pair of formats."""
-    for name in _gemm_formats(weight_bits, weight_dtype, compute):
-        found = find_kernel(deployment, "gemm", dtype=name)
-        if found is not None:
-            return found
-    return None
-
-
-@dataclass(frozen=True)
-class LinearKernels:
-    """Fitted kernels of a model's linear layers and of its LM head, which stays in bf16."""
-
-    layers: Kernel | None
-    head: Kernel | None
-
-    def of(self, gemm: Gemm) -> Kernel | None:
-        """Kernel of one linear layer; experts have none: no table describes grouped products.
-
-        Routers are left in 16 bits by the formats that quantise the layers.
-        """
-        if gemm.num_experts:
-            return None
-        return self.head if gemm.name == ROUTER else self.layers
-
-
-@kept_by_deployment
-def linear_kernels(deployment: Deployment) -> LinearKernels:
-    """Find the kernels of a deployment's linear layers."""
-    model, device = deployment.model, deployment.device
-    compute = model.weight_dtype if device.supports(model.weight_dtype) else Dtype.BF16
-    return LinearKernels(
-        gemm_kernel(deployment, weight_bits=model.weight_bits, weight_dtype=model.weight_dtype, compute=compute),
-        gemm_kernel(deployment, weight_bits=16.0, weight_dtype=Dtype.BF16, compute=Dtype.BF16),
-    )
-
-
-def _gemm_formats(weight_bits: float, weight_dtype: Dtype, compute: Dtype) -> tuple[str, ...]:
-    """Names of a format in GEMM tables, the closest first; scales may add a little to the bits."""
-    half = (Dtype.BF16, Dtype.FP16)
-    if weight_dtype in half and weight_bits == 16.0:
-        return ("bf16", "fp16") if weight_dtype is Dtype.BF16 else ("fp16", "bf16")
-    if weight_dtype is Dtype.FP8 and compute is Dtype.FP8 and 8.0 <= weight_bits < 9.0:
-        return ("fp8", "fp8_block")
-    if weight_dtype is Dtype.FP4 and compute is Dtype.FP4 and 4.0 <= weight_bits < 5.0:
-        return ("nvfp4",)
-    if weight_dtype is Dtype.INT8 and 8.0 <= weight_bits < 9.0:
-        return ("int8", "sq") if compute is Dtype.INT8 else ("int8_wo",)
-    if weight_dtype is Dtype.INT4 and 4.0 <= weight_bits < 5.0:
-        return ("int4_wo",)
-    return ()
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,21 @@ class Priors(Spec):
     vector_efficiency: PriorTable
     tensor_to_vector_ratio: PriorTable
     all_reduce_latency_s: PriorTable
+    gather_latency_s: PriorTable
+    send_latency_s: PriorTable
     link_efficiency: PriorTable
+    domain_devices: PriorTable
+    node_link_bytes_per_s: PriorTable
+    node_latency_s: PriorTable
+    deepep_latency_s: PriorTable
+    deepep_link_efficiency: PriorTable
+    grouped_streaming_efficiency: PriorTable
+    grouped_launch_s: PriorTable
+    grouped_tile_rows: PriorTable
+    moe_layer_s: PriorTable
+    expert_imbalance: PriorTable
+    vocabulary_sort_s: PriorTable
+    vocabulary_sort_per_token_s: PriorTable
     host_link_efficiency: PriorTable
     host_copy_efficiency: PriorTable
     request_overhead_s: PriorTable

@@ -30,9 +30,25 @@ class Rates:
     """Vector lane operations per second at peak (FP32 FLOPS / 2)."""
     vector_flops_per_s: float
     all_reduce_latency_s: float
+    gather_latency_s: float
+    send_latency_s: float
     link_bytes_per_s: float | None
+    link_peak_bytes_per_s: float | None
     host_step_s: float
     host_step_per_sequence_s: float
+    domain_devices: int
+    """Devices that the scale-up link joins; more talk over the network besides."""
+    node_link_bytes_per_s: float
+    """Network rate of one device to others outside its domain."""
+    node_latency_s: float
+    grouped_bytes_per_s: float
+    """Rate at which grouped products read the experts that a step touches."""
+    grouped_launch_s: float
+    grouped_tile_rows: float
+    moe_layer_s: float
+    """Choosing experts, ordering tokens by them and summing up, per MoE layer."""
+    expert_imbalance: float
+    """Work of the fullest rank over the mean, where experts lie on different ranks."""
     link_is_shared: bool
     """The ranks have no link of their own and meet on the host's."""
 
@@ -40,6 +56,11 @@ class Rates:
         """Achievable dense rate; a dtype without a native path computes at half precision (weight-only)."""
         peak = self.device.dense_flops_per_s(dtype) or self.device.dense_half_flops_per_s
         return peak * self.matmul_efficiency
+
+    def deepep(self, backend: str) -> tuple[float, float]:
+        """(seconds of an empty dispatch and combine, share of the link that large ones reach) of a DeepEP mode."""
+        latency = first_of(self.priors.deepep_latency_s, (backend, "default")).cost(self.edge)
+        return latency, first_of(self.priors.deepep_link_efficiency, (backend, "default")).efficiency(self.edge)
 
     def unpack_prior(self, family: str) -> Prior:
         """Prior of the operations per element of an unpack family."""
@@ -66,11 +87,9 @@ def build_rates(device: DeviceSpec, priors: Priors, edge: Edge) -> Rates:
     else:
         vector_peak = device.dense_half_flops_per_s / cost(priors.tensor_to_vector_ratio)
     # Cards without a link of their own talk over the host's.
-    link = None
-    if device.scale_up_link is not None:
-        link = device.scale_up_link.value * efficiency(priors.link_efficiency)
-    elif device.host_link is not None:
-        link = device.host_link.value * efficiency(priors.host_link_efficiency)
+    fact = device.scale_up_link or device.host_link
+    share = efficiency(priors.link_efficiency if device.scale_up_link is not None else priors.host_link_efficiency)
+    link = fact.value * share if fact is not None else None
     return Rates(
         device=device,
         priors=priors,
@@ -88,7 +107,18 @@ def build_rates(device: DeviceSpec, priors: Priors, edge: Edge) -> Rates:
         lane_ops_per_s=vector_peak / 2.0,
         vector_flops_per_s=vector_peak * efficiency(priors.vector_efficiency),
         all_reduce_latency_s=cost(priors.all_reduce_latency_s),
+        gather_latency_s=cost(priors.gather_latency_s),
+        send_latency_s=cost(priors.send_latency_s),
         link_bytes_per_s=link,
+        link_peak_bytes_per_s=fact.value if fact is not None else None,
+        domain_devices=device.scale_up_domain.value if device.scale_up_domain else round(cost(priors.domain_devices)),
+        node_link_bytes_per_s=efficiency(priors.node_link_bytes_per_s),
+        node_latency_s=cost(priors.node_latency_s),
+        grouped_bytes_per_s=bandwidth * efficiency(priors.grouped_streaming_efficiency),
+        grouped_launch_s=cost(priors.grouped_launch_s),
+        grouped_tile_rows=cost(priors.grouped_tile_rows),
+        moe_layer_s=cost(priors.moe_layer_s),
+        expert_imbalance=cost(priors.expert_imbalance),
         host_step_s=cost(priors.host_step_s),
         host_step_per_sequence_s=cost(priors.host_step_per_sequence_s),
         link_is_shared=device.scale_up_link is None,

@@ -98,6 +98,10 @@ class SequenceModel:
         self._deployment = deployment
         self._rates = rates
         self._profiles: dict[int, SequenceProfile] = {}
+        parallel, layers = deployment.parallelism, deployment.model.num_layers
+        self._stretch = parallel.turn_stretch(layers)
+        self._context_share = self._stretch * parallel.context_share
+        self._stage_share = parallel.stage_share(layers)
 
     @cached_property
     def is_affine(self) -> bool:
@@ -154,8 +158,8 @@ class SequenceModel:
         return SequenceProfile(
             segments=self._affine_segments(prompt_tokens) if self.is_affine else _merge(priced),
             growths=self._blocks(growths),
-            fixed_bytes=math.ceil(fixed_bytes),
-            compress_ticks=seconds_to_ticks(compress_s),
+            fixed_bytes=math.ceil(fixed_bytes * self._stage_share),
+            compress_ticks=seconds_to_ticks(compress_s * self._stretch),
         )
 
     def _affine_segments(self, prompt_tokens: int) -> tuple[Segment, ...]:
@@ -206,7 +210,7 @@ class SequenceModel:
     def _blocks(self, growths: dict[TokenCurve, float]) -> tuple[Growth, ...]:
         block_size = self._deployment.engine.block_size
         return tuple(
-            Growth(curve, math.ceil(bytes_per_token * block_size))
+            Growth(curve, math.ceil(bytes_per_token * self._stage_share * block_size))
             for curve, bytes_per_token in growths.items()
             if bytes_per_token > 0
         )
@@ -240,7 +244,8 @@ class SequenceModel:
         if layer_class.selection is not None:
             flops = layer_class.selection.decode_score_flops_per_token(layer_class.group, self._deployment.model)
             score_s = flops / self._deployment.tensor_parallel_size / self._rates.vector_flops_per_s
-        return _TokenPrice(_femto(whole_s + score_s), _femto(unpack_s + score_s))
+        share = self._context_share
+        return _TokenPrice(_femto((whole_s + score_s) * share), _femto((unpack_s + score_s) * share))
 
     def _estimated_seconds(
         self, layer_class: LayerClass, kernels: ClassKernels, *, native: bool
@@ -272,13 +277,13 @@ class SequenceModel:
     def _scan_price(self, layer_class: LayerClass, view: LayerView) -> int:
         moved_s = scan_bytes(layer_class, view, self._deployment.model) / self._rates.stream_bytes_per_s
         if layer_class.selection is None:
-            return _femto(moved_s)
+            return _femto(moved_s * self._context_share)
         flops = layer_class.selection.scan_flops_per_token(layer_class.group, self._deployment.model)
         scored_s = flops / self._deployment.tensor_parallel_size / self._rates.vector_flops_per_s
-        return _femto(smooth_maximum(moved_s, scored_s))
+        return _femto(smooth_maximum(moved_s, scored_s) * self._context_share)
 
     def _index_price(self, layer_class: LayerClass) -> int:
-        return _femto(index_key_bytes(layer_class) / self._rates.stream_bytes_per_s)
+        return _femto(index_key_bytes(layer_class) / self._rates.stream_bytes_per_s * self._context_share)
 
 
 def ops_seconds(ops: Iterable[OpCall], tensor_parallel_size: int, rates: Rates) -> float:

@@ -10,7 +10,10 @@ from kvsim.specs.model import LayerGroup, LayerKind, MlaShape, ModelSpec, MoeSha
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """A product of ``rows`` x k by k x n, repeated ``count`` times; ``experts`` of them chosen by routing."""
+    """A product of ``rows`` x k by k x n, repeated ``count`` times; ``experts`` of them chosen by routing.
+
+    ``rows`` are those of this rank; rows of all ``data_ranks`` meet at the experts.
+    """
 
     name: str
     k: int
@@ -18,10 +21,26 @@ class Gemm:
     count: int
     num_experts: int = 0
     experts_per_token: int = 0
+    local_experts: int = 0
+    """Experts that the fullest rank holds; 0 where every rank holds (a slice of) all."""
+    data_ranks: int = 1
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether experts are whole and lie on different ranks."""
+        return 0 < self.local_experts < self.num_experts
+
+    @property
+    def visits_per_row(self) -> float:
+        """Visits to this rank's experts per row of this rank, in expectation; 1 for a dense product."""
+        if not self.num_experts:
+            return 1.0
+        visits = self.experts_per_token * self.data_ranks
+        return visits * self.local_experts / self.num_experts if self.local_experts else float(visits)
 
     def flops(self, rows: Numeric) -> Numeric:
-        """FLOPs of one repetition for ``rows`` tokens: 2·rows·k·n, times the experts each token visits."""
-        return 2.0 * rows * self.k * self.n * max(1, self.experts_per_token)
+        """FLOPs of one repetition for ``rows`` tokens: 2·rows·k·n, times the experts each token visits here."""
+        return 2.0 * rows * self.k * self.n * self.visits_per_row
 
     def matrices_touched(self, rows: Numeric) -> Numeric:
         """Matrices of k x n weights read in one repetition: 1, or as many experts as ``rows`` tokens visit.
@@ -31,15 +50,22 @@ class Gemm:
         if not self.num_experts:
             return 1.0
         miss = 1.0 - self.experts_per_token / self.num_experts
-        return self.num_experts * (1.0 - miss**rows)
+        return (self.local_experts or self.num_experts) * (1.0 - miss ** (rows * self.data_ranks))
 
 
-def forward_gemms(model: ModelSpec, tensor_parallel_size: int) -> tuple[Gemm, ...]:
-    """All linear layers of one forward pass on one rank, LM head excluded."""
+def forward_gemms(
+    model: ModelSpec, tensor_parallel_size: int, *, data_ranks: int = 1, expert_parallel: bool = False
+) -> tuple[Gemm, ...]:
+    """All linear layers of one forward pass on one rank, LM head excluded.
+
+    ``data_ranks`` ranks of sequences share the experts: sliced over all ranks, or whole and spread over them.
+    """
     gemms: list[Gemm] = []
     for group in model.groups:
         gemms += _attention_gemms(model, group, tensor_parallel_size)
-    gemms += _mlp_gemms(model, tensor_parallel_size)
+    gemms += _dense_mlp_gemms(model, tensor_parallel_size)
+    if model.moe:
+        gemms += _moe_gemms(model, model.moe, tensor_parallel_size, data_ranks, expert_parallel=expert_parallel)
     return tuple(gemms)
 
 
@@ -83,7 +109,7 @@ def _mla_gemms(hidden: int, heads: int, layers: int, mla: MlaShape) -> list[Gemm
     ]
 
 
-def _mlp_gemms(model: ModelSpec, tp: int) -> list[Gemm]:
+def _dense_mlp_gemms(model: ModelSpec, tp: int) -> list[Gemm]:
     hidden = model.hidden_size
     gemms: list[Gemm] = []
     moe_layers = len(model.moe.layers) if model.moe else 0
@@ -92,24 +118,23 @@ def _mlp_gemms(model: ModelSpec, tp: int) -> list[Gemm]:
     dense_layers = (mlp_layers or model.num_layers) - moe_layers
     if dense_layers and model.intermediate_size:
         gemms += _mlp("mlp", hidden, -(-model.intermediate_size // tp), dense_layers, gated=model.gated_mlp)
-    if model.moe:
-        gemms += _moe_gemms(model.moe, hidden, tp, gated=model.gated_mlp)
     return gemms
 
 
-def _moe_gemms(moe: MoeShape, hidden: int, tp: int, *, gated: bool) -> list[Gemm]:
-    layers = len(moe.layers)
-    width = -(-moe.moe_intermediate_size // tp)
-    routed = _mlp("experts", hidden, width, layers, gated=gated, experts=(moe.num_experts, moe.num_experts_per_tok))
+def _moe_gemms(model: ModelSpec, moe: MoeShape, tp: int, data_ranks: int, *, expert_parallel: bool) -> list[Gemm]:
+    layers, hidden, gated = len(moe.layers), model.hidden_size, model.gated_mlp
+    ranks = tp * data_ranks
+    width = moe.moe_intermediate_size if expert_parallel else -(-moe.moe_intermediate_size // ranks)
+    local = -(-moe.num_experts // ranks) if expert_parallel and ranks > 1 else 0
+    experts = (moe.num_experts, moe.num_experts_per_tok, local, data_ranks)
+    routed = _mlp("experts", hidden, width, layers, gated=gated, experts=experts)
     gemms = [Gemm("router", hidden, moe.num_experts, layers), *routed]
     if moe.shared_intermediate_size:
         gemms += _mlp("shared_expert", hidden, -(-moe.shared_intermediate_size // tp), layers, gated=gated)
     return gemms
 
 
-def _mlp(
-    name: str, hidden: int, width: int, layers: int, *, gated: bool, experts: tuple[int, int] = (0, 0)
-) -> list[Gemm]:
+def _mlp(name: str, hidden: int, width: int, layers: int, *, gated: bool, experts: tuple[int, ...] = ()) -> list[Gemm]:
     up = 2 * width if gated else width
     return [
         Gemm(f"{name}.gate_up_proj" if gated else f"{name}.up_proj", hidden, up, layers, *experts),

@@ -6,13 +6,14 @@ A step with ``n`` decoding sequences and ``p`` prompt tokens takes
 
 where X is the sum of what the decoding sequences add (kvsim.cost.sequence), base holds linear layers, elementwise
 kernels and collectives, and step[n] a decode step that does not grow with context. Everything is on one
-tensor-parallel rank; ranks run in step.
+tensor-parallel rank; ranks run in step. Where sequences are dealt to lanes (micro-batches of a pipeline, data parallel
+ranks that share experts), tokens and sequences are those of the fullest lane, and a step is one turn of all.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -20,15 +21,17 @@ import numpy as np
 from kvsim.cost.calibrated import (
     CalibratedGemm,
     PrefillTable,
-    all_reduce_tables,
     calibrated_gemm,
     prefill_tables,
     summed_table,
 )
-from kvsim.cost.estimator import PricedGemm, all_reduce_seconds, prefill_attention_seconds, price_gemm, query_key_pairs
-from kvsim.cost.kernels import Kernel, all_reduce_kernel, linear_kernels
+from kvsim.cost.collectives import StepCommunication
+from kvsim.cost.estimator import PricedGemm, prefill_attention_seconds, price_gemm, query_key_pairs
+from kvsim.cost.kernels import Kernel
+from kvsim.cost.linear import linear_kernels
 from kvsim.cost.projection import ClassKernels, attention_kernels
 from kvsim.cost.rates import Rates
+from kvsim.cost.sampling import SamplingPrice
 from kvsim.cost.sequence import SequenceModel, ops_seconds
 from kvsim.cost.shapes import Gemm, forward_gemms, lm_head
 from kvsim.deployment import Deployment, LayerClass
@@ -92,15 +95,18 @@ class StepModel:
 
     def __init__(self, deployment: Deployment, rates: Rates) -> None:
         if deployment.engine_fit is not None:
-            rates = deployment.engine_fit.applied(rates, ELEMENTWISE_KERNELS_PER_LAYER)
+            rates = _fitted_as_a_whole(deployment.engine_fit.applied(rates, ELEMENTWISE_KERNELS_PER_LAYER))
         self.deployment = deployment
         self.rates = rates
         self.sequences = SequenceModel(deployment, rates)
-        model, ranks = deployment.model, deployment.tensor_parallel_size
+        model, parallel = deployment.model, deployment.parallelism
+        ranks = parallel.tensor
+        self._stretch = parallel.turn_stretch(model.num_layers)
         linear = linear_kernels(deployment)
         compute = model.weight_dtype if rates.device.supports(model.weight_dtype) else Dtype.BF16
         self.gemms = tuple(
-            _priced(gemm, linear.of(gemm), rates, model.weight_bits, compute) for gemm in forward_gemms(model, ranks)
+            _priced(gemm, linear.of(gemm), rates, model.weight_bits, compute)
+            for gemm in forward_gemms(model, ranks, data_ranks=parallel.data, expert_parallel=parallel.expert)
         )
         # Dense products of fitted kernels share their nodes, so one table sums them all.
         self._dense = summed_table(tuple((g.gemm.count, g.table) for g in self.gemms if isinstance(g, CalibratedGemm)))
@@ -108,21 +114,23 @@ class StepModel:
         self.head = _priced(lm_head(model, ranks), linear.head, rates, 16.0, Dtype.BF16)
         kinds = [group.kind for group in model.groups for _ in group.layers]
         self._launches = sum(kind not in NO_ATTENTION for kind in kinds)
-        # One all-reduce per block: two where attention and MLP share a layer, one where each is a layer.
-        self._all_reduces = len(kinds) * (1 if LayerKind.MLP in kinds else 2)
+        self.communication = StepCommunication(deployment, rates)
+        self.sampling = SamplingPrice(deployment, rates)
         self._hidden_bytes = model.hidden_size * DTYPE_BITS[model.dtype] / 8
         self._overhead_s, self._overhead_s_per_row = self._elementwise(len(kinds))
         self._max_captured = min(2 * deployment.engine.max_num_seqs, MAX_CAPTURED_TOKENS)
-        reduce = all_reduce_kernel(deployment)
-        self._all_reduce = all_reduce_tables(reduce, ranks, self._hidden_bytes)[rates.edge] if reduce else None
         covered, self._fitted_launch_s, self._fitted_s_per_sequence = self._fitted_floor()
         self._launches -= covered
         self._prefill_terms = tuple(
             self._prefill_term(c, kernels)
             for c, kernels in zip(deployment.layer_classes, attention_kernels(deployment), strict=True)
         )
-        self.append_launch_s, self.append_s_per_token = self._ops_split(_append_ops(deployment))
-        self._decode_launch_s, self._decode_s_per_sequence = self._ops_split(_decode_ops(deployment))
+        append_launch_s, append_s_per_token = self._ops_split(_append_ops(deployment))
+        self.append_launch_s = append_launch_s * self._stretch
+        self.append_s_per_token = append_s_per_token * self._stretch
+        decode_launch_s, decode_s_per_sequence = self._ops_split(_decode_ops(deployment))
+        self._decode_launch_s = decode_launch_s * self._stretch
+        self._decode_s_per_sequence = decode_s_per_sequence * self._stretch
 
     def _fitted_floor(self) -> tuple[int, float, float]:
         """Decode attention of fitted kernels whatever the context: (layers, launches, seconds per sequence)."""
@@ -144,7 +152,8 @@ class StepModel:
         launch_s = ELEMENTWISE_KERNELS_PER_LAYER * rates.elementwise_launch_s
         if not self.deployment.engine.cuda_graphs:
             launch_s += KERNELS_PER_LAYER * rates.uncaptured_launch_s
-        return layers * launch_s, layers * moved_bytes / rates.stream_bytes_per_s
+        routing_s = len(model.moe.layers) * rates.moe_layer_s if model.moe else 0.0
+        return layers * launch_s + routing_s, layers * moved_bytes / rates.stream_bytes_per_s
 
     def padded(self, tokens: Numeric) -> Numeric:
         """Rows that the linear layers really process."""
@@ -156,18 +165,29 @@ class StepModel:
         weights = sum((gemm.seconds(rows) for gemm in self._other_gemms), start=0.0 * rows)
         if self._dense is not None:
             weights = weights + self._dense(rows)
-        if self._all_reduce is not None:
-            reduced = self._all_reduce(rows)
-        else:
-            reduced = all_reduce_seconds(rows * self._hidden_bytes, self.deployment.tensor_parallel_size, self.rates)
         overhead = self._overhead_s + rows * self._overhead_s_per_row
         return StepTerms(
-            _if_any(tokens, weights), _if_any(tokens, self._all_reduces * reduced), _if_any(tokens, overhead)
+            _if_any(tokens, weights * self._stretch),
+            _if_any(tokens, self.communication.token_seconds(rows)),
+            _if_any(tokens, overhead * self._stretch),
         )
 
     def head_seconds(self, sampled: Numeric) -> Numeric:
-        """LM head for ``sampled`` sequences."""
-        return _if_any(sampled, self.head.seconds(sampled))
+        """LM head for ``sampled`` sequences of a lane.
+
+        Where stages have equal layers the last one has the head besides and sets the pace of all.
+        """
+        parallel = self.deployment.parallelism
+        paced = parallel.pipeline if self.deployment.model.num_layers % parallel.pipeline == 0 else 1
+        return _if_any(sampled, paced * self.head.seconds(sampled))
+
+    def gather_seconds(self, sampled: Numeric) -> Numeric:
+        """Gathering the logits of ``sampled`` sequences of a lane over tensor-parallel ranks."""
+        return _if_any(sampled, self.communication.sampled_seconds(sampled))
+
+    def sampling_seconds(self, sampled: Numeric) -> Numeric:
+        """Drawing the tokens of ``sampled`` sequences of a lane."""
+        return _if_any(sampled, self.sampling.seconds(sampled))
 
     def host_step_seconds(self, sequences: Numeric) -> Numeric:
         """Host work of a step of ``sequences`` that synchronous scheduling leaves uncovered; no part of any other term.
@@ -181,13 +201,13 @@ class StepModel:
         """(attention, compression) of a decode batch that does not grow with context."""
         attention = self._launches * (self.rates.attention_launch_s + sequences * self.rates.attention_per_sequence_s)
         attention = attention + (self._fitted_launch_s + sequences * self._fitted_s_per_sequence)
+        attention = attention + self._state_seconds(sequences)
         compression = (
             self._decode_launch_s
             + self.append_launch_s
             + sequences * (self._decode_s_per_sequence + self.append_s_per_token)
         )
-        attention = attention + self._state_seconds(sequences)
-        return _if_any(sequences, attention), _if_any(sequences, compression)
+        return _if_any(sequences, attention * self._stretch), _if_any(sequences, compression)
 
     def _state_seconds(self, sequences: Numeric) -> Numeric:
         """Linear layers read and write each sequence's recurrent state once a step."""
@@ -206,7 +226,7 @@ class StepModel:
             pairs = query_key_pairs(chunk_tokens, context_tokens, term.window_tokens)
             computed_s = prefill_attention_seconds(chunk_tokens, pairs, term.flops_per_pair, self.rates)
             attention += term.layers * (computed_s + read_tokens * term.context_read_s)
-        return attention, unpack
+        return attention * self._stretch, unpack * self._stretch
 
     def _prefill_term(self, layer_class: LayerClass, kernels: ClassKernels) -> PrefillTerm:
         group, model = layer_class.group, self.deployment.model
@@ -245,6 +265,17 @@ def _priced(
     if kernel is not None:
         return calibrated_gemm(gemm, kernel, rates.edge, weight_bits=weight_bits)
     return price_gemm(gemm, rates, weight_bits=weight_bits, compute=compute)
+
+
+def _fitted_as_a_whole(rates: Rates) -> Rates:
+    """Experts under an engine-level fit: it has launches and routing in it, and reads them like other weights."""
+    return replace(
+        rates,
+        grouped_bytes_per_s=rates.weight_bytes_per_s,
+        grouped_launch_s=rates.gemm_launch_s,
+        grouped_tile_rows=1.0,
+        moe_layer_s=0.0,
+    )
 
 
 def _if_any(count: Numeric, seconds: Numeric) -> Numeric:

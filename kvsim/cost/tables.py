@@ -16,13 +16,18 @@ from kvsim.units import TICKS_PER_SECOND
 class StepTables:
     """Integer tick tables for the simulator's hot loop.
 
-    ``base[t]``: a step of t tokens; ``step[n]``: a whole decode step of n sequences except what grows with context
-    (``base[n]``, LM head, attention floor, per-sequence work); the rest splits those sums for the report.
+    ``base[t]``: a step of t tokens; ``head[n]``: what n sampled sequences add (LM head, gathering logits, sampling);
+    ``step[n]``: a whole decode step of n sequences except what grows with context (``base[n]``, ``head[n]``, attention
+    floor, per-sequence work); the rest splits those sums for the report.
+
+    Tokens and sequences are those of one lane, but for ``step`` and ``factors``, which go by the whole batch.
     """
 
     base: list[int]
     step: list[int]
     head: list[int]
+    gather: list[int]
+    sampling: list[int]
     weights: list[int]
     communication: list[int]
     overhead: list[int]
@@ -33,10 +38,12 @@ class StepTables:
     append_launch: int
     append: list[int]
     """Encoding the tokens of a prompt, by their number."""
+    factors: list[int] | None = None
+    """By batch size, what the part that grows with context is multiplied by; None where there is one lane."""
 
 
 def build_tables(step: StepModel, max_tokens: int, max_sequences: int) -> StepTables:
-    """Price every token count up to ``max_tokens`` and every batch up to ``max_sequences``."""
+    """Price a lane's tokens up to ``max_tokens``, and batches up to ``max_sequences`` of each data parallel rank."""
     terms = step.token_terms(np.arange(max_tokens + 1, dtype=np.float64))
     weights, communication, overhead = (
         _ticks(part) for part in (terms.weights_s, terms.communication_s, terms.overhead_s)
@@ -45,12 +52,18 @@ def build_tables(step: StepModel, max_tokens: int, max_sequences: int) -> StepTa
     first_chunk, _ = step.prefill_attention_seconds(np.arange(1, max_tokens + 1, dtype=np.float64), 0)
     sequences = np.arange(max_sequences + 1, dtype=np.float64)
     attention, compression = step.decode_fixed_seconds(sequences)
-    head = _ticks(step.head_seconds(sequences))
+    gather, sampling = _ticks(step.gather_seconds(sequences)), _ticks(step.sampling_seconds(sequences))
+    head = _ticks(step.head_seconds(sequences)) + gather + sampling
     attention_ticks, compression_ticks = _ticks(attention), _ticks(compression)
+    parallel = step.deployment.parallelism
+    of_lane = base[: max_sequences + 1] + head + attention_ticks + compression_ticks
+    in_batch = -(-np.arange(max_sequences * parallel.data + 1) // parallel.lanes)
     return StepTables(
         base=base.tolist(),
-        step=(base[: max_sequences + 1] + head + attention_ticks + compression_ticks).tolist(),
+        step=of_lane[in_batch].tolist(),
         head=head.tolist(),
+        gather=gather.tolist(),
+        sampling=sampling.tolist(),
         weights=weights.tolist(),
         communication=communication.tolist(),
         overhead=overhead.tolist(),
@@ -59,6 +72,7 @@ def build_tables(step: StepModel, max_tokens: int, max_sequences: int) -> StepTa
         first_chunk=[0, *_ticks(first_chunk).tolist()],
         append_launch=round(step.append_launch_s * TICKS_PER_SECOND),
         append=_ticks(np.arange(max_tokens + 1, dtype=np.float64) * step.append_s_per_token).tolist(),
+        factors=parallel.lane_factors(max_sequences * parallel.data) if parallel.lanes > 1 else None,
     )
 
 

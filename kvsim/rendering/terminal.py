@@ -24,6 +24,7 @@ from kvsim.rendering.cells import (
     format_share,
     metric_cell,
 )
+from kvsim.rendering.tiers import tier_tables
 from kvsim.report import Report
 from kvsim.units import format_bytes, format_seconds
 
@@ -87,7 +88,7 @@ def _stacked(cell: Cell, *, show_band: bool = True) -> Text:
 def report_view(report: Report) -> RenderableType:
     """One report, section by section."""
     scenario = report.scenario
-    devices = scenario.tensor_parallel_size * scenario.replicas
+    devices = scenario.num_devices
     head = Text(
         f"{report.strategy}: {report.provenance.model} on {devices} x {report.provenance.device} ({report.method}); "
         f"workload {report.provenance.workload_source}",
@@ -101,6 +102,7 @@ def report_view(report: Report) -> RenderableType:
         _latency(report),
         *(_section(report, title, tags) for title, tags in others),
         *(adaptive_view(report.adaptive) if report.adaptive is not None else ()),
+        *tier_tables(report),
         _time_split(report),
         _foot(report),
     )

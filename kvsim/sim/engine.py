@@ -26,6 +26,7 @@ from kvsim.cost.tables import StepTables
 from kvsim.errors import InvariantViolation
 from kvsim.sim.arrivals import NEVER, ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
+from kvsim.sim.lanes import LanePricing, Piece
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
 from kvsim.sim.scheduler import Chunk, Leaving, PrefixSharing, Scheduler, SchedulerLimits
@@ -99,16 +100,22 @@ class ReplicaEngine:
         self.variable_total = 0
         """Ticks of all decode steps above the batches' fixed parts."""
         self._dynamic = source.is_dynamic
-        self._host = sharing.host if sharing is not None else None
+        self._tiers = sharing.tiers if sharing is not None else None
         self.waits = Waits()
-        """Sequences that wait for a compaction or for blocks from the host; each has a seat."""
+        """Sequences that wait for a compaction or for blocks from a tier; each has a seat."""
         self._side_stream = step.deployment.engine.compression_stream == "side"
-        self._runs_ahead = coalesce and not self._side_stream and self._host is None
-        self._in_company = self.overlaps and (self._side_stream or self._host is not None)
+        self._runs_ahead = coalesce and not self._side_stream and self._tiers is None
+        self._in_company = self.overlaps and (self._side_stream or self._tiers is not None)
         """Whether every step is an activity of the shared device, whose end is known when it comes."""
+        if self._tiers is not None:
+            self._tiers.is_planned_ahead = self._in_company
         self._foresees_ends = self._runs_ahead and sharing is None and step.deployment.replicas == 1
         """Whether what a sequence's end changes can be worked out ahead of the clock."""
-        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None
+        self._lanes = LanePricing(step.deployment, step, tables) if tables.factors is not None else None
+        self._factors = tables.factors
+        self.unscaled_total = 0
+        """``variable_total`` before each batch's factor, where sequences are dealt to lanes."""
+        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None and self._lanes is None
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)
         self._late: dict[int, int] = {}
@@ -279,14 +286,16 @@ class ReplicaEngine:
 
     # --- decode runs ------------------------------------------------------------------------------------------------
 
-    def _plan_run(self) -> tuple[int, int, int]:  # noqa: C901, PLR0912 - hot, as the loop itself
+    def _plan_run(self) -> tuple[int, int, int]:  # noqa: C901, PLR0912, PLR0915 - hot, as the loop itself
         """Take steps until something can change: (steps, ticks, ticks of the last), written down.
 
         No steps where the pool is dry.
         """
         batch, scheduler = self.batch, self.scheduler
-        size, slope = batch.size, batch.slope
-        first = self.tables.step[size] + batch.variable
+        size, slope, variable = batch.size, batch.slope, batch.variable
+        if self._factors is not None:
+            slope, variable = slope * self._factors[size], variable * self._factors[size]
+        first = self.tables.step[size] + variable
         # Who waits was held back for as long as nobody ends, or a step that preempted did not look at the queue.
         steps = 1
         if self.coalesce and (scheduler.looked or not scheduler.waiting):
@@ -307,10 +316,15 @@ class ReplicaEngine:
             elif first < work:
                 steps = min(steps, steps_within(work - first, slope))
                 first, slope = work, 0
-        if scheduler.waiting and scheduler.reusable_bytes and scheduler.sharing is not None and batch.growth_total:
+        if scheduler.waiting and scheduler.reusable_bytes and batch.growth_total:
             # Evicting what the head of the queue would reuse changes what it needs: look again after an eviction.
-            spare = scheduler.free - scheduler.sharing.cache.evictable_bytes
-            steps = min(steps, max(1, batch.steps_until_dry(spare)))
+            if scheduler.sharing is None:
+                steps = 1
+            else:
+                spare = scheduler.free - scheduler.sharing.cache.evictable_bytes
+                steps = min(steps, max(1, batch.steps_until_dry(spare)))
+        if self._tiers is not None and scheduler.sharing is not None:
+            steps = min(steps, self._steps_to_tiers(scheduler.sharing.cache.evictable_bytes))
         if batch.growth_total * (steps // batch.block_size + 1) > scheduler.free:
             steps = min(steps, batch.steps_until_dry(scheduler.free))
             if not steps:
@@ -333,6 +347,8 @@ class ReplicaEngine:
             own = steps * own_first + own_slope * (steps * (steps - 1) // 2)
             self.record.host_ticks += ticks - own
         self.variable_total += own - steps * self.tables.step[size]
+        if self._factors is not None:
+            self.unscaled_total += (own - steps * self.tables.step[size]) // self._factors[size]
         self.record.runs.append((steps, size, first, slope))
         return steps, ticks, last
 
@@ -343,6 +359,15 @@ class ReplicaEngine:
         self._come_out(self._prompts_out, scheduler.leaving, self.now)
         self._prompts_out, scheduler.leaving = [], []
         scheduler.free += due
+
+    def _steps_to_tiers(self, evictable_bytes: int) -> int:
+        """Steps until the tiers may hear of an eviction, or another replica may change what is found in them."""
+        tiers, batch = self._tiers, self.batch
+        if tiers is not None and tiers.is_shared and self.scheduler.waiting:
+            return 1
+        if tiers is None or not tiers.writes_back or not batch.growth_total:
+            return batch.finishing[0][0] - batch.counter
+        return max(1, batch.steps_until_dry(self.scheduler.free - evictable_bytes))
 
     def _advance(self, steps: int) -> None:
         """Every decoding sequence gains ``steps`` tokens: account for blocks, note who ends."""
@@ -383,7 +408,7 @@ class ReplicaEngine:
 
     def _begin_mixed(self, chunks: list[Chunk]) -> tuple[int, list[SequenceState]]:
         """Write down one step of all decoding sequences and some prompts: (ticks, prompts that it completes)."""
-        batch, tables = self.batch, self.tables
+        batch = self.batch
         tokens = compress = 0
         ending = []
         for sequence, chunk in chunks:
@@ -394,12 +419,19 @@ class ReplicaEngine:
                     profile = sequence.profile = self._profile_of(sequence)
                     compress += profile.compress_ticks
         ticks = self._prefill_ticks(chunks, tokens, len(ending), 0 if self._side_stream else compress)
-        size = batch.size
-        if size:
-            self.decode_steps[size] += 1
-            self.variable_total += batch.variable
-            ticks += tables.step[size] + batch.variable
-        return self._add_host_work(ticks, size + len(chunks)), ending
+        if batch.size:
+            ticks += self._count_decode_step()
+        return self._add_host_work(ticks, batch.size + len(chunks)), ending
+
+    def _count_decode_step(self) -> int:
+        """Write down one decode step of the whole batch; its ticks."""
+        size, variable = self.batch.size, self.batch.variable
+        if self._factors is not None:
+            self.unscaled_total += variable
+            variable *= self._factors[size]
+        self.decode_steps[size] += 1
+        self.variable_total += variable
+        return self.tables.step[size] + variable
 
     def _end_mixed(self, chunks: list[Chunk], ending: list[SequenceState], lasted: int) -> None:
         batch = self.batch
@@ -433,6 +465,8 @@ class ReplicaEngine:
 
     def _prefill_ticks(self, chunks: list[Chunk], tokens: int, ending: int, compress: int) -> int:
         """What the chunks add to a step: the difference of the tables, attention, and encoding the new tokens."""
+        if self._lanes is not None:
+            return self._lane_prefill_ticks(self._lanes, chunks)
         tables, size = self.tables, self.batch.size
         compression = compress + tables.append[tokens]
         if not size:
@@ -457,7 +491,24 @@ class ReplicaEngine:
         """Part of ``variable_total`` that is due to compression."""
         if self.batch.token_ticks:
             return math.floor(self.variable_total * self.step.sequences.unpack_share)
-        return self.batch.unpack_total
+        if self.tables.factors is None:
+            return self.batch.unpack_total
+        # The batch counts sixteenths of a lane's share; the steps were charged by the fullest lane.
+        return self.batch.unpack_total * self.variable_total // max(1, self.unscaled_total)
+
+    def _lane_prefill_ticks(self, lanes: LanePricing, chunks: list[Chunk]) -> int:
+        """The same where the chunks are dealt to lanes: what the fullest one takes longer."""
+        pieces = []
+        for sequence, chunk in chunks:
+            ends, profile = sequence.done + chunk == sequence.target, sequence.profile
+            compress = profile.compress_ticks if ends and profile is not None and not self._side_stream else 0
+            pieces.append(Piece(chunk, sequence.done, ends, compress))
+        size, record = self.batch.size, self.record
+        fullest = lanes.prompts(pieces, size)
+        decoding = self.step.deployment.parallelism.sequences_per_lane(size)
+        record.prompts.append((decoding, fullest.tokens, fullest.ending, fullest.attention, fullest.compression))
+        record.other_lanes_tokens += sum(piece.tokens for piece in pieces) - fullest.tokens
+        return fullest.ticks
 
     def _begin_lone_prompt(self) -> int:
         """Start the step of the one waiting request, the commonest of all, without a plan; its ticks.
@@ -537,15 +588,15 @@ class ReplicaEngine:
     @property
     def _shares_device(self) -> bool:
         """Whether anything runs beside the engine's steps."""
-        return not self.device.is_idle
+        return not self.device.is_idle or (self._tiers is not None and self._tiers.copies > 0)
 
     def _start_loads(self) -> None:
         """Copy back what newly admitted prompts wait for."""
-        scheduler, host = self.scheduler, self._host
-        if host is not None and scheduler.sharing is not None:
-            for sequence, values in scheduler.loads:
-                tokens = len(values) * scheduler.sharing.unit_tokens
-                self.waits.add(host.load(values), partial(self._take_loaded, sequence, tokens))
+        scheduler, tiers = self.scheduler, self._tiers
+        if tiers is not None and scheduler.sharing is not None:
+            for sequence, reload in scheduler.loads:
+                tokens = len(reload.values) * scheduler.sharing.unit_tokens
+                self.waits.add(tiers.load(reload), partial(self._take_loaded, sequence, tokens))
         scheduler.loads.clear()
 
     def _take_loaded(self, sequence: SequenceState, tokens: int) -> None:
@@ -553,13 +604,21 @@ class ReplicaEngine:
         self.scheduler.loaded.append(sequence)
 
     def _occupy(self, ticks: int) -> simpy.Event:
-        """The engine's step as an activity that shares the device with compaction."""
-        return self.device.start(ticks, self._demand(ticks), "step").done
+        """The engine's step as an activity that shares the device with compaction and copies."""
+        return self._start_step(ticks, self._demand(ticks))
+
+    def _start_step(self, ticks: int, demand: Demand) -> simpy.Event:
+        """Start a step, behind copies of blocks that were evicted for it; the event is its end."""
+        start = partial(self.device.start, ticks, demand, "step")
+        if self._tiers is not None and self._tiers.write_backs:
+            return self._tiers.after_write_backs(start)
+        return start().done
 
     def _demand(self, ticks: int) -> Demand:
         """What a step of ``ticks`` asks of the device: memory while it decodes, compute for prompts."""
         size = self.batch.size
-        decode = self.tables.step[size] + self.batch.variable if size else 0
+        factor = self._factors[size] if self._factors is not None else 1
+        decode = self.tables.step[size] + self.batch.variable * factor if size else 0
         return Demand(hbm=decode / ticks, compute=(ticks - decode) / ticks)
 
     def _contended(self, alone: int) -> int:
@@ -589,10 +648,7 @@ class ReplicaEngine:
 
     def _begin_decode_step(self) -> int:
         """Write down one step of all decoding sequences, which may share the device; its ticks alone."""
-        size, variable = self.batch.size, self.batch.variable
-        self.decode_steps[size] += 1
-        self.variable_total += variable
-        return self._add_host_work(self.tables.step[size] + variable, size)
+        return self._add_host_work(self._count_decode_step(), self.batch.size)
 
     def _step_in_company(self, chunks: list[Chunk]) -> Clocked:
         """Plan a step behind the running one, whose end is known when it comes, and start it then."""
@@ -619,7 +675,10 @@ class ReplicaEngine:
             yield from self._land()
         self._come_out(prompts, leaving, self.now)
         self.seen = self.now
-        self._flight = Flight(self.device.start(ticks, demand, "step").done, self.now, ticks, size - len(late), late)
+        done = self._start_step(ticks, demand)
+        if self._tiers is not None:
+            self._tiers.compute_with(done)
+        self._flight = Flight(done, self.now, ticks, size - len(late), late)
         # When it ends is not known yet; any later time says that a step is under way.
         self.now += ticks
 

@@ -18,7 +18,8 @@ Run = tuple[int, int, int, int]
 """(steps, sequences, ticks of the first step, growth per step): every sequence waits each step's length once."""
 
 PromptStep = tuple[int, int, int, int, int]
-"""(decoding sequences, prompt tokens, prompts completed, attention ticks, compression ticks) of one step."""
+"""(decoding sequences, prompt tokens, prompts completed, attention ticks, compression ticks) of one step, in its
+fullest lane."""
 
 
 class Rows:  # noqa: PLW1641 - it grows
@@ -81,6 +82,8 @@ class ReplicaRecord:
     """Single inter-token gaps that span a preemption or a compaction."""
     prompts: Rows = field(default_factory=lambda: Rows(5))
     """A :data:`PromptStep` each."""
+    other_lanes_tokens: int = 0
+    """Prompt tokens that lanes beside the fullest processed in the same steps."""
     aside_ticks: int = 0
     """Compression that ran on a side stream."""
     prefill: PhaseTicks = field(default_factory=PhaseTicks)
@@ -106,7 +109,7 @@ class ReplicaRecord:
     @property
     def prefilled_tokens(self) -> int:
         """Prompt tokens processed, recomputed ones included."""
-        return int(self.prompts.table()[:, 1].sum())
+        return int(self.prompts.table()[:, 1].sum()) + self.other_lanes_tokens
 
 
 @dataclass

@@ -186,6 +186,11 @@ class SharedDevice:
         """Activities started and not yet ended."""
         return len(self._active)
 
+    def num_using(self, resource: Resource) -> int:
+        """Activities under way that use a resource."""
+        index = _INDEX[resource]
+        return sum(1 for activity in self._active if activity.demand.shares()[index] > 0.0)
+
     def start(self, alone_ticks: int, demand: Demand, name: str) -> Activity:
         """Start an activity now; it ends, and `Activity.done` fires, when its work is done.
 

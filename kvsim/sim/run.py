@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ import simpy
 
 from kvsim.cost.front_end import front_end
 from kvsim.cost.host import host_seconds
-from kvsim.cost.priors import Edge, look_up
+from kvsim.cost.priors import Edge
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
 from kvsim.cost.tables import StepTables, build_tables
@@ -21,17 +21,18 @@ from kvsim.deployment import Deployment
 from kvsim.errors import InvariantViolation
 from kvsim.memory import MemoryPlan
 from kvsim.pool import prefill_growths
-from kvsim.requests import IntArray, RequestTable
-from kvsim.sim.adaptive.engine import AdaptiveEngine
-from kvsim.sim.adaptive.prices import LevelPrices, level_prices
-from kvsim.sim.adaptive.scheduler import LevelSharing, level_sharing
+from kvsim.requests import RequestTable
+from kvsim.sim.adaptive.build import LevelBuilder, SharedUnits
+from kvsim.sim.adaptive.prices import level_prices
 from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
 from kvsim.sim.engine import ReplicaEngine
-from kvsim.sim.host_tier import HostTier, HostTierLimits
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.resources import SharedDevice
 from kvsim.sim.scheduler import PrefixSharing, SchedulerLimits
+from kvsim.sim.tiers.build import TierBuilder, TiersResult
+from kvsim.sim.tiers.reload import PrefillEstimate
+from kvsim.tiers import plan_tiers
 from kvsim.units import TICKS_PER_SECOND
 
 PROGRESS_SLICES = 50
@@ -45,6 +46,8 @@ class RunResult:
     records: tuple[ReplicaRecord, ...]
     end_ticks: int
     pool_bytes: int
+    tiers: TiersResult | None = None
+    """None without tiers, or where no prefix can be shared."""
 
 
 def run_requests(
@@ -62,7 +65,7 @@ def run_requests(
     env = simpy.Environment(initial_time=0)
     step = StepModel(deployment, build_rates(deployment.device, deployment.priors, edge))
     engine = deployment.engine
-    tables = build_tables(step, engine.max_num_batched_tokens, engine.max_num_seqs)
+    tables = build_tables(step, most_lane_tokens(deployment), engine.max_num_seqs)
     front = front_end_ticks(front_end(deployment, edge))
     source = ArrivalSource(env, requests, routing, front)
     count = len(requests)
@@ -71,28 +74,17 @@ def run_requests(
     )
     lengths = (requests.prompt_tokens.tolist(), requests.output_tokens.tolist())
     limits = _limits(deployment, plan, max_model_len)
-    replicas: list[ReplicaEngine] = []
-    prices = level_prices(deployment, edge, (step, tables)) if deployment.adaptive is not None else None
     foreseeable = coalesce and _foreseeable(deployment, source)
     host_work = host_work_ticks(step)
+    sharing = _Sharing.of(deployment, requests, limits)
+    tiers = _tier_builder(env, deployment, sharing, PrefillEstimate(step, tables, engine.max_num_batched_tokens), edge)
+    levels = _level_builder(deployment, requests, limits, edge, (step, tables))
+    replicas: list[ReplicaEngine] = []
     for _ in range(deployment.replicas):
         device = SharedDevice(env)
-        if deployment.adaptive is not None and prices is not None:
-            adaptive = AdaptiveEngine(
-                env,
-                device,
-                source,
-                lengths,
-                log,
-                step,
-                tables,
-                limits,
-                sharing=_level_sharing(deployment, requests, limits, prices),
-                adaptive=deployment.adaptive,
-                prices=prices,
-                classes=(requests.class_names, _listed(requests.request_class)),
-                coalesce=foreseeable,
-                host_work=host_work,
+        if levels is not None:
+            adaptive = levels.engine(
+                env, device, source, lengths, log, limits, coalesce=foreseeable, host_work=host_work
             )
             replicas.append(adaptive)
             env.process(adaptive.run())
@@ -106,7 +98,7 @@ def run_requests(
             step,
             tables,
             limits,
-            _prefix_sharing(deployment, requests, limits, device, edge),
+            sharing.build(tiers, device) if sharing is not None else None,
             token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
             coalesce=foreseeable,
             host_work=host_work,
@@ -120,16 +112,24 @@ def run_requests(
         _split_decode_time(replica, tables)
         _check_replica(replica)
     _check_requests(log, requests)
-    return RunResult(log, tuple(replica.record for replica in replicas), int(env.now), limits.pool_bytes)
+    # Copies may outlast the last token.
+    end_ticks = int(env.now) if tiers is None else max(max(log.finished, default=0), max(log.arrived, default=0))
+    result = tiers.result() if tiers is not None else None
+    return RunResult(log, tuple(replica.record for replica in replicas), end_ticks, limits.pool_bytes, result)
 
 
-def _listed(values: IntArray | None) -> list[int] | None:
-    return None if values is None else values.tolist()
+def most_lane_tokens(deployment: Deployment) -> int:
+    """Most tokens that one lane may process in a step: a data parallel rank may get all prompts of its group."""
+    budget, parallel = deployment.engine.max_num_batched_tokens, deployment.parallelism
+    if parallel.lanes == 1:
+        return budget
+    return budget * parallel.data + deployment.engine.max_num_seqs + parallel.lanes
 
 
 def host_work_ticks(step: StepModel) -> list[int]:
-    """Ticks of host work of a step, by its sequences."""
-    sequences = np.arange(step.deployment.engine.max_num_seqs + 1, dtype=np.float64)
+    """Ticks of host work of a step, by its sequences; the host of each lane works beside the others."""
+    deployment = step.deployment
+    sequences = np.ceil(np.arange(deployment.max_running + 1) / deployment.lanes)
     ticks: list[int] = np.rint(np.asarray(host_seconds(step, sequences)) * TICKS_PER_SECOND).astype(np.int64).tolist()
     return ticks
 
@@ -163,68 +163,86 @@ def _play(env: simpy.Environment, requests: RequestTable, progress: Callable[[fl
 def _limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> SchedulerLimits:
     engine = deployment.engine
     growths, fixed_bytes = prefill_growths(deployment)
+    by_level = [prefill_growths(variant)[0] for variant in deployment.variants]
     return SchedulerLimits(
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
+        max_num_seqs=deployment.max_running,
+        max_num_batched_tokens=deployment.step_tokens,
         max_model_len=max_model_len,
         block_size=engine.block_size,
-        pool_bytes=plan.num_blocks * plan.block_bytes,
+        pool_bytes=plan.num_blocks * plan.block_bytes * deployment.parallelism.data,
         chunked_prefill=engine.enable_chunked_prefill,
         prefill_growths=growths,
         fixed_bytes=fixed_bytes,
+        keeps_preempted=deployment.prefix_caching
+        and all(len(growths) == 1 and growths[0][0] is None for growths in by_level),
+        plans_ahead=engine.schedules_ahead,
     )
 
 
-def _prefix_sharing(
-    deployment: Deployment, requests: RequestTable, limits: SchedulerLimits, device: SharedDevice, edge: Edge
-) -> PrefixSharing | None:
-    """A prefix cache, where the workload shares prefixes and the deployment can reuse them."""
-    unit_bytes = _unit_bytes(requests, limits.block_size, limits.prefill_growths)
-    if not deployment.prefix_caching or not unit_bytes:
+@dataclass(frozen=True)
+class _Sharing:
+    """What replicas need to share prefixes."""
+
+    unit_bytes: int
+    unit_tokens: int
+    hashes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, deployment: Deployment, requests: RequestTable, limits: SchedulerLimits) -> _Sharing | None:
+        """None where the workload shares no prefixes or the deployment cannot reuse them."""
+        if requests.prefix_hashes is None or not deployment.prefix_caching:
+            return None
+        unit_tokens = requests.hash_block_tokens
+        # Windowed layers keep their own blocks: only what grows with the prompt can be shared.
+        growing = sum(block_bytes for cap, block_bytes in limits.prefill_growths if cap is None)
+        unit_bytes = unit_tokens // limits.block_size * growing
+        if unit_tokens % limits.block_size or not unit_bytes:
+            return None
+        hashes = requests.prefix_hashes
+        if requests.output_hashes is not None:
+            hashes = tuple(a + b for a, b in zip(hashes, requests.output_hashes, strict=True))
+        return cls(unit_bytes, unit_tokens, hashes)
+
+    def build(self, tiers: TierBuilder | None, device: SharedDevice) -> PrefixSharing:
+        """Give a replica its own prefix cache, and its tiers."""
+        cache = PrefixCache(self.unit_bytes)
+        if tiers is None:
+            return PrefixSharing(cache, self.hashes, self.unit_tokens)
+        built = tiers.build(device)
+        if built.writes_back:
+            cache.on_evict = built.evicted
+        return PrefixSharing(cache, self.hashes, self.unit_tokens, built)
+
+
+def _level_builder(
+    deployment: Deployment,
+    requests: RequestTable,
+    limits: SchedulerLimits,
+    edge: Edge,
+    first: tuple[StepModel, StepTables],
+) -> LevelBuilder | None:
+    """What builds engines of several levels; None where one compression serves every request."""
+    if deployment.adaptive is None:
         return None
-    host = _host_tier(deployment, unit_bytes, device, edge)
-    return PrefixSharing(PrefixCache(unit_bytes), _hashes(requests), requests.hash_block_tokens, host)
+    prices = level_prices(deployment, edge, first)
+    found = [
+        _Sharing.of(deployment, requests, replace(limits, prefill_growths=prompt.growths)) for prompt in prices.prompts
+    ]
+    sharings = [sharing for sharing in found if sharing is not None]
+    shared = None
+    if len(sharings) == prices.count:
+        sizes = tuple(sharing.unit_bytes for sharing in sharings)
+        shared = SharedUnits(sizes, sharings[0].hashes, sharings[0].unit_tokens)
+    return LevelBuilder(deployment.adaptive, prices, requests, shared)
 
 
-def _level_sharing(
-    deployment: Deployment, requests: RequestTable, limits: SchedulerLimits, prices: LevelPrices
-) -> LevelSharing | None:
-    """The same for a deployment of several levels."""
-    unit_bytes = [_unit_bytes(requests, limits.block_size, prompt.growths) for prompt in prices.prompts]
-    if not deployment.prefix_caching or not all(unit_bytes):
+def _tier_builder(
+    env: simpy.Environment, deployment: Deployment, sharing: _Sharing | None, prefill: PrefillEstimate, edge: Edge
+) -> TierBuilder | None:
+    if sharing is None:
         return None
-    return level_sharing(unit_bytes, _hashes(requests), requests.hash_block_tokens)
-
-
-def _unit_bytes(requests: RequestTable, block_size: int, growths: tuple[tuple[int | None, int], ...]) -> int:
-    """Bytes of one hashed unit; 0 where the workload has no hashes, or blocks cannot be shared by them."""
-    if requests.prefix_hashes is None or requests.hash_block_tokens % block_size:
-        return 0
-    # Windowed layers keep their own blocks: only what grows with the prompt can be shared.
-    growing = sum(block_bytes for cap, block_bytes in growths if cap is None)
-    return requests.hash_block_tokens // block_size * growing
-
-
-def _hashes(requests: RequestTable) -> tuple[tuple[int, ...], ...]:
-    """Per request, hashes of its prompt's units and of those that its answer completes."""
-    prompts = requests.prefix_hashes or ()
-    if requests.output_hashes is None:
-        return prompts
-    return tuple(a + b for a, b in zip(prompts, requests.output_hashes, strict=True))
-
-
-def _host_tier(deployment: Deployment, unit_bytes: int, device: SharedDevice, edge: Edge) -> HostTier | None:
-    """The host tier of one rank, where the engine offloads."""
-    size_bytes, link = deployment.engine.kv_offloading_size, deployment.device.host_link
-    if size_bytes is None or link is None:
-        return None
-    limits = HostTierLimits(
-        capacity_bytes=size_bytes // deployment.tensor_parallel_size,
-        link_bytes_per_s=link.value
-        * look_up(deployment.priors.host_copy_efficiency, deployment.device).efficiency(edge),
-        hbm_bytes_per_s=deployment.device.bandwidth_bytes_per_s,
-    )
-    return HostTier(device, limits, unit_bytes)
+    plan = plan_tiers(deployment, sharing.unit_bytes, sharing.unit_tokens, edge)
+    return TierBuilder(env, plan, sharing.unit_tokens, prefill) if plan is not None else None
 
 
 def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
@@ -238,22 +256,28 @@ def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
         return int((values[size + extra] - values[size]).sum())
 
     record.prefill = PhaseTicks(
-        weights=added(tables.weights, tokens) + added(tables.head, ending),
+        weights=added(tables.weights, tokens)
+        + added(tables.head, ending)
+        - added(tables.gather, ending)
+        - added(tables.sampling, ending),
         attention=int(attention.sum()),
         compression=int(compression.sum()) + record.aside_ticks,
-        communication=added(tables.communication, tokens),
-        overhead=added(tables.overhead, tokens),
+        communication=added(tables.communication, tokens) + added(tables.gather, ending),
+        overhead=added(tables.overhead, tokens) + added(tables.sampling, ending),
     )
 
 
 def _split_decode_time(replica: ReplicaEngine, tables: StepTables) -> None:
     """Divide the decode steps' time by component from the counts per batch size."""
     decode = PhaseTicks()
-    for sequences, steps in enumerate(replica.decode_steps):
+    parallel = replica.step.deployment.parallelism
+    for batch, steps in enumerate(replica.decode_steps):
         if steps:
-            decode.weights += steps * (tables.weights[sequences] + tables.head[sequences])
-            decode.communication += steps * tables.communication[sequences]
-            decode.overhead += steps * tables.overhead[sequences]
+            sequences = parallel.sequences_per_lane(batch)
+            gather, sampling = tables.gather[sequences], tables.sampling[sequences]
+            decode.weights += steps * (tables.weights[sequences] + tables.head[sequences] - gather - sampling)
+            decode.communication += steps * (tables.communication[sequences] + gather)
+            decode.overhead += steps * (tables.overhead[sequences] + sampling)
             decode.attention += steps * tables.attention_fixed[sequences]
             decode.compression += steps * tables.compression_fixed[sequences]
     unpack = replica.compression_ticks()
@@ -274,6 +298,8 @@ def _check_replica(replica: ReplicaEngine) -> None:
         "ticks of decode work": batch.variable,
         "bytes of pending growth": batch.growth_total,
     }
+    if scheduler.sharing is not None and scheduler.sharing.tiers is not None:
+        left |= scheduler.sharing.tiers.unfinished()
     wrong = {name: amount for name, amount in left.items() if amount}
     if wrong:
         msg = f"a replica ended with {wrong}"

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvsim.errors import InvariantViolation
 from kvsim.sim.batch import DecodeBatch, SequenceState
-from kvsim.sim.host_tier import HostTier
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
+from kvsim.sim.tiers.hierarchy import KvTiers
+from kvsim.sim.tiers.reload import Reload
 
 Chunk = tuple[SequenceState, int]
 Leaving = tuple[int, SequenceState, int | None]
@@ -36,6 +38,19 @@ class SchedulerLimits:
     """(most tokens held or None, bytes of a block) per kind of layer."""
     fixed_bytes: int
     """Bytes per sequence whatever its length."""
+    keeps_preempted: bool = False
+    """Whether the blocks of a preempted sequence can be found again until they are used: prefix caching where every
+    layer keeps all tokens."""
+    plans_ahead: bool = False
+    """A step is planned while the one before it runs, whose tokens are not known yet."""
+
+
+class Kept(NamedTuple):
+    """Bytes of a preempted request in the queue of free blocks, which is used up from its front; full blocks."""
+
+    start: int
+    end: int
+    blocks: int
 
 
 @dataclass(frozen=True)
@@ -45,8 +60,8 @@ class PrefixSharing:
     cache: PrefixCache
     hashes: Sequence[tuple[int, ...]]
     unit_tokens: int
-    host: HostTier | None = None
-    """Where blocks go that the device forgets."""
+    tiers: KvTiers | None = None
+    """Where blocks go beside the device's pool."""
 
 
 class Scheduler:
@@ -71,8 +86,8 @@ class Scheduler:
         self.record = record
         self.sharing = sharing
         self.waiting: deque[int] = deque()
-        self.loads: list[tuple[SequenceState, Sequence[int]]] = []
-        """Prompts admitted since the engine last looked whose blocks must first come back from the host."""
+        self.loads: list[tuple[SequenceState, Reload]] = []
+        """Prompts admitted since the engine last looked whose blocks must first come back from a tier."""
         self.loaded: deque[SequenceState] = deque()
         """Prompts whose blocks are back, in the order to go on; all their blocks are reserved."""
         self.partial: SequenceState | None = None
@@ -82,9 +97,14 @@ class Scheduler:
         self.looked = False
         """Whether the latest step offered the waiting queue tokens, seats and blocks; one that preempted does not."""
         self.reusable_bytes = 0
-        """Cached and unused bytes that the head of the queue would take over, if it is held back by the pool."""
+        """Cached and unused bytes that the head of the queue would take over, if it is held back by the pool; above 0
+        what it needs may shrink as the pool does."""
         self.rejected: list[int] = []
         """Requests refused since the engine last looked."""
+        self._returned_bytes = 0
+        """All that ever came back to the pool; with ``free`` it says how far the queue of free blocks was used up."""
+        self._kept: dict[int, Kept] = {}
+        """Where blocks of preempted requests lie in that queue."""
         self.last_token: dict[int, int] = {}
         """When preempted requests got their latest token, in ticks."""
 
@@ -100,6 +120,7 @@ class Scheduler:
         """Return a sequence's own bytes, and let go of the units that it shares."""
         self._note_peak()
         self.free += held_bytes
+        self._returned_bytes += held_bytes
         if sequence.pinned and (sharing := self.sharing_of(sequence)) is not None:
             cache = sharing.cache
             self.free += cache.unpin(sequence.pinned) * cache.unit_bytes
@@ -108,6 +129,11 @@ class Scheduler:
         """Return what a prompt held beyond what its selection keeps."""
         self._note_peak()
         self.free += sequence.held - kept_bytes
+        self._returned_bytes += sequence.held - kept_bytes
+
+    def note_returned(self, size_bytes: int) -> None:
+        """Bytes that came back while the engine kept the books itself."""
+        self._returned_bytes += size_bytes
 
     def _note_peak(self) -> None:
         """The pool is fullest just before something is returned."""
@@ -150,7 +176,7 @@ class Scheduler:
         if self.partial is not None:
             sequence, self.partial = self.partial, None
             self.record.recomputed_tokens += sequence.done
-            self.give_back(sequence, sequence.held)
+            self._give_up(sequence, sequence.held, sequence.done)
         elif self.leaving and self._take_from_leaving():
             return
         elif batch.active:
@@ -158,13 +184,49 @@ class Scheduler:
             index = sequence.index
             self.generated[index] += batch.counter - sequence.joined
             self.last_token[index] = start_ticks
-            self.record.recomputed_tokens += self.prompt[index] + self.generated[index] - 1
-            self.give_back(sequence, batch.remove(sequence))
+            computed = self.prompt[index] + self.generated[index] - 1
+            self.record.recomputed_tokens += computed
+            # The newest token of a step planned ahead has no hash yet.
+            unknown = self.limits.plans_ahead and batch.counter > sequence.joined
+            self._give_up(sequence, batch.remove(sequence), computed - unknown)
         else:
             msg = "the pool is exhausted although nothing runs"
             raise InvariantViolation(msg)
         self.record.preemptions += 1
         self.waiting.appendleft(sequence.index)
+
+    def _give_up(self, sequence: SequenceState, held_bytes: int, known_tokens: int) -> None:
+        """Return a preempted sequence's bytes; its full blocks join the queue of free ones, the last one first."""
+        start = self.limits.pool_bytes + self._returned_bytes
+        self.give_back(sequence, held_bytes)
+        if self.limits.keeps_preempted:
+            self._kept[sequence.index] = Kept(start, start + held_bytes, known_tokens // self.limits.block_size)
+
+    def _found_again(self, index: int, target: int, reserved: int) -> int:
+        """Leading blocks of a preempted request that nobody has used since, the decoding sequences' next ones included.
+
+        The last token is computed at any rate.
+        """
+        kept = self._kept.get(index)
+        if kept is None:
+            return 0
+        used = self.limits.pool_bytes + self._returned_bytes - self.free + reserved
+        left = max(0, kept.end - max(kept.start, used)) // self.kept_block_bytes(index)
+        return min(left, kept.blocks, (target - 1) // self.limits.block_size)
+
+    def kept_block_bytes(self, index: int) -> int:
+        """Bytes of a block of a preempted request."""
+        return self.limits.prefill_growths[0][1]
+
+    def _take_again(self, index: int, blocks: int) -> None:
+        """Take blocks out of the middle of the queue of free ones: those behind them move up."""
+        kept = self._kept.pop(index)
+        size_bytes = blocks * self.kept_block_bytes(index)
+        self._returned_bytes -= size_bytes
+        self.record.recomputed_tokens -= blocks * self.limits.block_size
+        for other, place in self._kept.items():
+            if place.start >= kept.end:
+                self._kept[other] = Kept(place.start - size_bytes, place.end - size_bytes, place.blocks)
 
     def _take_from_leaving(self) -> bool:
         """Take the blocks of the latest arrival where it ends with the running step anyway; True if it was so."""
@@ -198,7 +260,7 @@ class Scheduler:
                 chunks.append(chunk)
                 budget -= chunk[1]
         running = batch.size + seats_taken + (self.partial is not None)
-        # Prompts back from the host hold all their blocks and a seat already.
+        # Prompts back from a tier hold all their blocks and a seat already.
         while self.loaded and budget > 0:
             sequence = self.loaded.popleft()
             tokens = min(sequence.target - sequence.done, budget)
@@ -237,14 +299,15 @@ class Scheduler:
                 self.rejected.append(index)
                 continue
             sequence = self.new_sequence(index, target)
+            if self._kept:
+                sequence.done = self._found_again(index, target, reserved) * limits.block_size
             pinned_bytes = self._match_prefix(sequence) if self.sharing is not None else 0
-            if self.sharing is not None and self.sharing.host is not None:
-                back = self._match_host(self.sharing, self.sharing.host, sequence)
-                if back:
-                    if not self._reserve_load(sequence, back, reserved, pinned_bytes, now_ticks):
-                        break
-                    running += 1
-                    continue
+            reload = self._plan_reload(self.sharing, sequence) if self.sharing is not None else None
+            if reload is not None and reload.segments:
+                if not self._reserve_load(sequence, reload, reserved, pinned_bytes, now_ticks):
+                    break
+                running += 1
+                continue
             chunk = target - sequence.done
             if chunk > budget:
                 if not limits.chunked_prefill:
@@ -254,9 +317,12 @@ class Scheduler:
             if sequence.pinned:
                 need -= self.shared_bytes(sequence)
             if need + pinned_bytes + reserved > self.free:
-                self.reusable_bytes = pinned_bytes
+                # A cut prompt that finds less of itself also needs less.
+                self.reusable_bytes = pinned_bytes or (sequence.done if chunk < target - sequence.done else 0)
                 break
-            self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks)
+            if index in self._kept:
+                self._take_again(index, sequence.done // limits.block_size)
+            self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks, reload)
             chunks.append((sequence, chunk))
             budget -= chunk
             running += 1
@@ -265,17 +331,18 @@ class Scheduler:
                 break
         record.max_running = max(record.max_running, running)
 
-    @staticmethod
-    def _match_host(sharing: PrefixSharing, host: HostTier, sequence: SequenceState) -> Sequence[int]:
-        """Units right after the device's that the host holds."""
-        own, present = sharing.hashes[sequence.index], len(sequence.pinned)
-        units = host.match(own, present, (sequence.target - 1) // sharing.unit_tokens)
-        return own[present : present + units]
+    def _plan_reload(self, sharing: PrefixSharing, sequence: SequenceState) -> Reload | None:
+        """What the tiers have of a prompt right after the device's own units; None without tiers."""
+        if sharing.tiers is None:
+            return None
+        own, units = sharing.hashes[sequence.index], (sequence.target - 1) // sharing.unit_tokens
+        waiting = len(self.waiting) - 1
+        return sharing.tiers.plan(own, len(sequence.pinned), units, sequence.target, self.batch.size, waiting)
 
     def _reserve_load(
-        self, sequence: SequenceState, back: Sequence[int], reserved: int, pinned_bytes: int, now_ticks: int
+        self, sequence: SequenceState, reload: Reload, reserved: int, pinned_bytes: int, now_ticks: int
     ) -> bool:
-        """Admit a prompt whose blocks come back from the host, with blocks for the whole of it; False if too few.
+        """Admit a prompt whose blocks come back from a tier, with blocks for the whole of it; False if too few.
 
         It holds blocks while it waits, so it must never need more to go on: two such prompts could block each other.
         """
@@ -284,15 +351,25 @@ class Scheduler:
             self.reusable_bytes = pinned_bytes
             return False
         unit_tokens = self.sharing.unit_tokens if self.sharing is not None else 0
-        self._seat(sequence, need, pinned_bytes, sequence.done + len(back) * unit_tokens, now_ticks)
-        self.loads.append((sequence, back))
+        cached = sequence.done + len(reload.values) * unit_tokens
+        self._seat(sequence, need, pinned_bytes, cached, now_ticks, reload)
+        self.loads.append((sequence, reload))
         return True
 
     def _seat(
-        self, sequence: SequenceState, need_bytes: int, pinned_bytes: int, cached_tokens: int, now_ticks: int
+        self,
+        sequence: SequenceState,
+        need_bytes: int,
+        pinned_bytes: int,
+        cached_tokens: int,
+        now_ticks: int,
+        reload: Reload | None,
     ) -> None:
         """Take the head of the waiting queue in: its shared units, its own blocks, and the time, if it is its first."""
         index = self.waiting.popleft()
+        if reload is not None and self.sharing is not None and self.sharing.tiers is not None:
+            # Before blocks are evicted for it: what it loads must not make way for them.
+            self.sharing.tiers.commit(reload)
         if sequence.pinned:
             self._pin_prefix(sequence, pinned_bytes)
         sequence.held = need_bytes
@@ -348,7 +425,7 @@ class Scheduler:
             if not sharing.cache.insert(value):
                 break
             pinned.append(value)
-        if sharing.host is not None:
-            sharing.host.store(pinned[len(sequence.pinned) :])
+        if sharing.tiers is not None:
+            sharing.tiers.computed(pinned[len(sequence.pinned) :])
         sequence.held -= (len(pinned) - len(sequence.pinned)) * sharing.cache.unit_bytes
         sequence.pinned = pinned

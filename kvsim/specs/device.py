@@ -93,6 +93,8 @@ class DeviceSpec(Spec):
     num_compute_units: CountFact | None = None
     boost_clock: ClockFact | None = None
     scale_up_link: BandwidthFact | None = None
+    scale_up_domain: CountFact | None = None
+    """Devices that the scale-up link joins; None where no source states it, and the usual server stands in."""
     host_link: BandwidthFact | None = None
     tdp: PowerFact | None = None
     native_dtypes: NativeDtypesFact

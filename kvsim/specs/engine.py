@@ -7,10 +7,36 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from kvsim.specs.base import Spec
+from kvsim.specs.tier import HostTier, KvReload, KvTier
 from kvsim.units import Bytes, Seconds
 
 Count = Annotated[int, Field(gt=0)]
 SkippedLayers = tuple[int | Literal["sliding_window"], ...]
+
+
+class SamplingSpec(Spec):
+    """Sampling parameters of all requests, in vLLM's names; None is not stated."""
+
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    """-1 or 0 keeps every token."""
+
+    def filled_from(self, other: SamplingSpec | None) -> SamplingSpec:
+        """These parameters, and those of ``other`` where they are not stated."""
+        if other is None:
+            return self
+        return SamplingSpec(**{**other.model_dump(exclude_none=True), **self.model_dump(exclude_none=True)})
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken: no temperature stated, or 0."""
+        return not self.temperature
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are left out by top_p or top_k."""
+        return not self.is_greedy and ((self.top_p or 1.0) < 1.0 or (self.top_k or 0) > 0)
 
 
 class EngineSpec(Spec):
@@ -31,12 +57,25 @@ class EngineSpec(Spec):
     kv_cache_dtype_skip_layers: SkippedLayers = ()
     kv_offloading_size: Bytes | None = None
     """Host memory for KV blocks, over all tensor-parallel ranks of a replica; None offloads nothing. Blocks are copied
-    out as they are computed and copied back on a prefix hit, beside the engine's steps."""
+    out as they are computed and copied back on a prefix hit, beside the engine's steps. Short for one host tier."""
+    kv_tiers: tuple[KvTier, ...] = ()
+    """Where KV blocks go beside the device's pool, nearest first."""
+    kv_reload: KvReload = "always"
+    """Whether blocks found in a tier are always loaded, or only where computing them is estimated to take longer: for
+    the prompt itself (``by_cost``), or for all who would wait for its prefill together (``by_total_cost``)."""
     compression_stream: Literal["inline", "side"] = "inline"
     """Where scoring and compaction after a prompt run: inside the step, or beside later steps, sharing the device."""
     attention_kernel: str = "auto"
     """Attention kernel as calibration sets name it, such as ``vllm/flash_attn_fa3``, for the operations and formats
     that it has; ``auto`` takes the set's default."""
+    all2all_backend: Literal["allgather_reducescatter", "deepep_low_latency", "deepep_high_throughput"] = (
+        "allgather_reducescatter"
+    )
+    """How tokens reach experts on other data parallel ranks, and come back."""
+    sampling: SamplingSpec = SamplingSpec()
+    """How tokens are drawn; None in it takes what the model's preset states, or greedy."""
+    use_flashinfer_sampler: bool = False
+    """Draw by FlashInfer's kernels, which do not sort the vocabulary (VLLM_USE_FLASHINFER_SAMPLER)."""
     async_scheduling: bool | None = None
     """Plan a step while the one before it runs; None takes the engine's default: on, off for llama.cpp.
     Source: vLLM 0.15.1 config/vllm.py, on for the mp and uni executors."""
@@ -62,3 +101,10 @@ class EngineSpec(Spec):
     def schedules_ahead(self) -> bool:
         """Whether a step is planned while the one before it runs."""
         return self.kind != "llamacpp" if self.async_scheduling is None else self.async_scheduling
+
+    @property
+    def all_kv_tiers(self) -> tuple[KvTier, ...]:
+        """Tiers in order of nearness, with ``kv_offloading_size`` spelled out."""
+        if self.kv_offloading_size is None:
+            return self.kv_tiers
+        return (HostTier(size=self.kv_offloading_size), *self.kv_tiers)

@@ -8,6 +8,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from kvsim.specs.base import Dtype, Spec
+from kvsim.specs.engine import SamplingSpec
 
 Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -121,6 +122,8 @@ class ModelSpec(Spec):
     """All parameters, embeddings included."""
     num_active_parameters: Count
     """Parameters that one token touches (equal to all for a dense model)."""
+    generation: SamplingSpec | None = None
+    """Default sampling parameters as the model's publisher states them; None where its source has none."""
     num_embedding_parameters: Count
     """Input embedding and LM head, kept in ``dtype``."""
 
@@ -150,6 +153,15 @@ class ModelSpec(Spec):
         """Bytes of all weights on one copy of the model: linear layers quantised, embeddings in ``dtype``."""
         linear = self.num_parameters - self.num_embedding_parameters
         return round(linear * self.weight_bits / 8) + self.num_embedding_parameters * 2
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all routed experts' weights; 0 for a dense model."""
+        if self.moe is None:
+            return 0
+        matrices = 3 if self.gated_mlp else 2
+        each = matrices * self.hidden_size * self.moe.moe_intermediate_size
+        return round(len(self.moe.layers) * self.moe.num_experts * each * self.weight_bits / 8)
 
     @property
     def is_hybrid(self) -> bool:

@@ -26,7 +26,7 @@ from kvsim.requests import RequestTable
 from kvsim.scenario import Scenario, Slo
 from kvsim.sim.run import RunResult, run_requests
 from kvsim.specs.base import Dtype
-from kvsim.specs.engine import EngineSpec
+from kvsim.specs.engine import EngineSpec, SamplingSpec
 from kvsim.specs.workload import BurstArrivals, ConstantLengths, SyntheticWorkload
 from kvsim.summary import Outcome, outcome
 from kvsim.validation.suite import Options, slug
@@ -71,6 +71,9 @@ class Setup:
     weights: str | None = None
     ranks: int = 1
     engine: EngineSpec = field(default_factory=EngineSpec)
+    greedy: bool = True
+    """Whether requests ask for greedy decoding: ``vllm bench serve`` does unless told otherwise ("Default to greedy
+    decoding"), and so does LLMServingSim's runner. Otherwise the server's default applies, the model's own."""
 
 
 SAME_SHAPES: Final[Mapping[str, str]] = {
@@ -143,7 +146,7 @@ def deploy(setup: Setup, options: Options) -> Deployment:
         device=setup.device,
         workload=_PLACEHOLDER,
         compression=setup.strategy,
-        engine=setup.engine,
+        engine=_sampled(setup),
         tensor_parallel_size=setup.ranks,
         bands=False,
         calibration=DATASHEET if setup.device == options.as_unseen else options.calibration,
@@ -155,6 +158,12 @@ def deploy(setup: Setup, options: Options) -> Deployment:
     model = deployment.model
     update = {"weight_bits": form.bits or model.weight_bits, "weight_dtype": form.dtype or model.dtype}
     return replace(deployment, model=model.model_copy(update=update))
+
+
+def _sampled(setup: Setup) -> EngineSpec:
+    if not setup.greedy:
+        return setup.engine
+    return setup.engine.model_copy(update={"sampling": SamplingSpec(temperature=0.0)})
 
 
 def fitted_rows(options: Options) -> frozenset[tuple[str, int]]:

@@ -204,7 +204,9 @@ def setup_of(run: Run, request_overhead_s: float | None = None) -> Setup:
         num_gpu_blocks_override=run.total_kv_blocks,
         request_overhead_s=request_overhead_s,
     )
-    return Setup(find_preset(run.model) or "", find_device(run.hardware) or "", ranks=run.tp, engine=engine)
+    return Setup(
+        find_preset(run.model) or "", find_device(run.hardware) or "", ranks=run.tp, engine=engine, greedy=False
+    )
 
 
 def requests_of(run: Run) -> tuple[RequestTable, np.ndarray[tuple[int], np.dtype[np.int64]]]:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from kvsim.closed_form import decode_split
 from kvsim.cost.basis import component_basis, kernel_notes, pricings, weakest
 from kvsim.cost.calibrated import CalibratedGemm, NodeTable, PrefillTable, row_nodes
-from kvsim.cost.kernels import AttentionShape, linear_kernels
+from kvsim.cost.kernels import AttentionShape
+from kvsim.cost.linear import linear_kernels
 from kvsim.cost.priors import Edge
 from kvsim.cost.projection import ServingRange, attention_kernels, decode_price
 from kvsim.ops import Component
@@ -194,6 +195,9 @@ class OwnKernels:
         self.real, self.kv_dtype = real, kv_dtype
         found = real.find("h100-sxm", "decode_attention", dtype="bf16", kv_dtype="fp8")
         self.own = found.model_copy(update={"kernel": "kvsim/best"})
+
+    def newest_of_engines(self, device, operation, *, dtype, kv_dtype=""):
+        return self.real.newest_of_engines(device, operation, dtype=dtype, kv_dtype=kv_dtype)
 
     def find(self, device, operation, *, kernel="auto", dtype, kv_dtype=""):
         if (operation, dtype, kv_dtype) == ("decode_attention", "bf16", self.kv_dtype) and kernel in (

@@ -28,7 +28,8 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from kvsim.closed_form import decode_split, prefill_split
-from kvsim.cost.estimator import all_reduce_seconds, query_key_pairs, smooth_maximum
+from kvsim.cost.collectives import all_reduce_seconds
+from kvsim.cost.estimator import query_key_pairs, smooth_maximum
 from kvsim.cost.priors import Edge, load_priors
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import captured_size
@@ -153,7 +154,8 @@ def test_no_step_beats_the_datasheet_roofline(device, calibration):
             weights = weight_bytes_read(deployment, step, batch)
             cached = batch * kv_bytes_read(deployment, context)
             split = decode_split(step, batch, context, 0)
-            assert split[Component.WEIGHTS] >= weights / bandwidth, label(deployment)
+            # Where every product is at its floor, only the order of adding up differs.
+            assert split[Component.WEIGHTS] >= weights / bandwidth * EXACT, label(deployment)
             assert split[Component.WEIGHTS] >= step_flops(deployment, step, batch) / flops, label(deployment)
             # Achieved bandwidth over the cache never passes the peak either.
             assert split[Component.ATTENTION] + split[Component.COMPRESSION] >= cached / bandwidth, label(deployment)

@@ -39,10 +39,12 @@ def test_every_figure_says_where_it_is_from_and_why_its_tolerance():
         assert entry["because"]
 
 
-def test_the_known_miss_is_still_a_miss():
-    """Mixture-of-experts launches are not priced: once they are, the figure joins the asserted ones."""
+def test_the_known_miss_is_still_a_miss_but_within_its_band():
+    """vLLM's mxfp4 experts of gpt-oss on B200: once a table prices them, the figure joins the asserted ones."""
     (entry,) = [entry for entry in FIGURES if entry["tolerance"] is None]
-    assert published_row(entry).ratio < 0.6
+    row = published_row(entry)
+    assert row.ratio < 0.6
+    assert min(row.edges) <= row.published <= max(row.edges)
 
 
 def achieved_share(device: str, batch: int, context_tokens: int, edge: Edge = Edge.CENTRAL) -> float:

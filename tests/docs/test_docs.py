@@ -28,8 +28,9 @@ from kvsim.simulate import Comparison, compare, simulate
 from kvsim.specs import workload
 from kvsim.specs.adaptive import ClassLevels, Policy, Requantize
 from kvsim.specs.base import Basis
-from kvsim.specs.engine import EngineSpec
+from kvsim.specs.engine import EngineSpec, SamplingSpec
 from kvsim.specs.price import Price
+from kvsim.specs.tier import HostTier, NvmeTier, RecomputeTier, RemoteTier
 from kvsim.workload_catalog import list_workloads
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -202,9 +203,11 @@ SECTIONS = [
     ("docs/scenarios.md", "Scenario", Scenario),
     ("docs/scenarios.md", "Slo", Slo),
     ("docs/scenarios.md", "Engine", EngineSpec),
+    ("docs/scenarios.md", "Sampling", SamplingSpec),
     ("docs/scenarios.md", "Price", Price),
     ("docs/scenarios.md", "Sweep files", SweepSpec),
     *(("docs/scenarios.md", kind_of(part), part) for part in (*SELECTIONS, *ENCODINGS)),
+    *(("docs/serving-tiers.md", kind_of(part), part) for part in (HostTier, NvmeTier, RemoteTier, RecomputeTier)),
     ("docs/workloads.md", "Traces", workload.TraceWorkload),
     ("docs/workloads.md", "Columns", workload.TraceColumns),
     ("docs/workloads.md", "Synthetic loads", workload.SyntheticWorkload),

@@ -273,7 +273,7 @@ def tight_cases(
     deployment = deploy(
         strategy=draw(strategies), max_num_batched_tokens=draw(st.sampled_from((8, 10, 20, 24, 40))),
         max_num_seqs=draw(st.sampled_from((3, 5, 8))), block_size=draw(st.sampled_from((8, 16))),
-        async_scheduling=draw(AHEAD),
+        enable_prefix_caching=draw(st.booleans()), async_scheduling=draw(AHEAD),
     )  # fmt: skip
     return build_case(deployment, draw(tables), spare_blocks=draw(st.integers(0, 8)))
 

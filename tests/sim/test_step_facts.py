@@ -18,7 +18,7 @@ from kvsim.memory import plan_memory
 from kvsim.ops import Component
 from kvsim.pool import block_bytes, longest_prompt, prefill_growths, prompt_bytes
 from kvsim.scenario import Scenario
-from kvsim.specs.engine import EngineSpec
+from kvsim.specs.engine import EngineSpec, SamplingSpec
 from kvsim.units import TICKS_PER_SECOND
 
 ALONE = [(7, 3), (1000, 100), (9000, 300)]
@@ -102,7 +102,7 @@ def test_doubling_bandwidth_halves_a_bandwidth_bound_step() -> None:
                 model="llama-3.1-8b",
                 device="h100-sxm",
                 workload="chat",
-                engine=EngineSpec(max_num_seqs=8),
+                engine=EngineSpec(max_num_seqs=8, sampling=SamplingSpec(temperature=0.0)),
                 calibration="datasheet",
             )
         )

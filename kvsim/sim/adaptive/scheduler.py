@@ -12,6 +12,7 @@ from kvsim.sim.adaptive.prices import PromptBytes
 from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.scheduler import Chunk, PrefixSharing, Scheduler, SchedulerLimits
+from kvsim.sim.tiers.reload import Reload
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class AdaptiveScheduler(Scheduler):
         self._level_sharing = sharing
         self._prompts = prompts
         self._control = control
+        self._kept_level: dict[int, int] = {}
+        """At which level preempted requests left their blocks."""
 
     def new_sequence(self, index: int, target: int) -> SequenceState:
         """A request that may be let in, at the level that it would get now."""
@@ -56,6 +59,20 @@ class AdaptiveScheduler(Scheduler):
     def sharing_of(self, sequence: SequenceState) -> PrefixSharing | None:
         """A sequence finds and leaves units of its own level alone."""
         return self._level_sharing.levels[level_of(sequence)] if self._level_sharing is not None else None
+
+    def kept_block_bytes(self, index: int) -> int:
+        """Bytes of a block of a preempted request, of the level that it had."""
+        return self._prompts[self._kept_level[index]].growths[0][1]
+
+    def _give_up(self, sequence: SequenceState, held_bytes: int, known_tokens: int) -> None:
+        self._kept_level[sequence.index] = level_of(sequence)
+        super()._give_up(sequence, held_bytes, known_tokens)
+
+    def _found_again(self, index: int, target: int, reserved: int) -> int:
+        """Blocks of the level that the request would get now; those of another are of no use to it."""
+        if self._kept_level.get(index) != self._control.level_for(index):
+            return 0
+        return super()._found_again(index, target, reserved)
 
     def prefill_bytes(self, sequence: SequenceState, tokens: int) -> int:
         """Bytes held once ``tokens`` of a prompt are in, in its level's format."""
@@ -79,7 +96,13 @@ class AdaptiveScheduler(Scheduler):
         return super().make_room(start_ticks)
 
     def _seat(
-        self, sequence: SequenceState, need_bytes: int, pinned_bytes: int, cached_tokens: int, now_ticks: int
+        self,
+        sequence: SequenceState,
+        need_bytes: int,
+        pinned_bytes: int,
+        cached_tokens: int,
+        now_ticks: int,
+        reload: Reload | None,
     ) -> None:
-        super()._seat(sequence, need_bytes, pinned_bytes, cached_tokens, now_ticks)
+        super()._seat(sequence, need_bytes, pinned_bytes, cached_tokens, now_ticks, reload)
         self._control.note_prompt(sequence)
