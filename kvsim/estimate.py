@@ -53,22 +53,22 @@ def _outcome(step: StepModel, state: SteadyState, prompt: Split, load: LoadShape
     ahead = 1.5 if step.deployment.engine.schedules_ahead else 0.5
     ttft_s = state.prefill_s + ahead * state.utilization * state.step_s + front_end(step.deployment, edge).overhead_s
     decode_s = steps * state.decode_token_s
-    prefill = _scaled(prompt, completed)
+    prefill = scaled(prompt, completed)
     batch = max(1, round(state.batch))
     per_step = decode_split(step, batch, load.prompt_tokens, steps // 2)
     total = sum(per_step.values())
     share = completed * steps * state.step_s / max(state.batch, 1.0) / total if total else 0.0
-    decode = _scaled(per_step, share)
+    decode = scaled(per_step, share)
     busy_prefill, busy_decode = sum(prefill.values()), sum(decode.values())
     idle_s = max(0.0, REFERENCE_S * replicas - busy_prefill - busy_decode)
     return Outcome(
         edge=edge,
         duration_s=REFERENCE_S,
         queue_delay_mean_s=None,
-        ttft=_mean_only(ttft_s),
-        tpot=_mean_only(state.decode_token_s if steps else None),
-        itl=_mean_only(state.decode_token_s if steps else None),
-        e2el=_mean_only(ttft_s + decode_s),
+        ttft=mean_only(ttft_s),
+        tpot=mean_only(state.decode_token_s if steps else None),
+        itl=mean_only(state.decode_token_s if steps else None),
+        e2el=mean_only(ttft_s + decode_s),
         completed=round(completed),
         good=None,
         input_tokens=round(completed * load.prompt_tokens),
@@ -79,11 +79,13 @@ def _outcome(step: StepModel, state: SteadyState, prompt: Split, load: LoadShape
     )
 
 
-def _scaled(split: Split, factor: float) -> Split:
+def scaled(split: Split, factor: float) -> Split:
+    """Seconds by component, all times ``factor``."""
     return {component: seconds * factor for component, seconds in split.items()}
 
 
-def _mean_only(mean_s: float | None) -> Distribution:
+def mean_only(mean_s: float | None) -> Distribution:
+    """A distribution of which the mean alone is known."""
     return Distribution(0 if mean_s is None else 1, mean_s, None, None, None, None, None)
 
 

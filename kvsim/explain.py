@@ -20,7 +20,7 @@ from kvsim.ops import Component
 from kvsim.specs.base import Basis
 from kvsim.units import TICKS_PER_SECOND
 
-Phase = Literal["memory", "prefill", "decode"]
+Phase = Literal["memory", "prefill", "decode", "transfer"]
 
 
 @dataclass(frozen=True)

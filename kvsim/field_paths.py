@@ -104,7 +104,9 @@ def key_hint(model: type[BaseModel], owners: Iterable[type[BaseModel]], key: str
     known = sorted({name for owner in owners for name in owner.model_fields})
     near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
     if not near:
-        near = sorted({dotted for dotted in dotted_keys(model) if dotted.rpartition(".")[2] == key})[:2]
+        same = {dotted for dotted in dotted_keys(model) if dotted.rpartition(".")[2] == key}
+        shallowest = min((dotted.count(".") for dotted in same), default=0)
+        near = sorted(dotted for dotted in same if dotted.count(".") == shallowest)[:2]
     if not near:
         near = difflib.get_close_matches(key, known, n=2, cutoff=0.45)
     if near:

@@ -107,6 +107,26 @@ def tokens_per_second_per_user(report: Report) -> Figure:
     return Figure(value=_inverse(tpot.value), low=_inverse(tpot.high), high=_inverse(tpot.low), basis=tpot.basis)
 
 
+def _transfer(field: str) -> Callable[[Report], Figure]:
+    """A number of the transfers between two pools; unknown where there is one pool."""
+
+    def figure(report: Report) -> Figure:
+        if report.disaggregation is None:
+            return Figure(value=None)
+        value = getattr(report.disaggregation.transfer, field)
+        return value if isinstance(value, Figure) else Figure(value=value)
+
+    return figure
+
+
+def _pool_utilization(role: str) -> Callable[[Report], Figure]:
+    def figure(report: Report) -> Figure:
+        pools = report.disaggregation.pools if report.disaggregation is not None else ()
+        return next((pool.utilization for pool in pools if pool.role == role), Figure(value=None))
+
+    return figure
+
+
 def _inverse(value: float | None) -> float | None:
     return 1.0 / value if value else None
 
@@ -302,6 +322,22 @@ _ENERGY = (
            "the same over prompt and output tokens"),
     Metric("mean_power_w", "Mean power", "W", "lower", "energy.mean_power_w", "of all devices"),
 )  # fmt: skip
+_POOLS = (
+    Metric("prefill_pool_utilization", "Prefill pool busy", "", None, _pool_utilization("prefill"),
+           "share of the run in which prefill replicas were busy"),
+    Metric("decode_pool_utilization", "Decode pool busy", "", None, _pool_utilization("decode"),
+           "share of the run in which decode replicas were busy"),
+    Metric("transfer_bytes", "KV moved", "B", None, _transfer("wire_bytes"), "bytes between the pools",
+           display_unit="GiB", display_scale=1 / GIBI),
+    Metric("mean_transfer_ms", "Mean transfer", "ms", "lower", _transfer("transfer_mean_s"),
+           "from a transfer's start to its end", scale=MILLISECONDS_PER_SECOND),
+    Metric("mean_room_wait_ms", "Mean wait for room", "ms", "lower", _transfer("room_wait_mean_s"),
+           "from a prompt's end until the decode side had room", scale=MILLISECONDS_PER_SECOND),
+    Metric("mean_exposed_transfer_ms", "Mean exposed transfer", "ms", "lower", _transfer("exposed_mean_s"),
+           "from a prompt's end to the arrival of its KV", scale=MILLISECONDS_PER_SECOND),
+    Metric("link_utilization", "Link use", "", None, _transfer("link_utilization"),
+           "bytes moved / what the ports of the busier side can move"),
+)  # fmt: skip
 _SHARES = (
     *(
         Metric(f"time_share_{c.value}", f"Time in {c.value}", "", None, _time_share(c), f"busy time spent on {c.value}")
@@ -316,7 +352,8 @@ _SHARES = (
 )
 
 METRICS: tuple[Metric, ...] = (
-    *_KV, *_latency_metrics(), *_THROUGHPUT, *_COUNTS, *_ADAPTIVE, *_TIERS, *_EFFECTS, *_COST, *_ENERGY, *_SHARES,
+    *_KV, *_latency_metrics(), *_THROUGHPUT, *_COUNTS, *_ADAPTIVE, *_TIERS, *_EFFECTS, *_COST, *_ENERGY, *_POOLS,
+    *_SHARES,
 )  # fmt: skip
 METRIC_BY_TAG: dict[str, Metric] = {metric.tag: metric for metric in METRICS}
 

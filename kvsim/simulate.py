@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
@@ -11,20 +11,24 @@ from typing import Literal
 from kvsim import __version__
 from kvsim.adaptation import adaptive_use, policy_outcome, reduced_share
 from kvsim.analysis import EdgeModels, LoadShape, capacity, effects, load_shape, price_edges, resident_bytes
-from kvsim.catalog import DATASHEET, at_field, look_up, resolve
-from kvsim.cost.basis import kernel_notes, pricings
+from kvsim.catalog import DATASHEET, at_field, at_level, look_up, resolve
+from kvsim.cost.basis import kernel_notes, pricings, weakest
 from kvsim.cost.priors import EDGES, Edge
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
 from kvsim.deployment import Deployment
+from kvsim.disaggregation import SplitDeployment, pool_scenario, resolve_split
 from kvsim.errors import IncompatibleScenario, InvalidSpec, KvsimError, RequestDoesNotFit, UnknownName
 from kvsim.explain import Explanation, Term, explain_deployment
+from kvsim.explain_split import explain_split
 from kvsim.memory import MemoryPlan, plan_memory, plan_or, waterfall
 from kvsim.pool import block_bytes, longest_prompt
+from kvsim.pool_summary import disaggregation
 from kvsim.quality import published_quality
 from kvsim.report import Counts, Figure, KernelUsed, PolicyOutcome, Provenance, Quality, Report
 from kvsim.requests import RequestTable
 from kvsim.scenario import ADAPTIVE, STATIC, Scenario
+from kvsim.sim.run import RunResult
 from kvsim.specs.workload import WorkloadSpec
 from kvsim.summary import (
     Outcome,
@@ -69,6 +73,8 @@ class Prepared:
     plan: MemoryPlan
     max_model_len: int
     notes: tuple[str, ...]
+    split: SplitDeployment | None = None
+    """Both pools where there are two; ``deployment`` and ``plan`` are then the decode pool's."""
 
     @cached_property
     def load(self) -> LoadShape:
@@ -82,23 +88,13 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
     Raises a ScenarioError for wrong input and an InfeasibleScenario where nothing fits. ``progress`` is called with
     the share done, from 0 to 1.
     """
-    from kvsim.sim.run import run_requests
-
     prepared = prepare(scenario, base_dir=base_dir)
     results = []
     edges = _edges(scenario)
     held = _held_levels(prepared)
     parts = len(edges) + len(held)
     for position, edge in enumerate(edges):
-        result = run_requests(
-            prepared.deployment,
-            prepared.requests,
-            _plan_at(prepared, edge),
-            prepared.max_model_len,
-            routing=scenario.routing,
-            edge=edge,
-            progress=_part(progress, position, parts),
-        )
+        result = _play(prepared, edge, _part(progress, position, parts))
         results.append((result, outcome(result, prepared.requests, scenario.slo, edge)))
     central = results[0][0]
     outcomes = tuple(one for _, one in results)
@@ -109,11 +105,13 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
         )
         raise RequestDoesNotFit(msg)
     used = 1.0 - min(record.min_free_bytes for record in central.records) / central.pool_bytes
-    batch = _mean_batch(outcomes[0], prepared)
+    batch = _mean_batch(outcomes[0], prepared) if prepared.split is None else _mean_decode_batch(central)
     models = price_edges(prepared.deployment, edges)
     report = assemble(prepared, models, outcomes, "simulation", counts(central, prepared.requests), used, batch)
     if central.tiers is not None:
         return with_tiers(report, tiers_use(central.tiers, prepared.deployment))
+    if prepared.split is not None:
+        return _with_pools(report, prepared, prepared.split, central, outcomes, batch)
     if prepared.deployment.adaptive is None:
         return report
     basis = weakest_basis(report.time_split)
@@ -134,8 +132,6 @@ def _held_levels(prepared: Prepared) -> range:
 
 def _hold(scenario: Scenario, level: int, base_dir: Path | None, progress: Progress | None) -> PolicyOutcome:
     """What one level gives if it serves every request, on the same requests; central edge."""
-    from kvsim.sim.run import run_requests
-
     name = f"{STATIC}{level}"
     one = scenario.with_strategy(name)
     try:
@@ -143,18 +139,92 @@ def _hold(scenario: Scenario, level: int, base_dir: Path | None, progress: Progr
     except KvsimError as error:
         return PolicyOutcome(policy=name, compression=one.strategy, reason=str(error))
     deployment, requests = prepared.deployment, prepared.requests
-    result = run_requests(
-        deployment, requests, prepared.plan, prepared.max_model_len, routing=scenario.routing, progress=progress
-    )
+    result = _play(prepared, Edge.CENTRAL, progress)
     numbers = outcome(result, requests, scenario.slo, Edge.CENTRAL)
     basis = weakest_basis(time_split(numbers, deployment))
     reduced = Figure(value=1.0 if level else 0.0)
     return policy_outcome(name, one.strategy, result, numbers, basis, reduced)
 
 
+def _play(prepared: Prepared, edge: Edge, progress: Progress | None) -> RunResult:
+    from kvsim.sim.run import run_requests
+
+    scenario, split = prepared.scenario, prepared.split
+    if split is None:
+        return run_requests(
+            prepared.deployment,
+            prepared.requests,
+            _plan_at(prepared, edge),
+            prepared.max_model_len,
+            routing=scenario.routing,
+            thresholds=scenario.router,
+            edge=edge,
+            progress=progress,
+        )
+    from kvsim.sim.disaggregated import Pool, run_disaggregated
+
+    prefill = replace(prepared, deployment=split.prefill, plan=split.prefill_plan)
+    return run_disaggregated(
+        Pool(split.prefill, _plan_at(prefill, edge)),
+        Pool(split.decode, _plan_at(prepared, edge)),
+        split.crossing(edge),
+        prepared.requests,
+        prepared.max_model_len,
+        routing=scenario.routing,
+        thresholds=scenario.router,
+        edge=edge,
+        progress=progress,
+    )
+
+
+def _with_pools(
+    report: Report,
+    prepared: Prepared,
+    split: SplitDeployment,
+    central: RunResult | None,
+    outcomes: tuple[Outcome, ...],
+    batch: int,
+) -> Report:
+    """Add the section on both pools, and take from the prefill pool what the decode pool cannot tell."""
+    shares = tuple(
+        mine.model_copy(update={"basis": weakest([mine.basis, other.basis])})
+        for mine, other in zip(report.time_split, time_split(outcomes[0], split.prefill), strict=True)
+    )
+    basis = weakest_basis(shares)
+    tax = effects(price_edges(split.prefill, _edges(prepared.scenario)), prepared.load, batch).prefill_tax
+    quality = report.quality if split.coding is None else published_quality(split.coding.compression)
+    return report.model_copy(
+        update={
+            "time_split": shares,
+            "coverage": coverage(shares),
+            "effects": report.effects.model_copy(update={"prefill_tax": tax}),
+            "cost": cost(split.decode, outcomes, basis, split.prefill),
+            "energy": energy(split.decode, outcomes, split.prefill),
+            "quality": quality,
+            "provenance": _provenance_of_both(report, split),
+            "disaggregation": disaggregation(split, central, outcomes, basis),
+        }
+    )
+
+
+def _provenance_of_both(report: Report, split: SplitDeployment) -> Provenance:
+    first, second = split.prefill.device.name, split.decode.device.name
+    device = first if first == second else f"{first} (prefill) and {second} (decode)"
+    kernels = tuple(dict.fromkeys((*_kernels(split.prefill), *report.provenance.kernels)))
+    return report.provenance.model_copy(update={"device": device, "kernels": kernels})
+
+
+def _mean_decode_batch(result: RunResult) -> int:
+    """Sequences in a decode step, averaged over the decode pool's steps."""
+    runs = [run for record in result.records[result.prefill_replicas :] for run in record.runs]
+    steps = sum(run[0] for run in runs)
+    return max(1, round(sum(run[0] * run[1] for run in runs) / steps)) if steps else 1
+
+
 def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
     """Answer ``scenario`` in closed form: mean lengths, steady state, no queue. Percentiles are unknown."""
     from kvsim.estimate import estimate_counts, estimate_outcomes
+    from kvsim.estimate_split import estimate_split_outcomes
 
     prepared = prepare(scenario, base_dir=base_dir)
     _refuse_adaptive(prepared)
@@ -166,9 +236,15 @@ def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
         raise RequestDoesNotFit(msg)
     models = price_edges(prepared.deployment, _edges(scenario))
     plans = {edge: _plan_at(prepared, edge) for edge in models.mine}
-    outcomes, batch = estimate_outcomes(models.mine, plans, prepared.load)
+    split = prepared.split
+    if split is not None:
+        prefill = price_edges(split.prefill, _edges(scenario)).mine
+        outcomes, batch = estimate_split_outcomes(split, prefill, models.mine, plans, prepared.load)
+    else:
+        outcomes, batch = estimate_outcomes(models.mine, plans, prepared.load)
     tally = estimate_counts(prepared.requests, batch)
-    return assemble(prepared, models, outcomes, "estimate", tally, None, round(batch))
+    report = assemble(prepared, models, outcomes, "estimate", tally, None, round(batch))
+    return report if split is None else _with_pools(report, prepared, split, None, outcomes, round(batch))
 
 
 def _refuse_adaptive(prepared: Prepared) -> None:
@@ -218,11 +294,16 @@ def compare(
 def explain(scenario: Scenario, *, base_dir: Path | None = None) -> Explanation:
     """List every term of memory, one prefill and one decode step of ``scenario`` at its workload's mean lengths."""
     from kvsim.estimate import estimate_outcomes
+    from kvsim.estimate_split import estimate_split_outcomes
 
     prepared = prepare(scenario, base_dir=base_dir)
     _refuse_adaptive(prepared)
     load = prepared.load
     steps = price_edges(prepared.deployment, EDGES[:1]).mine
+    if prepared.split is not None:
+        prompts = price_edges(prepared.split.prefill, EDGES[:1]).mine
+        _, batch = estimate_split_outcomes(prepared.split, prompts, steps, {Edge.CENTRAL: prepared.plan}, load)
+        return explain_split(prepared.split, load.prompt_tokens, load.output_tokens // 2, max(1, round(batch)))
     _, batch = estimate_outcomes(steps, {Edge.CENTRAL: prepared.plan}, load)
     return explain_deployment(
         prepared.deployment, prepared.plan, load.prompt_tokens, load.output_tokens // 2, max(1, round(batch))
@@ -249,13 +330,45 @@ def _with_queueing_effect(rows: tuple[Comparison, ...]) -> tuple[Comparison, ...
 
 def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
     """Resolve names, build the requests, divide the memory."""
-    deployment = resolve(scenario, base_dir=base_dir)
+    if scenario.disaggregation is not None and scenario.adaptive is not None:
+        level = scenario.adaptive.only_level
+        if level is None:
+            msg = (
+                "adaptive: KV of several levels is not sent between pools; leave out disaggregation, or hold one level"
+            )
+            raise IncompatibleScenario(msg)
+        scenario = at_level(scenario, level)
+    split = resolve_split(scenario, base_dir=base_dir)
+    if split is not None:
+        return _prepare_split(scenario, split, base_dir)
+    return _prepare_pool(scenario, resolve(scenario, base_dir=base_dir), base_dir)
+
+
+def _prepare_split(scenario: Scenario, split: SplitDeployment, base_dir: Path | None) -> Prepared:
+    """Both pools; a sequence must fit either of them."""
+    spec = split.spec
+    prefill = _prepare_pool(pool_scenario(scenario, spec.prefill), split.prefill, base_dir)
+    decode = _prepare_pool(pool_scenario(scenario, spec.decode), split.decode, base_dir)
+    return Prepared(
+        scenario,
+        split.decode,
+        decode.requests,
+        decode.plan,
+        min(prefill.max_model_len, decode.max_model_len),
+        tuple(dict.fromkeys((*split.notes, *prefill.notes, *decode.notes))),
+        split,
+    )
+
+
+def _prepare_pool(scenario: Scenario, deployment: Deployment, base_dir: Path | None) -> Prepared:
     requests = _load_requests(scenario, base_dir)
     plan = plan_memory(deployment, block_bytes(deployment))
     limit = scenario.engine.max_model_len or deployment.model.max_position_embeddings
     fits = longest_prompt(deployment, plan.num_blocks * plan.block_bytes, limit)
     _check_classes(scenario, requests)
     notes = [*deployment.notes, *kernel_notes(deployment), *requests.notes]
+    if scenario.routing == "prefix_aware" and (requests.prefix_hashes is None or not deployment.prefix_caching):
+        notes.append("prefix_aware routing goes by load alone: no prefix can be cached here")
     if deployment.engine_fit is not None:
         notes.append(f"{deployment.device.name} is calibrated by an engine-level fit ({deployment.engine_fit.id})")
     elif deployment.calibration is None and scenario.calibration != DATASHEET:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from kvsim.errors import InvariantViolation
 from kvsim.sim.arrivals import NEVER, ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.lanes import LanePricing, Piece
+from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
 from kvsim.sim.scheduler import Chunk, Leaving, PrefixSharing, Scheduler, SchedulerLimits
@@ -59,6 +60,11 @@ class Flight(NamedTuple):
 
 class ReplicaEngine:
     """Plays a scheduler's steps on the clock and writes down what happened."""
+
+    horizon: Callable[[], int] | None = None
+    """When something from outside may come next, where arrivals alone do not say it."""
+    hands_over = False
+    """Whether prompts leave with their KV once the step that ends them is over."""
 
     def __init__(
         self,
@@ -124,7 +130,7 @@ class ReplicaEngine:
         """Prompts that end with the step planned last."""
         self._flight: Flight | None = None
         self.load = 0
-        """Requests routed here that have not ended; counted by the router, and only where it has a choice."""
+        """Requests routed here that have not left; counted by the router, and only where it has a choice."""
 
     def _new_batch(self, limits: SchedulerLimits, token_ticks: int) -> DecodeBatch:
         return DecodeBatch(limits.block_size, limits.prefill_growths[0][1], token_ticks)
@@ -139,6 +145,15 @@ class ReplicaEngine:
         """Requests that the router left here and the scheduler has not admitted."""
         return self.scheduler.waiting
 
+    @property
+    def cache(self) -> PrefixCache | None:
+        """The prefix cache, where there is one."""
+        return self.scheduler.sharing.cache if self.scheduler.sharing is not None else None
+
+    def sleep(self, delay_ticks: int) -> simpy.Event:
+        """Let the clock move on to where the replica is."""
+        return self.env.timeout(delay_ticks)
+
     # --- the clock --------------------------------------------------------------------------------------------------
 
     def run(self) -> Clocked:  # noqa: C901, PLR0912, PLR0915 - the hot loop; calls would cost more than they explain
@@ -148,7 +163,7 @@ class ReplicaEngine:
         its own state, so they are taken ahead of the clock and paid for in one event.
         """
         env, source, scheduler, batch = self.env, self.source, self.scheduler, self.batch
-        overlaps, runs_ahead, waits = self.overlaps, self._runs_ahead, self.waits
+        overlaps, runs_ahead, waits, sleep = self.overlaps, self._runs_ahead, self.waits, self.sleep
         # Nobody else looks at the clock of a replica that is alone; it still moves now and then, to show progress.
         clock_from = LONE_STRIDE_TICKS if runs_ahead and len(source.replicas) == 1 else 0
         # The loop that knows nothing but prompts and decoding takes over where it may.
@@ -165,12 +180,14 @@ class ReplicaEngine:
                 if self._plain and len(scheduler.waiting) == 1 and (ticks := self._begin_lone_prompt()):
                     lone, last = True, ticks
                 else:
-                    aside = len(waits) + len(scheduler.loaded) + len(scheduler.leaving)
-                    if self._side_stream:
+                    aside = waits.seats + len(scheduler.loaded) + len(scheduler.leaving)
+                    if self._side_stream or self.hands_over:
                         aside += sum(left > 0 for _, _, left in self._prompts_out)
                     chunks = scheduler.schedule(self.seen, aside, self.now)
                     if scheduler.loads:
                         self._start_loads()
+                    if scheduler.incoming:
+                        self._await_arrivals()
                     if self._late:
                         self._forget_preempted()
                     if scheduler.rejected:
@@ -196,12 +213,14 @@ class ReplicaEngine:
                 if self._in_company:
                     yield from self._step_in_company([])
                     continue
-                if self._shares_device or self._late:
+                if self._shares_device or (self._late and not overlaps):
                     yield from self._shared_step()
                     continue
                 steps, ticks, last = self._plan_run()
                 if not steps:
                     scheduler.make_room(self.now)
+                    if self._late:
+                        self._forget_preempted()
                     if not batch.size:
                         if self.seen < self.now:
                             yield from self._run_dry()
@@ -220,7 +239,7 @@ class ReplicaEngine:
             self.seen = self.now - last if overlaps else self.now
             if self.seen >= source.next_ticks or not runs_ahead:
                 if self.seen >= clock_from:
-                    yield env.timeout(self.seen - int(env.now))
+                    yield sleep(self.seen - int(env.now))
                     clock_from = clock_from and self.seen + LONE_STRIDE_TICKS
                 # Before anything comes out: the router sees who was there when the request came.
                 source.deliver(self.seen)
@@ -253,7 +272,7 @@ class ReplicaEngine:
             yield from self._land()
         self.seen = self.now
         if self.seen >= self.source.next_ticks or not self._runs_ahead:
-            yield self.env.timeout(self.seen - int(self.env.now))
+            yield self.sleep(self.seen - int(self.env.now))
             self.source.deliver(self.seen)
         self._come_out(prompts, leaving, self.seen)
 
@@ -298,7 +317,7 @@ class ReplicaEngine:
         first = self.tables.step[size] + variable
         # Who waits was held back for as long as nobody ends, or a step that preempted did not look at the queue.
         steps = 1
-        if self.coalesce and (scheduler.looked or not scheduler.waiting):
+        if self.coalesce and not self._late and (scheduler.looked or not scheduler.waiting):
             steps = batch.finishing[0][0] - batch.counter
         if scheduler.leaving:
             if scheduler.waiting or not self._foresees_ends:
@@ -331,9 +350,9 @@ class ReplicaEngine:
                 return 0, 0, 0
         ticks = steps * first + slope * (steps * (steps - 1) // 2)
         last = first + slope * (steps - 1)
-        # A new arrival changes nothing while an earlier one is still held back.
-        gap = self.source.next_ticks - self.now
-        if not scheduler.waiting and ticks > gap:
+        # A new arrival changes nothing while an earlier one is still held back; who is on the way has room already.
+        gap = (self.source.next_ticks if self.horizon is None else self.horizon()) - self.now
+        if ticks > gap and (not scheduler.waiting or self.waits):
             if not self.overlaps:
                 steps, ticks = steps_to_cover(gap, first, slope)
             elif ticks - last > gap:
@@ -349,7 +368,10 @@ class ReplicaEngine:
         self.variable_total += own - steps * self.tables.step[size]
         if self._factors is not None:
             self.unscaled_total += (own - steps * self.tables.step[size]) // self._factors[size]
-        self.record.runs.append((steps, size, first, slope))
+        if self._late:
+            self._record_step(size, ticks, self.now + ticks)
+        else:
+            self.record.runs.append((steps, size, first, slope))
         return steps, ticks, last
 
     def _come_out_behind_first_step(self) -> None:
@@ -439,7 +461,7 @@ class ReplicaEngine:
             sequence.done += chunk
         if batch.size:
             if self._late:
-                self._record_step(batch.size, lasted)
+                self._record_step(batch.size, lasted, self.now)
             else:
                 self.record.runs.append((1, batch.size, lasted, 0))
             self._advance(1)
@@ -603,6 +625,10 @@ class ReplicaEngine:
         sequence.done += tokens
         self.scheduler.loaded.append(sequence)
 
+    def _await_arrivals(self) -> None:
+        """Receive what was admitted with KV from elsewhere; only engines of a decode pool admit such."""
+        raise NotImplementedError
+
     def _occupy(self, ticks: int) -> simpy.Event:
         """The engine's step as an activity that shares the device with compaction and copies."""
         return self._start_step(ticks, self._demand(ticks))
@@ -641,7 +667,7 @@ class ReplicaEngine:
         self.now += ticks
         self.seen = self.now
         self.source.deliver(self.now)
-        self._record_step(size, ticks)
+        self._record_step(size, ticks, self.now)
         self._advance(1)
         leaving, scheduler.leaving = scheduler.leaving, []
         self._come_out([], leaving, self.now)
@@ -701,12 +727,12 @@ class ReplicaEngine:
                 self.scheduler.last_token[index] = self.now
         self.source.deliver(self.now)
 
-    def _record_step(self, size: int, lasted: int) -> None:
-        """One step's gaps; a sequence that waited for its compaction counts that wait as part of its gap."""
+    def _record_step(self, size: int, lasted: int, end_ticks: int) -> None:
+        """One step's gaps; a sequence that waited before its first step counts that wait as part of its gap."""
         late = self._late
         self.record.runs.append((1, size - len(late), lasted, 0))
         if late:
-            self.record.gaps += [self.now - since for since in late.values()]
+            self.record.gaps += [end_ticks - since for since in late.values()]
             late.clear()
 
     def _forget_preempted(self) -> None:

@@ -23,6 +23,11 @@ class PrefixCache:
         """Told which units were just forgotten, the least recently used first."""
 
     @property
+    def units(self) -> int:
+        """Units that can be found."""
+        return len(self._users)
+
+    @property
     def evictable_bytes(self) -> int:
         """Bytes of units that are findable but not in use."""
         return len(self._unused) * self.unit_bytes

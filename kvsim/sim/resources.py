@@ -176,6 +176,10 @@ class SharedDevice:
         self._ending = False
         self._finished_busy_ticks = [0.0] * len(_INDEX)
 
+    def fair_speeds(self, demands: Sequence[Demand]) -> list[int]:
+        """Speeds of activities that run at once, in `SPEED_UNITS`."""
+        return fair_speeds(demands)
+
     @property
     def is_idle(self) -> bool:
         """Whether no activity runs."""
@@ -250,7 +254,7 @@ class SharedDevice:
             activity.speed = SPEED_UNITS
             delay = -(-activity.remaining // SPEED_UNITS)
         else:
-            speeds = fair_speeds([activity.demand for activity in active])
+            speeds = self.fair_speeds([activity.demand for activity in active])
             for activity, speed in zip(active, speeds, strict=True):
                 activity.speed = speed
             delay = min(-(-activity.remaining // activity.speed) for activity in active)

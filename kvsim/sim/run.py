@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +25,15 @@ from kvsim.sim.adaptive.build import LevelBuilder, SharedUnits
 from kvsim.sim.adaptive.prices import level_prices
 from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
 from kvsim.sim.engine import ReplicaEngine
+from kvsim.sim.handover import TransferRecord
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.resources import SharedDevice
+from kvsim.sim.routing import Router
 from kvsim.sim.scheduler import PrefixSharing, SchedulerLimits
 from kvsim.sim.tiers.build import TierBuilder, TiersResult
 from kvsim.sim.tiers.reload import PrefillEstimate
+from kvsim.specs.routing import RouterThresholds, Routing
 from kvsim.tiers import plan_tiers
 from kvsim.units import TICKS_PER_SECOND
 
@@ -48,6 +50,11 @@ class RunResult:
     pool_bytes: int
     tiers: TiersResult | None = None
     """None without tiers, or where no prefix can be shared."""
+    """Of one replica; of the decode pool where there are two."""
+    prefill_replicas: int = 0
+    """How many of ``records``, the first ones, are of a prefill pool."""
+    prefill_pool_bytes: int = 0
+    transfers: TransferRecord | None = None
 
 
 def run_requests(
@@ -56,7 +63,8 @@ def run_requests(
     plan: MemoryPlan,
     max_model_len: int,
     *,
-    routing: Literal["round_robin", "least_loaded"] = "round_robin",
+    routing: Routing = "round_robin",
+    thresholds: RouterThresholds | None = None,
     edge: Edge = Edge.CENTRAL,
     coalesce: bool = True,
     progress: Callable[[float], None] | None = None,
@@ -67,16 +75,16 @@ def run_requests(
     engine = deployment.engine
     tables = build_tables(step, most_lane_tokens(deployment), engine.max_num_seqs)
     front = front_end_ticks(front_end(deployment, edge))
-    source = ArrivalSource(env, requests, routing, front)
+    source = ArrivalSource(env, requests, build_router(requests, routing, thresholds), front)
     count = len(requests)
     log = RequestLog(
         source.sent_ticks, source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count, front.egress
     )
     lengths = (requests.prompt_tokens.tolist(), requests.output_tokens.tolist())
-    limits = _limits(deployment, plan, max_model_len)
-    foreseeable = coalesce and _foreseeable(deployment, source)
+    limits = scheduler_limits(deployment, plan, max_model_len)
+    foreseeable = coalesce and _foreseeable(deployment, source, routing)
     host_work = host_work_ticks(step)
-    sharing = _Sharing.of(deployment, requests, limits)
+    sharing = Sharing.of(deployment, requests, limits)
     tiers = _tier_builder(env, deployment, sharing, PrefillEstimate(step, tables, engine.max_num_batched_tokens), edge)
     levels = _level_builder(deployment, requests, limits, edge, (step, tables))
     replicas: list[ReplicaEngine] = []
@@ -98,7 +106,7 @@ def run_requests(
             step,
             tables,
             limits,
-            sharing.build(tiers, device) if sharing is not None else None,
+            sharing.build(device, tiers) if sharing is not None else None,
             token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
             coalesce=foreseeable,
             host_work=host_work,
@@ -106,16 +114,20 @@ def run_requests(
         replicas.append(replica)
         env.process(replica.run())
     source.replicas.extend(replicas)
-    _play(env, requests, progress)
+    play_clock(env, requests, progress)
     for replica in replicas:
-        _split_prompt_time(replica.record, tables)
-        _split_decode_time(replica, tables)
-        _check_replica(replica)
-    _check_requests(log, requests)
+        settle_replica(replica, tables)
+    check_requests(log, requests)
     # Copies may outlast the last token.
     end_ticks = int(env.now) if tiers is None else max(max(log.finished, default=0), max(log.arrived, default=0))
     result = tiers.result() if tiers is not None else None
-    return RunResult(log, tuple(replica.record for replica in replicas), end_ticks, limits.pool_bytes, result)
+    return RunResult(log, tuple(replica.record for replica in replicas), end_ticks, limits.pool_bytes, tiers=result)
+
+
+def build_router(requests: RequestTable, routing: Routing, thresholds: RouterThresholds | None) -> Router:
+    """A router that knows the requests' prefixes."""
+    units = (requests.prompt_tokens / requests.hash_block_tokens).tolist() if routing == "prefix_aware" else ()
+    return Router(routing, thresholds or RouterThresholds(), requests.prefix_hashes, units)
 
 
 def most_lane_tokens(deployment: Deployment) -> int:
@@ -134,12 +146,16 @@ def host_work_ticks(step: StepModel) -> list[int]:
     return ticks
 
 
-def _foreseeable(deployment: Deployment, source: ArrivalSource) -> bool:
-    """Whether a replica can know the next arrival: not when another replica's completions release requests."""
-    return deployment.replicas == 1 or not source.is_dynamic
+def _foreseeable(deployment: Deployment, source: ArrivalSource, routing: Routing) -> bool:
+    """Whether a replica's run of steps looks the same from outside whenever the next request comes.
+
+    Not where another replica's completions release requests, nor where the router reads the prefix caches, from which
+    a replica evicts step by step.
+    """
+    return deployment.replicas == 1 or not (source.is_dynamic or routing == "prefix_aware")
 
 
-def _play(env: simpy.Environment, requests: RequestTable, progress: Callable[[float], None] | None) -> None:
+def play_clock(env: simpy.Environment, requests: RequestTable, progress: Callable[[float], None] | None) -> None:
     """Run the clock. The cycle collector is paused: the loop makes no cycles, and its scans cost a tenth of the run."""
     collecting = gc.isenabled()
     gc.disable()
@@ -160,7 +176,8 @@ def _play(env: simpy.Environment, requests: RequestTable, progress: Callable[[fl
             gc.enable()
 
 
-def _limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> SchedulerLimits:
+def scheduler_limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> SchedulerLimits:
+    """Limits of one replica of a deployment."""
     engine = deployment.engine
     growths, fixed_bytes = prefill_growths(deployment)
     by_level = [prefill_growths(variant)[0] for variant in deployment.variants]
@@ -180,7 +197,7 @@ def _limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> Sch
 
 
 @dataclass(frozen=True)
-class _Sharing:
+class Sharing:
     """What replicas need to share prefixes."""
 
     unit_bytes: int
@@ -188,7 +205,7 @@ class _Sharing:
     hashes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, deployment: Deployment, requests: RequestTable, limits: SchedulerLimits) -> _Sharing | None:
+    def of(cls, deployment: Deployment, requests: RequestTable, limits: SchedulerLimits) -> Sharing | None:
         """None where the workload shares no prefixes or the deployment cannot reuse them."""
         if requests.prefix_hashes is None or not deployment.prefix_caching:
             return None
@@ -203,7 +220,7 @@ class _Sharing:
             hashes = tuple(a + b for a, b in zip(hashes, requests.output_hashes, strict=True))
         return cls(unit_bytes, unit_tokens, hashes)
 
-    def build(self, tiers: TierBuilder | None, device: SharedDevice) -> PrefixSharing:
+    def build(self, device: SharedDevice, tiers: TierBuilder | None = None) -> PrefixSharing:
         """Give a replica its own prefix cache, and its tiers."""
         cache = PrefixCache(self.unit_bytes)
         if tiers is None:
@@ -226,7 +243,7 @@ def _level_builder(
         return None
     prices = level_prices(deployment, edge, first)
     found = [
-        _Sharing.of(deployment, requests, replace(limits, prefill_growths=prompt.growths)) for prompt in prices.prompts
+        Sharing.of(deployment, requests, replace(limits, prefill_growths=prompt.growths)) for prompt in prices.prompts
     ]
     sharings = [sharing for sharing in found if sharing is not None]
     shared = None
@@ -237,12 +254,19 @@ def _level_builder(
 
 
 def _tier_builder(
-    env: simpy.Environment, deployment: Deployment, sharing: _Sharing | None, prefill: PrefillEstimate, edge: Edge
+    env: simpy.Environment, deployment: Deployment, sharing: Sharing | None, prefill: PrefillEstimate, edge: Edge
 ) -> TierBuilder | None:
     if sharing is None:
         return None
     plan = plan_tiers(deployment, sharing.unit_bytes, sharing.unit_tokens, edge)
     return TierBuilder(env, plan, sharing.unit_tokens, prefill) if plan is not None else None
+
+
+def settle_replica(replica: ReplicaEngine, tables: StepTables) -> None:
+    """Divide a replica's busy time by component, and check that it has nothing left."""
+    _split_prompt_time(replica.record, tables)
+    _split_decode_time(replica, tables)
+    _check_replica(replica)
 
 
 def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
@@ -306,7 +330,7 @@ def _check_replica(replica: ReplicaEngine) -> None:
         raise InvariantViolation(msg)
 
 
-def _check_requests(log: RequestLog, requests: RequestTable) -> None:
+def check_requests(log: RequestLog, requests: RequestTable) -> None:
     """Every request ended exactly one way, and its life ran forward."""
     for index in range(len(requests)):
         arrived, scheduled = log.arrived[index], log.scheduled[index]

@@ -90,6 +90,10 @@ class Scheduler:
         """Prompts admitted since the engine last looked whose blocks must first come back from a tier."""
         self.loaded: deque[SequenceState] = deque()
         """Prompts whose blocks are back, in the order to go on; all their blocks are reserved."""
+        self.remote: dict[int, int] = {}
+        """Waiting requests whose prompt was processed elsewhere, and the bytes that its KV takes here."""
+        self.incoming: list[SequenceState] = []
+        """Such requests admitted since the engine last looked; their KV can come."""
         self.partial: SequenceState | None = None
         self.leaving: list[Leaving] = []
         """Sequences that end with the running step: they keep seats and blocks until it is over, oldest first."""
@@ -144,8 +148,12 @@ class Scheduler:
         """A request that may be let in."""
         return SequenceState(index, target)
 
-    def prefill_bytes(self, sequence: SequenceState, tokens: int) -> int:
-        """Bytes held once ``tokens`` of a prompt are in; those of every sequence alike."""
+    def prompt_bytes(self, sequence: SequenceState, tokens: int) -> int:
+        """Bytes that a sequence holds once ``tokens`` of its prompt are in; those of all are alike."""
+        return self.prefill_bytes(tokens)
+
+    def prefill_bytes(self, tokens: int) -> int:
+        """Bytes held once ``tokens`` of a prompt are in."""
         size, held = self.limits.block_size, self.limits.fixed_bytes
         for cap, block_bytes in self.limits.prefill_growths:
             kept = tokens if cap is None or tokens < cap else cap
@@ -276,7 +284,7 @@ class Scheduler:
     def _continue_partial(self, partial: SequenceState, budget: int, reserved: int, start_ticks: int) -> Chunk | None:
         """Next chunk of the prompt in progress; None where the pool is short and it, the latest, gave way."""
         chunk = min(partial.target - partial.done, budget)
-        need = max(0, self.prefill_bytes(partial, partial.done + chunk) - partial.held - self.shared_bytes(partial))
+        need = max(0, self.prompt_bytes(partial, partial.done + chunk) - partial.held - self.shared_bytes(partial))
         if need + reserved > self.free:
             self.preempt_latest(start_ticks)
             return None
@@ -284,7 +292,7 @@ class Scheduler:
         self.take(need)
         return partial, chunk
 
-    def _admit(  # noqa: C901 - one decision after the other, in vLLM's order
+    def _admit(  # noqa: C901, PLR0912 - one decision after the other, in vLLM's order
         self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int
     ) -> None:
         waiting, limits, log, record = self.waiting, self.limits, self.log, self.record
@@ -302,6 +310,11 @@ class Scheduler:
             if self._kept:
                 sequence.done = self._found_again(index, target, reserved) * limits.block_size
             pinned_bytes = self._match_prefix(sequence) if self.sharing is not None else 0
+            if index in self.remote:
+                if not self._reserve_arrival(sequence, reserved, pinned_bytes, now_ticks):
+                    break
+                running += 1
+                continue
             reload = self._plan_reload(self.sharing, sequence) if self.sharing is not None else None
             if reload is not None and reload.segments:
                 if not self._reserve_load(sequence, reload, reserved, pinned_bytes, now_ticks):
@@ -313,7 +326,7 @@ class Scheduler:
                 if not limits.chunked_prefill:
                     break
                 chunk = budget
-            need = self.prefill_bytes(sequence, sequence.done + chunk)
+            need = self.prompt_bytes(sequence, sequence.done + chunk)
             if sequence.pinned:
                 need -= self.shared_bytes(sequence)
             if need + pinned_bytes + reserved > self.free:
@@ -346,7 +359,7 @@ class Scheduler:
 
         It holds blocks while it waits, so it must never need more to go on: two such prompts could block each other.
         """
-        need = self.prefill_bytes(sequence, sequence.target) - self.shared_bytes(sequence)
+        need = self.prompt_bytes(sequence, sequence.target) - self.shared_bytes(sequence)
         if need + pinned_bytes + reserved > self.free:
             self.reusable_bytes = pinned_bytes
             return False
@@ -354,6 +367,17 @@ class Scheduler:
         cached = sequence.done + len(reload.values) * unit_tokens
         self._seat(sequence, need, pinned_bytes, cached, now_ticks, reload)
         self.loads.append((sequence, reload))
+        return True
+
+    def _reserve_arrival(self, sequence: SequenceState, reserved: int, pinned_bytes: int, now_ticks: int) -> bool:
+        """Admit a sequence whose KV comes from elsewhere, with blocks for all of it; False if too few."""
+        need = self.remote[sequence.index] - self.shared_bytes(sequence)
+        if need + pinned_bytes + reserved > self.free:
+            self.reusable_bytes = pinned_bytes
+            return False
+        del self.remote[sequence.index]
+        self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks, None)
+        self.incoming.append(sequence)
         return True
 
     def _seat(

@@ -28,8 +28,10 @@ from kvsim.simulate import Comparison, compare, simulate
 from kvsim.specs import workload
 from kvsim.specs.adaptive import ClassLevels, Policy, Requantize
 from kvsim.specs.base import Basis
+from kvsim.specs.disaggregation import Disaggregation, PoolSpec
 from kvsim.specs.engine import EngineSpec, SamplingSpec
 from kvsim.specs.price import Price
+from kvsim.specs.routing import RouterThresholds
 from kvsim.specs.tier import HostTier, NvmeTier, RecomputeTier, RemoteTier
 from kvsim.workload_catalog import list_workloads
 
@@ -204,6 +206,9 @@ SECTIONS = [
     ("docs/scenarios.md", "Slo", Slo),
     ("docs/scenarios.md", "Engine", EngineSpec),
     ("docs/scenarios.md", "Sampling", SamplingSpec),
+    ("docs/scenarios.md", "Router", RouterThresholds),
+    ("docs/scenarios.md", "Disaggregation", Disaggregation),
+    ("docs/scenarios.md", "Pool", PoolSpec),
     ("docs/scenarios.md", "Price", Price),
     ("docs/scenarios.md", "Sweep files", SweepSpec),
     *(("docs/scenarios.md", kind_of(part), part) for part in (*SELECTIONS, *ENCODINGS)),

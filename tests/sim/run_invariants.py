@@ -36,7 +36,7 @@ class AuditedScheduler(Scheduler):
         held = sum(self._own_bytes(sequence) for sequence in self.batch.active.values())
         held += sum(held_bytes or 0 for _, _, held_bytes in self.leaving)
         if self.partial is not None:
-            held += self.prefill_bytes(self.partial, self.partial.done) - self._shared(self.partial)
+            held += self.prompt_bytes(self.partial, self.partial.done) - self._shared(self.partial)
         if self.sharing is not None:
             held += self._pinned_bytes()
             assert self.sharing.cache.evictable_bytes <= self.free

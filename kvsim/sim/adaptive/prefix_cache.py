@@ -30,6 +30,15 @@ class LevelledPrefixCache(PrefixCache):
         """Bytes of units in use."""
         return sum(cache.pinned_units * cache.unit_bytes for cache in self.levels)
 
+    @property
+    def units(self) -> int:
+        """Units of all levels, for a router."""
+        return sum(cache.units for cache in self.levels)
+
+    def match(self, hashes: Sequence[int], max_units: int) -> int:
+        """How many leading units the level has that has most of them, for a router: it does not know levels."""
+        return max(cache.match(hashes, max_units) for cache in self.levels)
+
     def evict_until(self, limit_bytes: int) -> None:
         """Forget the least recently used units until the evictable ones fit in ``limit_bytes``."""
         while self._idle_bytes > limit_bytes:

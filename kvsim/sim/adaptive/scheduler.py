@@ -74,7 +74,7 @@ class AdaptiveScheduler(Scheduler):
             return 0
         return super()._found_again(index, target, reserved)
 
-    def prefill_bytes(self, sequence: SequenceState, tokens: int) -> int:
+    def prompt_bytes(self, sequence: SequenceState, tokens: int) -> int:
         """Bytes held once ``tokens`` of a prompt are in, in its level's format."""
         prompt, size = self._prompts[level_of(sequence)], self.limits.block_size
         held = prompt.fixed_bytes
