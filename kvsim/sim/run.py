@@ -26,6 +26,7 @@ from kvsim.sim.adaptive.prices import level_prices
 from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
 from kvsim.sim.engine import ReplicaEngine
 from kvsim.sim.handover import TransferRecord
+from kvsim.sim.observer import RunObserver
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.resources import SharedDevice
@@ -68,6 +69,7 @@ def run_requests(
     edge: Edge = Edge.CENTRAL,
     coalesce: bool = True,
     progress: Callable[[float], None] | None = None,
+    observer: RunObserver | None = None,
 ) -> RunResult:
     """Simulate every request to its end; raise InvariantViolation if anything is lost on the way."""
     env = simpy.Environment(initial_time=0)
@@ -90,28 +92,27 @@ def run_requests(
     replicas: list[ReplicaEngine] = []
     for _ in range(deployment.replicas):
         device = SharedDevice(env)
-        if levels is not None:
-            adaptive = levels.engine(
-                env, device, source, lengths, log, limits, coalesce=foreseeable, host_work=host_work
+        replica = (
+            levels.engine(env, device, source, lengths, log, limits, coalesce=foreseeable, host_work=host_work)
+            if levels is not None
+            else ReplicaEngine(
+                env,
+                device,
+                source,
+                lengths,
+                log,
+                step,
+                tables,
+                limits,
+                sharing.build(device, tiers) if sharing is not None else None,
+                token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
+                coalesce=foreseeable,
+                host_work=host_work,
             )
-            replicas.append(adaptive)
-            env.process(adaptive.run())
-            continue
-        replica = ReplicaEngine(
-            env,
-            device,
-            source,
-            lengths,
-            log,
-            step,
-            tables,
-            limits,
-            sharing.build(device, tiers) if sharing is not None else None,
-            token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
-            coalesce=foreseeable,
-            host_work=host_work,
         )
         replicas.append(replica)
+        if observer is not None:
+            observer.watch(replica)
         env.process(replica.run())
     source.replicas.extend(replicas)
     play_clock(env, requests, progress)
@@ -120,8 +121,12 @@ def run_requests(
     check_requests(log, requests)
     # Copies may outlast the last token.
     end_ticks = int(env.now) if tiers is None else max(max(log.finished, default=0), max(log.arrived, default=0))
-    result = tiers.result() if tiers is not None else None
-    return RunResult(log, tuple(replica.record for replica in replicas), end_ticks, limits.pool_bytes, tiers=result)
+    used = tiers.result() if tiers is not None else None
+    records = tuple(replica.record for replica in replicas)
+    result = RunResult(log, records, end_ticks, limits.pool_bytes, tiers=used)
+    if observer is not None:
+        observer.finish(replicas, result, requests)
+    return result
 
 
 def build_router(requests: RequestTable, routing: Routing, thresholds: RouterThresholds | None) -> Router:

@@ -251,11 +251,14 @@ def test_a_level_that_evicts_turns_prefix_caching_off_and_the_report_says_so() -
     ("options", "said"),
     [
         ({"engine": {"kv_offloading_size": "16 GiB"}}, "engine.kv_offloading_size: a tier holds blocks of one format"),
-        ({"engine": {"kind": "llamacpp"}}, "engine.kind: adaptive levels are scheduled by vLLM's rules"),
+        (
+            {"engine": {"kind": "llamacpp", "kv_cache_memory_bytes": None}},
+            "engine.kind: adaptive levels are scheduled by vLLM's rules",
+        ),
         ({"pipeline_parallel_size": 2, "tensor_parallel_size": 1}, "pipeline_parallel_size: sequences of different"),
     ],
 )
 def test_what_has_one_format_only_is_refused(options: dict[str, Any], said: str) -> None:
-    engine = {**BURSTS["engine"], **options.pop("engine", {})}
+    engine = {**BURSTS["engine"], **options.get("engine", {})}
     with pytest.raises(IncompatibleScenario, match=said):
         simulate(validate(Scenario, {**BURSTS, **options, "engine": engine}, "s.yaml", require_units=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from kvsim.documents import validate
 from kvsim.errors import IncompatibleScenario, InvalidSpec, KvsimError, UnknownName
 from kvsim.report import Report
 from kvsim.scenario import Scenario
-from kvsim.scenario_file import build_scenario
+from kvsim.scenario_file import build_scenario, load_scenario
 from kvsim.simulate import compare, estimate, explain, simulate
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "disaggregated-h100.yaml"
 BASE: dict[str, Any] = {
     "model": "llama-3.1-8b",
     "device": "h100-sxm",
@@ -180,3 +182,23 @@ def test_what_cannot_be_is_refused_with_its_reason(split, changes, error: type[K
 def test_a_link_in_a_file_needs_units() -> None:
     with pytest.raises(InvalidSpec, match="has no unit"):
         validate(Scenario, {**BASE, "disaggregation": {"link": {"bandwidth": 5}}}, "x.yaml", require_units=True)
+
+
+def test_the_reading_of_the_example_holds() -> None:
+    """What docs/serving-disaggregation.md says of two devices both ways."""
+
+    def played(*changes: str) -> Report:
+        return simulate(load_scenario(EXAMPLE, ["bands=false", *changes]))
+
+    split, layered = played(), played("disaggregation.transfer=layerwise")
+    whole = played("disaggregation=null", "replicas=2")
+    assert split.latency.itl.p99_s.value * 5 < whole.latency.itl.p99_s.value
+    assert split.latency.ttft.mean_s.value > whole.latency.ttft.mean_s.value
+    assert split.throughput.slo_attainment.value > whole.throughput.slo_attainment.value
+    exposed = [one.disaggregation.transfer.exposed_mean_s.value for one in (split, layered)]
+    assert exposed[1] * 20 < exposed[0]
+    busy = ["workload.arrivals.request_rate=18"]
+    split, whole = played(*busy), played(*busy, "disaggregation=null", "replicas=2")
+    assert 0.8 < split.disaggregation.pools[0].utilization.value < 0.95
+    assert split.latency.ttft.mean_s.value > 1 > whole.latency.ttft.p99_s.value
+    assert whole.latency.tpot.mean_s.value > 0.02 > split.latency.tpot.p99_s.value
