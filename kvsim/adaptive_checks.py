@@ -32,6 +32,8 @@ def _reasons(scenario: Scenario, model: ModelSpec) -> Iterator[str]:
             f"engine.kind: adaptive levels are scheduled by vLLM's rules, and {engine.kind} has others; choose vllm, "
             "or hold one level"
         )
+    if engine.speculative_config is not None:
+        yield f"engine.speculative_config: drafts are verified over one format; {hold}"
     if scenario.pipeline_parallel_size > 1 or (scenario.data_parallel_size > 1 and model.moe is not None):
         field = "pipeline_parallel_size" if scenario.pipeline_parallel_size > 1 else "data_parallel_size"
         yield f"{field}: sequences of different levels are not dealt to lanes of one step; {hold}"

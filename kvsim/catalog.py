@@ -13,11 +13,12 @@ from kvsim.adaptive_checks import check_levels
 from kvsim.allocator import kv_heads_per_rank, layer_token_cap, state_bytes_per_sequence
 from kvsim.calibration.engine_fits import engine_fit
 from kvsim.calibration.sets import AUTO, CalibrationSet, load_set
+from kvsim.compression import Compression
 from kvsim.compression.base import KvEncoding, LayerView
 from kvsim.cost.priors import load_priors
 from kvsim.deployment import Deployment, LayerClass, layer_bands
 from kvsim.device_catalog import ResolvedDevice, load_device
-from kvsim.errors import IncompatibleScenario, InvalidSpec, UnknownName
+from kvsim.errors import IncompatibleScenario, InvalidSpec, KvsimError, UnknownName
 from kvsim.model_catalog import load_model
 from kvsim.parallel_checks import check_parallelism
 from kvsim.parallelism import Parallelism
@@ -65,6 +66,7 @@ def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
         tier_classes=_tier_classes(scenario, model, device.spec),
         sampling=scenario.engine.sampling.filled_from(model.generation),
         engine_fit=engine_fit(device.spec.name) if calibration is None and scenario.calibration != DATASHEET else None,
+        draft=_draft(scenario, base_dir),
     )
 
 
@@ -98,6 +100,20 @@ def _resolve_level(scenario: Scenario, level: int, base_dir: Path | None) -> Dep
     except IncompatibleScenario as error:
         if str(error).startswith("compression:"):
             error.locate(f"adaptive.levels.{level}")
+        raise
+
+
+def _draft(scenario: Scenario, base_dir: Path | None) -> Deployment | None:
+    """Resolve the draft model like a scenario of its own, uncompressed and without drafts."""
+    config = scenario.engine.speculative_config
+    if config is None or config.model is None:
+        return None
+    alone = scenario.engine.model_copy(update={"speculative_config": None})
+    changes = {"model": config.model, "engine": alone, "compression": Compression()}
+    try:
+        return resolve(scenario.model_copy(update=changes), base_dir=base_dir)
+    except KvsimError as error:
+        error.locate("engine.speculative_config.model")
         raise
 
 
@@ -158,12 +174,13 @@ def at_field(field: str) -> Iterator[None]:
 
 def _check(scenario: Scenario, model: ModelSpec, device: DeviceSpec) -> None:
     engine = scenario.engine
-    if engine.max_num_batched_tokens < engine.max_num_seqs:
+    if engine.max_num_batched_tokens < engine.max_num_seqs and (engine.kind != "sglang" or engine.enable_mixed_chunk):
         msg = (
             f"engine.max_num_batched_tokens: {engine.max_num_batched_tokens} is less than engine.max_num_seqs "
             f"{engine.max_num_seqs}; every running sequence needs one token a step"
         )
         raise InvalidSpec(msg)
+    _check_drafts(scenario, model)
     check_tiers(engine, device)
     check_parallelism(scenario, model, device)
     reason = scenario.compression.check(model, device)
@@ -173,6 +190,25 @@ def _check(scenario: Scenario, model: ModelSpec, device: DeviceSpec) -> None:
     if scenario.price is not None and scenario.price.device not in (device.name, scenario.device):
         msg = f"price.device: {scenario.price.device!r} is not the scenario's device {device.name!r}"
         raise InvalidSpec(msg)
+
+
+def _check_drafts(scenario: Scenario, model: ModelSpec) -> None:
+    engine, config = scenario.engine, scenario.engine.speculative_config
+    if config is None:
+        return
+    rows = (config.num_speculative_tokens + 1) * engine.max_num_seqs
+    if engine.max_num_batched_tokens < rows:
+        msg = (
+            f"engine.max_num_batched_tokens: {engine.max_num_batched_tokens} is less than max_num_seqs x "
+            f"(num_speculative_tokens + 1) = {rows}, the rows that all running sequences verify"
+        )
+        raise InvalidSpec(msg)
+    if _parallelism(scenario, model)[0].lanes > 1:
+        msg = (
+            "engine.speculative_config: drafts are priced for one lane of sequences, not for pipeline stages or data "
+            "parallel ranks of experts; use tensor_parallel_size, or leave one of them out"
+        )
+        raise IncompatibleScenario(msg)
 
 
 def _layer_classes(scenario: Scenario, model: ModelSpec) -> tuple[LayerClass, ...]:

@@ -105,6 +105,8 @@ class Deployment:
     """Per tier that stores a KV encoding of its own: the layers as it stores them; None for any other tier."""
     engine_fit: EngineFit | None = None
     """What engines reach on a device without fitted kernels; None where there is no such fit, or none is wanted."""
+    draft: Deployment | None = None
+    """The draft model of speculative decoding on the same ranks, with its own KV cache in its own dtype."""
     adaptive: Adaptive | None = None
     """What chooses among ``levels`` during the run; None where one compression serves every request."""
     levels: tuple[Deployment, ...] = ()

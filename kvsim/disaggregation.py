@@ -170,13 +170,17 @@ def _check_pair(prefill: Deployment, decode: Deployment) -> None:
     for name, deployment in (("prefill", prefill), ("decode", decode)):
         where = f"disaggregation.{name}.engine"
         if deployment.engine.kind != "vllm":
-            msg = f"{where}.kind: {deployment.engine.kind} serves from one process and hands no KV over; use vllm"
+            msg = f"{where}.kind: handing KV over is modelled for vllm, not for {deployment.engine.kind}; use vllm"
             raise IncompatibleScenario(msg)
         if deployment.parallelism.pipeline > 1 or deployment.lanes > 1:
             msg = (
                 f"disaggregation.{name}: KV that is spread over pipeline stages or data parallel ranks is not modelled "
                 "between pools; use tensor_parallel_size and replicas"
             )
+            raise IncompatibleScenario(msg)
+        if deployment.engine.speculative_config is not None or deployment.engine.scheduling_policy != "fcfs":
+            option = "scheduling_policy" if deployment.engine.speculative_config is None else "speculative_config"
+            msg = f"{where}.{option}: not modelled with disaggregation; leave it out"
             raise IncompatibleScenario(msg)
         if deployment.engine.compression_stream == "side":
             msg = (

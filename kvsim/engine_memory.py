@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvsim.cost.priors import Edge, Prior
+from kvsim.cost.sequence import draft_weight_bytes
 from kvsim.deployment import Deployment
 from kvsim.parallelism import Parallelism
 from kvsim.specs.base import Basis
@@ -41,6 +42,8 @@ def engine_terms(deployment: Deployment, edge: Edge = Edge.CENTRAL) -> tuple[Eng
         prior = deployment.priors.runtime_memory_bytes["single_stream"]
         return _weights(deployment), EngineTerm("engine", prior.cost(edge), "compute buffers", prior.source)
     terms = [_weights(deployment), _rotary(deployment), _activations(deployment, edge), _own(deployment, edge)]
+    drafter = draft_weight_bytes(deployment)
+    terms.insert(1, EngineTerm("drafter", drafter, "draft model, or one mean layer", "counted from the config"))
     if deployment.model.moe is not None:
         moe = _prior(deployment, "moe_extra")
         terms.append(EngineTerm("moe buffers", moe.cost(edge), "not counted; a wide prior", moe.source))

@@ -84,7 +84,7 @@ def read(report: Report, metric: Metric) -> Reading:
     if isinstance(metric.source, str):
         value: Any = report
         for part in metric.source.split("."):
-            value = getattr(value, part)
+            value = getattr(value, part, None)
     else:
         value = metric.source(report)
     if isinstance(value, Figure):
@@ -268,6 +268,12 @@ _ADAPTIVE = (
     Metric("reduced_precision_share", "Reduced precision", "", "lower", lambda r: _adaptive(r, "reduced_share"),
            "share of decoded tokens at a level after the first"),
 )  # fmt: skip
+_SPECULATION = (
+    Metric("acceptance_length", "Acceptance length", "tokens", "higher", "speculation.acceptance_length",
+           "mean tokens of one verification, the model's own included"),
+    Metric("drafting_share", "Time drafting", "", "lower", "speculation.drafting_share",
+           "part of decode steps that drafting took"),
+)  # fmt: skip
 _TIERS = (
     Metric("device_hit_rate", "Hits on the device", "", "higher", _tier_figure(lambda use: use.device_hit_rate),
            "share of reusable prompt tokens found in the device's prefix cache, with tiers"),
@@ -352,7 +358,8 @@ _SHARES = (
 )
 
 METRICS: tuple[Metric, ...] = (
-    *_KV, *_latency_metrics(), *_THROUGHPUT, *_COUNTS, *_ADAPTIVE, *_TIERS, *_EFFECTS, *_COST, *_ENERGY, *_POOLS,
+    *_KV, *_latency_metrics(), *_THROUGHPUT, *_COUNTS, *_ADAPTIVE, *_SPECULATION, *_TIERS, *_EFFECTS, *_COST,
+    *_ENERGY, *_POOLS,
     *_SHARES,
 )  # fmt: skip
 METRIC_BY_TAG: dict[str, Metric] = {metric.tag: metric for metric in METRICS}

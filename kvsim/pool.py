@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from kvsim.allocator import padded_layer_shares, pool_bytes_per_token
 from kvsim.compression.base import LayerView
-from kvsim.cost.sequence import layer_bytes_per_token, residual_bytes
+from kvsim.cost.sequence import draft_bytes_per_token, layer_bytes_per_token, residual_bytes
 from kvsim.deployment import Deployment, LayerClass
 from kvsim.specs.model import LayerKind
 
@@ -29,6 +29,7 @@ def prefill_growths(deployment: Deployment) -> tuple[tuple[tuple[int | None, int
             cap = _prefill_cap(layer_class, view)
             per_token[cap] += share * layers * layer_bytes_per_token(layer_class, view, deployment.model)
             fixed += layers * residual_bytes(layer_class, deployment.model)
+    per_token[None] += draft_bytes_per_token(deployment)
     block_size = deployment.engine.block_size
     share = deployment.parallelism.stage_share(deployment.model.num_layers)
     growths = tuple(
@@ -110,6 +111,14 @@ def _longest_prompt(deployment: Deployment, pool_bytes: int, limit_tokens: int) 
         else:
             high = middle - 1
     return low
+
+
+def longest_sequence(deployment: Deployment, pool_bytes: int, limit_tokens: int) -> int:
+    """Most tokens that one sequence may have; in llama.cpp a slot's part of the context, elsewhere the whole pool's."""
+    engine = deployment.engine
+    if engine.kind != "llamacpp":
+        return longest_prompt(deployment, pool_bytes, limit_tokens)
+    return longest_prompt(deployment, pool_bytes // engine.max_num_seqs, limit_tokens)
 
 
 def _held_bytes(growths: tuple[tuple[int | None, int], ...], fixed_bytes: int, tokens: int, block_size: int) -> int:

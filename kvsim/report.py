@@ -104,6 +104,19 @@ class KvCapacity(Spec):
     basis: Basis
 
 
+class SpeculationOutcome(Spec):
+    """What speculative decoding did in a run."""
+
+    acceptance_length: float | None
+    """Mean tokens that came out of one verification, the model's own included; answers that end early count as cut."""
+    expected_acceptance_length: float
+    """The same by the scenario's acceptance, for answers without end."""
+    verifications: int
+    """Steps of single sequences that verified drafts."""
+    drafting_share: float | None
+    """Part of decode steps' time that drafting took."""
+
+
 class MemoryTerm(Spec):
     """One bar of the memory waterfall, per device."""
 
@@ -456,5 +469,7 @@ class Report(Spec):
     """What an adaptive compression did; None where one compression serves every request."""
     coverage: tuple[BasisShare, ...]
     provenance: Provenance
+    speculation: SpeculationOutcome | None = None
+    """None where the engine decodes without drafts."""
     disaggregation: DisaggregationReport | None = None
     """Per pool; ``kv``, ``memory`` and the decode side of ``effects`` are then of the decode pool."""

@@ -31,7 +31,7 @@ class RequestTable:
     has none yet), so that a next turn can hit them; None where unknown."""
     hash_block_tokens: int = 16
     priority: IntArray | None = None
-    """Per request, lower first (vLLM's priority scheduling); None where all are equal."""
+    """Per request, lower is served first (vLLM's meaning); None where all are equal."""
     request_class: IntArray | None = None
     """Per request, index into ``class_names``; None where the workload has no classes."""
     class_names: tuple[str, ...] = ()

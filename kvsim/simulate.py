@@ -22,7 +22,7 @@ from kvsim.errors import IncompatibleScenario, InvalidSpec, KvsimError, RequestD
 from kvsim.explain import Explanation, Term, explain_deployment
 from kvsim.explain_split import explain_split
 from kvsim.memory import MemoryPlan, plan_memory, plan_or, slot_tokens, waterfall
-from kvsim.pool import block_bytes, longest_prompt
+from kvsim.pool import block_bytes, longest_sequence
 from kvsim.pool_summary import disaggregation
 from kvsim.quality import published_quality
 from kvsim.report import Counts, Figure, KernelUsed, PolicyOutcome, Provenance, Quality, Report
@@ -40,6 +40,7 @@ from kvsim.summary import (
     latency,
     outcome,
     request_overhead,
+    speculation,
     throughput,
     time_split,
     weakest_basis,
@@ -118,6 +119,7 @@ def simulate(
     batch = _mean_batch(outcomes[0], prepared) if prepared.split is None else _mean_decode_batch(central)
     models = price_edges(prepared.deployment, edges)
     report = assemble(prepared, models, outcomes, "simulation", counts(central, prepared.requests), used, batch)
+    report = report.model_copy(update={"speculation": speculation(central, scenario.engine.speculative_config)})
     if central.tiers is not None:
         return with_tiers(report, tiers_use(central.tiers, prepared.deployment))
     if prepared.split is not None:
@@ -169,6 +171,7 @@ def _play(prepared: Prepared, edge: Edge, progress: Progress | None, observer: R
             routing=scenario.routing,
             thresholds=scenario.router,
             edge=edge,
+            seed=scenario.seed,
             progress=progress,
             observer=observer,
         )
@@ -238,6 +241,9 @@ def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
     from kvsim.estimate import estimate_counts, estimate_outcomes
     from kvsim.estimate_split import estimate_split_outcomes
 
+    if scenario.engine.speculative_config is not None:
+        msg = "engine.speculative_config: the closed form has no drafts; use simulate, or leave it out"
+        raise IncompatibleScenario(msg)
     prepared = prepare(scenario, base_dir=base_dir)
     _refuse_adaptive(prepared)
     if prepared.max_model_len < prepared.load.prompt_tokens + prepared.load.output_tokens:
@@ -377,7 +383,7 @@ def _prepare_pool(scenario: Scenario, deployment: Deployment, base_dir: Path | N
     plan = plan_memory(deployment, block_bytes(deployment))
     limit = scenario.engine.max_model_len or deployment.model.max_position_embeddings
     limit = min(limit, slot_tokens(deployment) or limit)
-    fits = longest_prompt(deployment, plan.num_blocks * plan.block_bytes, limit)
+    fits = longest_sequence(deployment, plan.num_blocks * plan.block_bytes, limit)
     _check_classes(scenario, requests)
     notes = [*deployment.notes, *kernel_notes(deployment), *requests.notes]
     if scenario.routing == "prefix_aware" and (requests.prefix_hashes is None or not deployment.prefix_caching):
@@ -392,6 +398,12 @@ def _prepare_pool(scenario: Scenario, deployment: Deployment, base_dir: Path | N
             f"prefix caching is off: {evicting.compression.name} evicts tokens, so a cached prompt cannot be reused"
         )
     notes += tier_notes(deployment, shares_prefixes=requests.prefix_hashes is not None)
+    config = scenario.engine.speculative_config
+    if config is not None and config.num_speculative_tokens:
+        notes.append(
+            f"{config.num_speculative_tokens} drafts a step by {config.method}, {config.mean_length:.3g} tokens "
+            "expected of each; capacity counts the drafter's KV; effects against native compare steps without drafts"
+        )
     if scenario.engine.max_model_len is not None and fits < scenario.engine.max_model_len:
         msg = (
             f"engine.max_model_len: one sequence of {scenario.engine.max_model_len} tokens does not fit the KV pool; "
@@ -449,7 +461,7 @@ def _plan_at(prepared: Prepared, edge: Edge) -> MemoryPlan:
     """The pool at an edge of the memory priors; the central one where even one sequence would not fit."""
     plan = plan_or(prepared.plan, prepared.deployment, edge)
     pool_bytes = plan.num_blocks * plan.block_bytes
-    if longest_prompt(prepared.deployment, pool_bytes, prepared.max_model_len) < prepared.max_model_len:
+    if longest_sequence(prepared.deployment, pool_bytes, prepared.max_model_len) < prepared.max_model_len:
         return prepared.plan
     return plan
 

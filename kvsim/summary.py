@@ -21,6 +21,7 @@ from kvsim.report import (
     Figure,
     Latency,
     LatencyStats,
+    SpeculationOutcome,
     Throughput,
     TimeShare,
 )
@@ -30,6 +31,7 @@ from kvsim.sim.handover import TransferRecord
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord
 from kvsim.sim.run import RunResult
 from kvsim.specs.base import Basis
+from kvsim.specs.speculation import SpeculativeConfig
 from kvsim.statistics import Distribution, of_gaps, of_samples, spread
 from kvsim.units import MEGA, SECONDS_PER_HOUR, TICKS_PER_SECOND
 
@@ -67,7 +69,10 @@ def outcome(result: RunResult, requests: RequestTable, slo: Slo, edge: Edge) -> 
     several = generated > 1
     tpot_s = np.zeros_like(ttft_s)
     tpot_s[several] = (e2el_s - ttft_s)[several] / (generated[several] - 1)
-    runs = np.concatenate([record.runs.table() for record in result.records])
+    held_back = [(1, count, ticks, 0) for record in result.records for ticks, count in record.held_back]
+    runs = np.concatenate(
+        [*(record.runs.table() for record in result.records), np.array(held_back, dtype=np.int64).reshape(-1, 4)]
+    )
     gaps = [gap for record in result.records for gap in record.gaps]
     duration_s = (result.end_ticks + result.log.egress_ticks) / TICKS_PER_SECOND
     split = result.prefill_replicas
@@ -196,6 +201,22 @@ def counts(result: RunResult, requests: RequestTable) -> Counts:
         engine_steps=sum(record.steps for record in records),
         max_concurrent_requests=max(record.max_running for record in records),
         max_waiting_requests=max(record.max_waiting for record in records),
+    )
+
+
+def speculation(result: RunResult, config: SpeculativeConfig | None) -> SpeculationOutcome | None:
+    """How far drafts carried, and what they cost; None without drafts."""
+    if config is None:
+        return None
+    verified = sum(record.verifications for record in result.records)
+    tokens = sum(record.verified_tokens for record in result.records)
+    decode = sum(record.decode.total for record in result.records)
+    drafting = sum(record.drafting_ticks for record in result.records)
+    return SpeculationOutcome(
+        acceptance_length=_ratio(tokens, verified),
+        expected_acceptance_length=config.mean_length,
+        verifications=verified,
+        drafting_share=_ratio(drafting, decode),
     )
 
 

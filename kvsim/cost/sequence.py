@@ -155,6 +155,7 @@ class SequenceModel:
                 fixed_bytes += layers * residual_bytes(layer_class, self._deployment.model)
                 self._add_scanned(priced, prompt_tokens, layer_class, view, layers)
                 compress_s += layers * self._compress_seconds(prompt_tokens, layer_class, view)
+        growths[growing(prompt_tokens)] += draft_bytes_per_token(self._deployment)
         return SequenceProfile(
             segments=self._affine_segments(prompt_tokens) if self.is_affine else _merge(priced),
             growths=self._blocks(growths),
@@ -307,6 +308,27 @@ def layer_bytes_per_token(layer_class: LayerClass, view: LayerView, model: Model
     """Bytes of one resident token in one layer on one rank: encoded KV, page metadata, indexer key."""
     stored = layer_class.encoding.bytes_per_token(layer_class.group, model.dtype).total_bytes
     return stored * layer_class.rank_share + scan_bytes(layer_class, view, model) + index_key_bytes(layer_class)
+
+
+def draft_bytes_per_token(deployment: Deployment) -> float:
+    """Bytes on one rank that a token takes in the KV cache of who drafts: a draft model's, or a head's one layer."""
+    config = deployment.engine.speculative_config
+    if config is None or not config.num_speculative_tokens or config.method == "ngram":
+        return 0.0
+    drafter = deployment.draft or deployment
+    cached = [(c, view, layers) for c in drafter.layer_classes for view, layers in c.bands]
+    whole = sum(layers * layer_bytes_per_token(c, view, drafter.model) for c, view, layers in cached)
+    return whole if deployment.draft is not None else whole / max(1, sum(layers for _, _, layers in cached))
+
+
+def draft_weight_bytes(deployment: Deployment) -> float:
+    """Weights of who drafts on one rank: a draft model's, or one layer of the model's own."""
+    config = deployment.engine.speculative_config
+    if config is None or not config.num_speculative_tokens or config.method == "ngram":
+        return 0.0
+    if deployment.draft is not None:
+        return deployment.draft.model.weight_bytes / deployment.tensor_parallel_size
+    return deployment.model.layer_weight_bytes / deployment.tensor_parallel_size
 
 
 def residual_bytes(layer_class: LayerClass, model: ModelSpec) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,20 @@ import numpy.typing as npt
 from kvsim.cost.step import StepModel
 from kvsim.ops import Numeric
 from kvsim.units import TICKS_PER_SECOND
+
+
+@dataclass(frozen=True)
+class DraftTicks:
+    """Drafting of a decode batch, by its sequences: passes after the first by component, and all of it."""
+
+    weights: list[int]
+    communication: list[int]
+    overhead: list[int]
+    attention: list[int]
+    """Attention of all passes that does not grow with context."""
+    later: list[int]
+    """Sum of the above: what comes on top of the first pass, which is part of the tables over tokens."""
+    whole: list[int]
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,9 @@ class StepTables:
     append_launch: int
     append: list[int]
     """Encoding the tokens of a prompt, by their number."""
+    rows: int = 1
+    """Rows of a decoding sequence in a step: 1 and its drafts. ``base`` and ``head`` are looked up at all rows."""
+    drafting: DraftTicks | None = None
     factors: list[int] | None = None
     """By batch size, what the part that grows with context is multiplied by; None where there is one lane."""
 
@@ -75,6 +92,28 @@ def build_tables(step: StepModel, max_tokens: int, max_sequences: int) -> StepTa
         append_launch=round(step.append_launch_s * TICKS_PER_SECOND),
         append=_ticks(np.arange(max_tokens + 1, dtype=np.float64) * step.append_s_per_token).tolist(),
         factors=parallel.lane_factors(max_sequences * parallel.data) if parallel.lanes > 1 else None,
+    )
+
+
+def in_parts(tables: StepTables, part_tokens: int) -> StepTables:
+    """Tables of an engine that computes at most ``part_tokens`` at once: llama.cpp's ``n_ubatch``.
+
+    What depends on a step's tokens is paid part by part, so that each reads the weights; attention over a cut prompt
+    is that of the whole.
+    """
+
+    def cut(table: list[int]) -> list[int]:
+        whole = table[min(part_tokens, len(table) - 1)]
+        return [tokens // part_tokens * whole + table[tokens % part_tokens] for tokens in range(len(table))]
+
+    if part_tokens >= len(tables.base) - 1:
+        return tables
+    return replace(
+        tables,
+        base=cut(tables.base),
+        weights=cut(tables.weights),
+        communication=cut(tables.communication),
+        overhead=cut(tables.overhead),
     )
 
 

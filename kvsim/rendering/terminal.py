@@ -96,6 +96,8 @@ def report_view(report: Report) -> RenderableType:
         style="bold",
     )
     kv, *others = SECTIONS
+    if report.speculation is not None:
+        others.insert(2, ("Speculative decoding", ("acceptance_length", "drafting_share")))
     return Group(
         head,
         _section(report, *kv),

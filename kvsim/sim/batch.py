@@ -21,7 +21,8 @@ class SequenceState:
     """
 
     __slots__ = (
-        "alive", "done", "finish", "held", "index", "joined", "order", "pinned", "profile", "slope", "target", "ticks",
+        "admitted", "alive", "done", "finish", "held", "index", "joined", "order", "pinned", "profile", "slope",
+        "target", "ticks",
     )  # fmt: skip
 
     joined: int
@@ -29,6 +30,8 @@ class SequenceState:
     finish: int
     ticks: int
     slope: int
+    admitted: int
+    """Number of its admission, counted over all sequences of the replica."""
 
     def __init__(self, index: int, target: int) -> None:
         self.index = index
@@ -134,6 +137,14 @@ class DecodeBatch:
             if rising:
                 self._grow((sequence.joined + start - value) % size, -growth.block_bytes)
         return held
+
+    def gained(self, sequence: SequenceState) -> int:
+        """Tokens that a decoding sequence has gained since it joined."""
+        return self.counter - sequence.joined
+
+    def newest(self, sequence: SequenceState) -> int:
+        """Tokens of those that came with the latest step."""
+        return 1 if self.counter > sequence.joined else 0
 
     def drop_dead(self) -> None:
         """Forget preempted sequences at the head of the finishing order."""

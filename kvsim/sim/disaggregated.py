@@ -37,7 +37,7 @@ from kvsim.sim.run import (
     scheduler_limits,
     settle_replica,
 )
-from kvsim.sim.scheduler import Chunk, Leaving
+from kvsim.sim.scheduling import Chunk, Leaving
 from kvsim.specs.routing import RouterThresholds, Routing
 
 LATE = EventPriority(NORMAL + 2)

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
-from collections.abc import Callable, Generator
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import simpy
 
 from kvsim.cost.sequence import SequenceProfile
@@ -31,8 +32,19 @@ from kvsim.sim.observer import ReplicaWatch, prompts_of
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
-from kvsim.sim.scheduler import Chunk, Leaving, PrefixSharing, Scheduler, SchedulerLimits
+from kvsim.sim.scheduling import (
+    Chunk,
+    Leaving,
+    PrefixSharing,
+    Scheduler,
+    SchedulerLimits,
+    SchedulerParts,
+    WaitingQueue,
+    build_scheduler,
+)
 from kvsim.sim.spans import steps_to_cover, steps_within
+from kvsim.sim.speculation import Speculation, steps_until
+from kvsim.sim.speculative_batch import SpeculativeBatch
 from kvsim.sim.sprint import sprint
 from kvsim.sim.waits import Waits
 from kvsim.units import TICKS_PER_SECOND
@@ -67,7 +79,7 @@ class ReplicaEngine:
     hands_over = False
     """Whether prompts leave with their KV once the step that ends them is over."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0915 - all state of a replica, named once
         self,
         env: simpy.Environment,
         device: SharedDevice,
@@ -82,6 +94,8 @@ class ReplicaEngine:
         token_ticks: int,
         coalesce: bool,
         host_work: list[int],
+        priority: Sequence[int] | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.env = env
         self.now = 0
@@ -99,8 +113,13 @@ class ReplicaEngine:
         self.coalesce = coalesce
         self.record = ReplicaRecord(min_free_bytes=limits.pool_bytes)
         self.generated = [0] * len(lengths[0])
+        self._speculation = speculation
+        sizes = (limits.block_size, limits.prefill_growths[0][1], token_ticks)
+        self._drafted = SpeculativeBatch(*sizes, speculation.plan) if speculation is not None else None
         self.batch = self._new_batch(limits, token_ticks)
-        self.scheduler = self._new_scheduler(limits, lengths, sharing)
+        self.scheduler = self._new_scheduler(
+            SchedulerParts(limits, self.batch, lengths, self.generated, log, self.record, sharing, priority)
+        )
         self.device = device
         self.decode_steps = [0] * (limits.max_num_seqs + 1)
         """Decode steps taken at each batch size."""
@@ -123,10 +142,14 @@ class ReplicaEngine:
         self.unscaled_total = 0
         """``variable_total`` before each batch's factor, where sequences are dealt to lanes."""
         self._plain = self._runs_ahead and token_ticks > 0 and sharing is None and self._lanes is None
+        self._plain &= speculation is None and self.scheduler.admits_plainly
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)
         self._late: dict[int, int] = {}
-        """When sequences that were just compacted aside, and have not decoded since, got their latest token."""
+        """When sequences that have not decoded since they were compacted aside, or since a step of prompts alone, got
+        their latest token."""
+        self._decoding = 0
+        """Sequences that decode in the step under way besides its prompts."""
         self._prompts_out: list[PromptOut] = []
         """Prompts that end with the step planned last."""
         self._flight: Flight | None = None
@@ -135,15 +158,13 @@ class ReplicaEngine:
         """Requests routed here that have not left; counted by the router, and only where it has a choice."""
 
     def _new_batch(self, limits: SchedulerLimits, token_ticks: int) -> DecodeBatch:
-        return DecodeBatch(limits.block_size, limits.prefill_growths[0][1], token_ticks)
+        return self._drafted or DecodeBatch(limits.block_size, limits.prefill_growths[0][1], token_ticks)
 
-    def _new_scheduler(
-        self, limits: SchedulerLimits, lengths: tuple[list[int], list[int]], sharing: PrefixSharing | None
-    ) -> Scheduler:
-        return Scheduler(limits, self.batch, lengths, self.generated, self.log, self.record, sharing)
+    def _new_scheduler(self, parts: SchedulerParts) -> Scheduler:
+        return build_scheduler(self.step.deployment.engine, parts)
 
     @property
-    def waiting(self) -> deque[int]:
+    def waiting(self) -> WaitingQueue:
         """Requests that the router left here and the scheduler has not admitted."""
         return self.scheduler.waiting
 
@@ -171,14 +192,14 @@ class ReplicaEngine:
         # The loop that knows nothing but prompts and decoding takes over where it may, and nobody watches.
         sprints = self._plain and clock_from > 0 and not source.is_dynamic and self.observer is None
         while True:
-            if sprints and not (scheduler.waiting or scheduler.partial or self._prompts_out):
+            if sprints and not (scheduler.waiting or scheduler.prefilling or self._prompts_out):
                 sprint(self, clock_from)
             if source.next_ticks <= self.seen:
                 source.deliver(self.seen)
             if waits:
                 waits.settle()
             lone, chunks, steps, ticks = False, None, 0, 0
-            if scheduler.waiting or scheduler.partial is not None or scheduler.loaded:
+            if scheduler.waiting or scheduler.prefilling or scheduler.loaded:
                 if self._plain and len(scheduler.waiting) == 1 and (ticks := self._begin_lone_prompt()):
                     lone, last = True, ticks
                 else:
@@ -215,7 +236,7 @@ class ReplicaEngine:
                 if self._in_company:
                     yield from self._step_in_company([])
                     continue
-                if self._shares_device or (self._late and not overlaps):
+                if self._shares_device or (self._late and not overlaps and scheduler.mixes):
                     yield from self._shared_step()
                     continue
                 steps, ticks, last = self._plan_run()
@@ -357,11 +378,13 @@ class ReplicaEngine:
             steps = min(steps, batch.steps_until_dry(scheduler.free))
             if not steps:
                 return 0, 0, 0
+        if self._drafted is not None:
+            return self._plan_drafted_run(self._drafted, steps)
         ticks = steps * first + slope * (steps * (steps - 1) // 2)
         last = first + slope * (steps - 1)
         # A new arrival changes nothing while an earlier one is still held back; who is on the way has room already.
         gap = (self.source.next_ticks if self.horizon is None else self.horizon()) - self.now
-        if ticks > gap and (not scheduler.waiting or self.waits):
+        if ticks > gap and (not scheduler.waiting or self.waits or scheduler.reorders):
             if not self.overlaps:
                 steps, ticks = steps_to_cover(gap, first, slope)
             elif ticks - last > gap:
@@ -382,6 +405,27 @@ class ReplicaEngine:
         else:
             self.record.runs.append((steps, size, first, slope))
         return steps, ticks, last
+
+    def _plan_drafted_run(self, batch: SpeculativeBatch, steps: int) -> tuple[int, int, int]:
+        """The same for steps that verify drafts, each of which lasts its own time."""
+        size, fixed = batch.size, self.tables.step[batch.size]
+        steps = min(steps, batch.steps_until_dry(self.scheduler.free))
+        if not steps:
+            return 0, 0, 0
+        work, own = self.host_work[size], batch.durations(fixed, steps)
+        lasting = np.maximum(own, work) if self.overlaps else own + work
+        ends = np.cumsum(lasting)
+        if not self.scheduler.waiting or self.waits or self.scheduler.reorders:
+            gap = (self.source.next_ticks if self.horizon is None else self.horizon()) - self.now
+            steps = steps_until(lasting, ends, gap, overlaps=self.overlaps)
+        ticks, own_ticks = int(ends[steps - 1]), int(own[:steps].sum())
+        self.decode_steps[size] += steps
+        self.record.host_ticks += ticks - own_ticks
+        self.variable_total += own_ticks - steps * fixed
+        rows = np.zeros((steps, 4), dtype=np.int64)
+        rows[:, 0], rows[:, 1], rows[:, 2] = 1, size, lasting[:steps]
+        self.record.runs.append(rows.ravel().tolist())
+        return steps, ticks, int(lasting[steps - 1])
 
     def _come_out_behind_first_step(self) -> None:
         """Sequences that end with the running step: a run's first step is planned with their blocks held, no other."""
@@ -440,6 +484,9 @@ class ReplicaEngine:
     def _begin_mixed(self, chunks: list[Chunk]) -> tuple[int, list[SequenceState]]:
         """Write down one step of all decoding sequences and some prompts: (ticks, prompts that it completes)."""
         batch = self.batch
+        size = self._decoding = batch.size if self.scheduler.mixes else 0
+        if size < batch.size:
+            self._hold_back()
         tokens = compress = 0
         ending = []
         for sequence, chunk in chunks:
@@ -450,9 +497,9 @@ class ReplicaEngine:
                     profile = sequence.profile = self._profile_of(sequence)
                     compress += profile.compress_ticks
         ticks = self._prefill_ticks(chunks, tokens, len(ending), 0 if self._side_stream else compress)
-        if batch.size:
+        if size:
             ticks += self._count_decode_step()
-        ticks = self._add_host_work(ticks, batch.size + len(chunks))
+        ticks = self._add_host_work(ticks, size + len(chunks))
         if self.observer is not None:
             self.observer.step(self, ticks, prompt_tokens=tokens, prompts=prompts_of(chunks))
         return ticks, ending
@@ -471,7 +518,7 @@ class ReplicaEngine:
         batch = self.batch
         for sequence, chunk in chunks:
             sequence.done += chunk
-        if batch.size:
+        if self._decoding:
             if self._late:
                 self._record_step(batch.size, lasted, self.now)
             else:
@@ -483,8 +530,7 @@ class ReplicaEngine:
     def _end_prompt(self, sequence: SequenceState) -> None:
         """A prompt is in: its blocks can be shared, its token will come out, and it decodes or is compacted first."""
         scheduler, index = self.scheduler, sequence.index
-        if sequence is scheduler.partial:
-            scheduler.partial = None
+        scheduler.end_prompt(sequence)
         if scheduler.sharing is not None:
             scheduler.register_prompt(sequence)
         generated = self.generated[index] = self.generated[index] + 1
@@ -501,7 +547,7 @@ class ReplicaEngine:
         """What the chunks add to a step: the difference of the tables, attention, and encoding the new tokens."""
         if self._lanes is not None:
             return self._lane_prefill_ticks(self._lanes, chunks)
-        tables, size = self.tables, self.batch.size
+        tables, size = self.tables, self._decoding
         compression = compress + tables.append[tokens]
         if not size:
             compression += tables.append_launch
@@ -513,18 +559,22 @@ class ReplicaEngine:
                 seconds, unpack_s = self.step.prefill_attention_seconds(chunk, sequence.done)
                 attention += round(float(seconds) * TICKS_PER_SECOND)
                 compression += round(float(unpack_s) * TICKS_PER_SECOND)
+                if self._speculation is not None:
+                    seconds = self._speculation.prefill_attention_seconds(chunk, sequence.done)
+                    attention += round(seconds * TICKS_PER_SECOND)
         self.record.prompts.append((size, tokens, ending, attention, compression))
         base, head = tables.base, tables.head
+        size *= tables.rows
         return base[size + tokens] - base[size] + head[size + ending] - head[size] + attention + compression
 
     def _profile_of(self, sequence: SequenceState) -> SequenceProfile:
         """The life of a sequence whose prompt is in."""
         return self.step.sequences.profile(sequence.target)
 
-    def compression_ticks(self) -> int:
-        """Part of ``variable_total`` that is due to compression."""
+    def compression_ticks(self, drafting_ticks: int) -> int:
+        """Part of ``variable_total``, of which drafts took so much, that is due to compression."""
         if self.batch.token_ticks:
-            return math.floor(self.variable_total * self.step.sequences.unpack_share)
+            return math.floor((self.variable_total - drafting_ticks) * self.step.sequences.unpack_share)
         if self.tables.factors is None:
             return self.batch.unpack_total
         # The batch counts sixteenths of a lane's share; the steps were charged by the fullest lane.
@@ -537,7 +587,7 @@ class ReplicaEngine:
             ends, profile = sequence.done + chunk == sequence.target, sequence.profile
             compress = profile.compress_ticks if ends and profile is not None and not self._side_stream else 0
             pieces.append(Piece(chunk, sequence.done, ends, compress))
-        size, record = self.batch.size, self.record
+        size, record = self._decoding, self.record
         fullest = lanes.prompts(pieces, size)
         decoding = self.step.deployment.parallelism.sequences_per_lane(size)
         record.prompts.append((decoding, fullest.tokens, fullest.ending, fullest.attention, fullest.compression))
@@ -556,7 +606,7 @@ class ReplicaEngine:
         total = size + target
         held = limits.fixed_bytes + -(-target // limits.block_size) * batch.block_bytes
         if (
-            scheduler.partial is not None
+            scheduler.prefilling
             or self.log.scheduled[index] >= 0
             or total > limits.max_num_batched_tokens
             or size + len(scheduler.leaving) >= limits.max_num_seqs
@@ -749,12 +799,23 @@ class ReplicaEngine:
         self.source.deliver(self.now)
 
     def _record_step(self, size: int, lasted: int, end_ticks: int) -> None:
-        """One step's gaps; a sequence that waited before its first step counts that wait as part of its gap."""
+        """One step's gaps; a sequence that had to wait before it counts that wait as part of its gap."""
         late = self._late
         self.record.runs.append((1, size - len(late), lasted, 0))
-        if late:
+        if not late:
+            return
+        if self.scheduler.mixes:
             self.record.gaps += [end_ticks - since for since in late.values()]
-            late.clear()
+        else:
+            self.record.held_back += [(end_ticks - since, count) for since, count in Counter(late.values()).items()]
+        late.clear()
+
+    def _hold_back(self) -> None:
+        """A step of prompts alone: who decodes goes without a token, and its next gap began at its latest one."""
+        late, now = self._late, self.now
+        if len(late) < self.batch.size:
+            for index in self.batch.active:
+                late.setdefault(index, now)
 
     def _forget_preempted(self) -> None:
         """Sequences preempted before their first step after compaction: their gap goes on."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvsim.sim.engine import ReplicaEngine
     from kvsim.sim.resources import Activity, SharedDevice
     from kvsim.sim.run import RunResult
-    from kvsim.sim.scheduler import Chunk
+    from kvsim.sim.scheduling import Chunk
 
 MAX_STEPS: Final = 400_000
 """Runs of steps kept per replica; the sums go on without the rest."""

@@ -19,6 +19,8 @@ class PrefixCache:
         self.unit_bytes = unit_bytes
         self._users: dict[int, int] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()
+        self.uses = 0
+        """Uses of all units together."""
         self.on_evict: Callable[[Sequence[int]], None] | None = None
         """Told which units were just forgotten, the least recently used first."""
 
@@ -53,6 +55,7 @@ class PrefixCache:
 
     def pin(self, hashes: Sequence[int]) -> None:
         """Use present units once more."""
+        self.uses += len(hashes)
         for value in hashes:
             self._users[value] += 1
             self._unused.pop(value, None)
@@ -62,11 +65,13 @@ class PrefixCache:
         if value in self._users:
             return False
         self._users[value] = 1
+        self.uses += 1
         return True
 
     def unpin(self, hashes: Sequence[int]) -> int:
         """Stop using units, last one first so that a prefix outlives its continuation; count those now unused."""
         freed = 0
+        self.uses -= len(hashes)
         for value in reversed(hashes):
             left = self._users[value] - 1
             if left < 0:

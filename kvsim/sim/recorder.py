@@ -80,6 +80,8 @@ class ReplicaRecord:
     """A :data:`Run` each."""
     gaps: list[int] = field(default_factory=list)
     """Single inter-token gaps that span a preemption or a compaction."""
+    held_back: list[tuple[int, int]] = field(default_factory=list)
+    """(ticks, sequences) of gaps that span steps of prompts alone."""
     prompts: Rows = field(default_factory=lambda: Rows(5))
     """A :data:`PromptStep` each."""
     other_lanes_tokens: int = 0
@@ -92,6 +94,12 @@ class ReplicaRecord:
     """Time that steps took longer for the host's work."""
     contention_ticks: int = 0
     """Time lost to sharing the device with side activities."""
+    verifications: int = 0
+    """Steps of single sequences that verified drafts."""
+    verified_tokens: int = 0
+    """Tokens that came out of them."""
+    drafting_ticks: int = 0
+    """The part of decode steps that drafting took."""
     preemptions: int = 0
     recomputed_tokens: int = 0
     cached_prompt_tokens: int = 0

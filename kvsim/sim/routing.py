@@ -7,7 +7,6 @@ Sources: sgl-router/src/policies/cache_aware.rs and its Python defaults (SGLang)
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,11 +14,18 @@ from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.specs.routing import RouterThresholds, Routing
 
 
+class Queue(Protocol):
+    """Where the router leaves requests."""
+
+    def append(self, index: int, /) -> None:
+        """Add an arrival."""
+
+
 class Replica(Protocol):
     """What the router needs to know of a replica."""
 
     @property
-    def waiting(self) -> deque[int]:
+    def waiting(self) -> Queue:
         """Requests delivered and not yet admitted."""
 
     @property

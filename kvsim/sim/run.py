@@ -15,7 +15,7 @@ from kvsim.cost.host import host_seconds
 from kvsim.cost.priors import Edge
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
-from kvsim.cost.tables import StepTables, build_tables
+from kvsim.cost.tables import StepTables, build_tables, in_parts
 from kvsim.deployment import Deployment
 from kvsim.errors import InvariantViolation
 from kvsim.memory import MemoryPlan
@@ -31,7 +31,9 @@ from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.resources import SharedDevice
 from kvsim.sim.routing import Router
-from kvsim.sim.scheduler import PrefixSharing, SchedulerLimits
+from kvsim.sim.scheduling import PrefixSharing, SchedulerLimits
+from kvsim.sim.speculation import build_speculation
+from kvsim.sim.speculative_batch import SpeculativeBatch
 from kvsim.sim.tiers.build import TierBuilder, TiersResult
 from kvsim.sim.tiers.reload import PrefillEstimate
 from kvsim.specs.routing import RouterThresholds, Routing
@@ -67,6 +69,7 @@ def run_requests(
     routing: Routing = "round_robin",
     thresholds: RouterThresholds | None = None,
     edge: Edge = Edge.CENTRAL,
+    seed: int = 0,
     coalesce: bool = True,
     progress: Callable[[float], None] | None = None,
     observer: RunObserver | None = None,
@@ -75,7 +78,14 @@ def run_requests(
     env = simpy.Environment(initial_time=0)
     step = StepModel(deployment, build_rates(deployment.device, deployment.priors, edge))
     engine = deployment.engine
-    tables = build_tables(step, most_lane_tokens(deployment), engine.max_num_seqs)
+    tables = build_tables(step, max(most_lane_tokens(deployment), engine.max_num_seqs), engine.max_num_seqs)
+    if engine.kind == "llamacpp":
+        tables = in_parts(tables, engine.n_ubatch)
+    speculation = None
+    if engine.speculative_config is not None:
+        tables, speculation = build_speculation(
+            step, engine.speculative_config, edge, seed=seed, max_model_len=max_model_len
+        )
     front = front_end_ticks(front_end(deployment, edge))
     source = ArrivalSource(env, requests, build_router(requests, routing, thresholds), front)
     count = len(requests)
@@ -107,6 +117,8 @@ def run_requests(
                 sharing.build(device, tiers) if sharing is not None else None,
                 token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
                 coalesce=foreseeable,
+                speculation=speculation,
+                priority=requests.priority.tolist() if requests.priority is not None else None,
                 host_work=host_work,
             )
         )
@@ -195,7 +207,10 @@ def scheduler_limits(deployment: Deployment, plan: MemoryPlan, max_model_len: in
         chunked_prefill=engine.enable_chunked_prefill,
         prefill_growths=growths,
         fixed_bytes=fixed_bytes,
-        keeps_preempted=deployment.prefix_caching
+        decode_tokens=1 + (engine.speculative_config.num_speculative_tokens if engine.speculative_config else 0),
+        # SGLang forgets what it retracts; of TensorRT-LLM it is not known.
+        keeps_preempted=engine.kind == "vllm"
+        and deployment.prefix_caching
         and all(len(growths) == 1 and growths[0][0] is None for growths in by_level),
         plans_ahead=engine.schedules_ahead,
     )
@@ -280,9 +295,11 @@ def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
         return
     size, tokens, ending, attention, compression = record.prompts.table().T
 
+    rows = size * tables.rows
+
     def added(table: list[int], extra: npt.NDArray[np.int64]) -> int:
         values = np.array(table, dtype=np.int64)
-        return int((values[size + extra] - values[size]).sum())
+        return int((values[rows + extra] - values[rows]).sum())
 
     record.prefill = PhaseTicks(
         weights=added(tables.weights, tokens)
@@ -303,17 +320,36 @@ def _split_decode_time(replica: ReplicaEngine, tables: StepTables) -> None:
     for batch, steps in enumerate(replica.decode_steps):
         if steps:
             sequences = parallel.sequences_per_lane(batch)
-            gather, sampling = tables.gather[sequences], tables.sampling[sequences]
-            decode.weights += steps * (tables.weights[sequences] + tables.head[sequences] - gather - sampling)
-            decode.communication += steps * (tables.communication[sequences] + gather)
-            decode.overhead += steps * (tables.overhead[sequences] + sampling)
+            rows = sequences * tables.rows
+            gather, sampling = tables.gather[rows], tables.sampling[rows]
+            decode.weights += steps * (tables.weights[rows] + tables.head[rows] - gather - sampling)
+            decode.communication += steps * (tables.communication[rows] + gather)
+            decode.overhead += steps * (tables.overhead[rows] + sampling)
             decode.attention += steps * tables.attention_fixed[sequences]
             decode.compression += steps * tables.compression_fixed[sequences]
-    unpack = replica.compression_ticks()
+    drafting = _split_drafting(replica, tables, decode)
+    unpack = replica.compression_ticks(drafting)
     decode.compression += unpack
     decode.attention += replica.variable_total - unpack
     decode.overhead += replica.record.host_ticks
     replica.record.decode = decode
+
+
+def _split_drafting(replica: ReplicaEngine, tables: StepTables, decode: PhaseTicks) -> int:
+    """Divide the drafters' passes after the first likewise; ticks that drafting took for contexts."""
+    batch, record, drafting = replica.batch, replica.record, tables.drafting
+    if not isinstance(batch, SpeculativeBatch):
+        return 0
+    record.verifications, record.verified_tokens = batch.verifications, batch.tokens_out
+    record.drafting_ticks = batch.draft_total
+    for sequences, steps in enumerate(replica.decode_steps):
+        if steps and drafting is not None:
+            decode.weights += steps * drafting.weights[sequences]
+            decode.communication += steps * drafting.communication[sequences]
+            decode.overhead += steps * drafting.overhead[sequences]
+            decode.attention += steps * drafting.attention[sequences]
+            record.drafting_ticks += steps * drafting.whole[sequences]
+    return batch.draft_total
 
 
 def _check_replica(replica: ReplicaEngine) -> None:
@@ -323,6 +359,7 @@ def _check_replica(replica: ReplicaEngine) -> None:
         "sequences": batch.size,
         "waiting requests": len(scheduler.waiting),
         "sequences that wait beside the steps": len(replica.waits) + len(scheduler.loaded),
+        "prompts in progress": len(scheduler.prefilling),
         "missing pool bytes": scheduler.limits.pool_bytes - scheduler.free,
         "ticks of decode work": batch.variable,
         "bytes of pending growth": batch.growth_total,

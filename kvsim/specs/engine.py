@@ -1,12 +1,15 @@
-"""The serving engine's options, in vLLM's names and defaults."""
+"""The serving engine's options, in vLLM's names and defaults where vLLM has the option."""
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
 from kvsim.specs.base import Spec
+from kvsim.specs.engine_options import MAX_PREFILL_TOKENS, OTHER_NAMES, refuse_foreign, with_engine_names
+from kvsim.specs.speculation import SpeculativeConfig
 from kvsim.specs.tier import HostTier, KvReload, KvTier
 from kvsim.units import Bytes, Seconds
 
@@ -56,10 +59,10 @@ class EngineSpec(Spec):
     """Options of one engine instance; spelling and defaults follow ``vllm serve``, as of late 2026."""
 
     kind: EngineKind = "vllm"
-    """Decides the allocator's rules, and which option says how much memory the engine may take."""
+    """Decides the scheduler, the allocator's rules, and which option says how much memory the engine may take."""
     version: Annotated[str, StringConstraints(pattern=r"^\d{1,3}\.\d{1,3}(\.\d{1,3})?$")] | None = None
     """Release of vLLM whose memory rules apply, such as 0.15.1; None takes the latest that kvsim knows."""
-    block_size: Literal[8, 16, 32, 64, 128] = 16
+    block_size: Literal[1, 8, 16, 32, 64, 128] = 16
     max_num_seqs: Count = 256
     max_num_batched_tokens: Count = 8192
     max_model_len: Count | None = None
@@ -110,6 +113,50 @@ class EngineSpec(Spec):
     """Requests per second that one API server lets through, in order of arrival; None is no limit."""
     cuda_graphs: bool = True
     """Pad decode batches to captured sizes and pay one launch per graph instead of one per kernel."""
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    """vLLM. ``priority``: the lowest value first, then the earliest; the highest is preempted first."""
+    long_prefill_token_threshold: Annotated[int, Field(ge=0)] = 0
+    """vLLM. Most tokens of one prompt in a step, so that several prompts share it; 0 sets no such limit."""
+    max_prefill_tokens: Count = MAX_PREFILL_TOKENS
+    """SGLang. A prefill batch takes no further prompt once it holds this many tokens."""
+    enable_mixed_chunk: bool = False
+    """SGLang. Decode along with prompts in one step instead of prompts first."""
+    schedule_conservativeness: Annotated[float, Field(ge=0)] = 1.0
+    """SGLang. Scales how much of their unspent output running requests are expected to need."""
+    schedule_policy: Literal["fcfs", "lpm"] = "fcfs"
+    """SGLang. Order of the waiting queue: arrival, or longest cached prefix first."""
+    capacity_scheduler_policy: Literal["guaranteed_no_evict", "max_utilization"] = "guaranteed_no_evict"
+    """TensorRT-LLM. Admit a request only if all running ones can end beside it, or as soon as its prompt fits."""
+    n_ubatch: Count = 512
+    """llama.cpp. Tokens computed at once: a larger batch is cut into such parts."""
+    speculative_config: SpeculativeConfig | None = None
+    """vLLM. Draft tokens that one step verifies; None decodes one token a step."""
+
+    other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_names(cls, given: Any) -> Any:
+        return with_engine_names(given) if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _own_options(self) -> Self:
+        fields = type(self).model_fields
+        refuse_foreign(self.kind, self.__dict__, {name: field.default for name, field in fields.items()})
+        if self.block_size == 1 and self.kind != "sglang":
+            msg = f"block_size 1 is SGLang's page size, and engine.kind is {self.kind}; allowed are 8, 16, 32, 64, 128"
+            raise ValueError(msg)
+        if (
+            self.kind == "tensorrt_llm"
+            and self.enable_chunked_prefill
+            and self.max_num_batched_tokens < self.block_size
+        ):
+            msg = (
+                f"max_num_tokens {self.max_num_batched_tokens} is less than tokens_per_block {self.block_size}, and "
+                "prompts are cut to whole blocks"
+            )
+            raise ValueError(msg)
+        return self
 
     @property
     def release(self) -> tuple[int, int] | None:
@@ -145,6 +192,12 @@ class EngineSpec(Spec):
             )
             raise ValueError(msg)
         return self
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Most tokens that one forward pass computes."""
+        budget = self.max_num_batched_tokens
+        return min(budget, self.n_ubatch) if self.kind == "llamacpp" else budget
 
     @property
     def schedules_ahead(self) -> bool:

@@ -159,6 +159,11 @@ class ModelSpec(Spec):
         return round(linear * self.weight_bits / 8) + self.num_embedding_parameters * 2
 
     @property
+    def layer_weight_bytes(self) -> float:
+        """Bytes of the mean layer's weights."""
+        return (self.num_parameters - self.num_embedding_parameters) * self.weight_bits / 8 / self.num_layers
+
+    @property
     def expert_bytes(self) -> int:
         """Bytes of all routed experts' weights; 0 for a dense model."""
         if self.moe is None:

@@ -192,6 +192,8 @@ class TraceColumns(Spec):
     hash_id_block_size: Count = 512
     class_column: str | None = None
     """Name of each request's class (text or numbers)."""
+    priority_column: str | None = None
+    """Whole numbers, lower served first; used by ``engine.scheduling_policy: priority``."""
 
 
 class TraceWorkload(Spec):

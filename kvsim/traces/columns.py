@@ -52,6 +52,7 @@ def _read_json(origin: Origin, columns: TraceColumns) -> RawRows:
         columns.timestamp_column,
         columns.hash_ids_column,
         columns.hash_id_block_size,
+        columns.priority_column,
         columns.class_column,
     )
     return read_json_rows(json_lines(read_trace_bytes(origin), origin), fields, origin)
@@ -62,7 +63,8 @@ def _read_table(origin: Origin, columns: TraceColumns, kind: str) -> RawRows:
     if kind == "csv" and hashes is not None:
         origin.fail("a CSV cannot hold hash ids; use JSON lines or Parquet", field=hashes)
     wanted = [columns.prompt_tokens_column, columns.output_tokens_column]
-    wanted += [name for name in (times, hashes, columns.class_column) if name is not None]
+    named = (times, hashes, columns.priority_column, columns.class_column)
+    wanted += [name for name in named if name is not None]
     table = (read_csv_table if kind == "csv" else read_parquet_table)(origin, wanted)
     return RawRows(
         numbers=row_numbers(table),
@@ -72,4 +74,5 @@ def _read_table(origin: Origin, columns: TraceColumns, kind: str) -> RawRows:
         hash_ids=None if hashes is None else hash_lists(table, hashes, origin),
         hash_block_tokens=columns.hash_id_block_size,
         classes=None if columns.class_column is None else class_labels(table, columns.class_column, origin),
+        priority=None if columns.priority_column is None else token_counts(table, columns.priority_column, origin),
     )

@@ -113,13 +113,16 @@ def parse_json(text: str, origin: Origin, *, row: int | None = None, hint: str =
         origin.fail("not valid JSON: a number with too many digits", row=row)
 
 
-def whole_number(row: Mapping[str, Any], field: str, origin: Origin, number: int) -> int:
-    """Token count ``row[field]``; raise TraceError where it is missing or no whole number within the cap."""
+def whole_number(row: Mapping[str, Any], field: str, origin: Origin, number: int, *, least: int = 1) -> int:
+    """Token count ``row[field]``; raise TraceError where it is missing or no whole number within the cap.
+
+    A 0 passes here whatever ``least`` says: some formats mark failed requests by it.
+    """
     value = _required(row, field, origin, number)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not -1 < value <= MAX_REQUEST_TOKENS:
-        problem = f"{shown(value)} is not allowed; must be a whole number from 1 to {MAX_REQUEST_TOKENS}"
+        problem = f"{shown(value)} is not allowed; must be a whole number from {least} to {MAX_REQUEST_TOKENS}"
         origin.fail(problem, row=number, field=field)
     return value
 

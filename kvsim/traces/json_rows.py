@@ -21,6 +21,7 @@ class JsonFields:
     time: str | None = None
     hash_ids: str | None = None
     hash_block_tokens: int = 512
+    priority: str | None = None
     request_class: str | None = None
 
 
@@ -34,6 +35,7 @@ def read_json_rows(
     times: list[float] = []
     hash_ids: list[list[int]] = []
     classes: list[str] = []
+    priorities: list[int] = []
     for number, row in rows:
         numbers.append(number)
         prompts.append(whole_number(row, fields.prompt, origin, number))
@@ -44,6 +46,8 @@ def read_json_rows(
             hash_ids.append(hash_id_list(row, fields.hash_ids, origin, number))
         if fields.request_class is not None:
             classes.append(class_label(row, fields.request_class, origin, number))
+        if fields.priority is not None:
+            priorities.append(whole_number(row, fields.priority, origin, number, least=0))
     return RawRows(
         numbers=np.array(numbers, dtype=np.int64),
         prompt_tokens=np.array(prompts, dtype=np.int64),
@@ -52,4 +56,5 @@ def read_json_rows(
         hash_ids=None if fields.hash_ids is None else hash_ids,
         hash_block_tokens=fields.hash_block_tokens,
         classes=None if fields.request_class is None else classes,
+        priority=None if fields.priority is None else np.array(priorities, dtype=np.int64),
     )

@@ -41,6 +41,7 @@ class TraceRows:
     hash_block_tokens: int = 512
     classes: tuple[str, ...] | None = None
     """Per request, the name of its class."""
+    priority: IntArray | None = None
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -81,6 +82,7 @@ class RawRows:
     hash_ids: HashIds | None = None
     hash_block_tokens: int = 512
     classes: Sequence[str] | None = None
+    priority: IntArray | None = None
 
     def take(self, rows: IntArray) -> RawRows:
         """Rows at the given indices, in that order."""
@@ -92,6 +94,7 @@ class RawRows:
             hash_ids=None if self.hash_ids is None else [self.hash_ids[row] for row in rows.tolist()],
             hash_block_tokens=self.hash_block_tokens,
             classes=None if self.classes is None else [self.classes[row] for row in rows.tolist()],
+            priority=None if self.priority is None else self.priority[rows],
         )
 
 
@@ -120,6 +123,8 @@ def check_rows(raw: RawRows, origin: Origin, *, zero_output_is_failure: bool, no
     _check_counts(raw, raw.prompt_tokens, origin, origin.prompt_field)
     _check_counts(raw, raw.output_tokens, origin, origin.output_field)
     _check_hash_ids(raw, origin)
+    if raw.priority is not None:
+        _check_counts(raw, raw.priority, origin, "priority", least=0)
     raw, note = _sorted_by_arrival(raw, origin)
     return TraceRows(
         source=f"{origin.path.name} ({origin.format})",
@@ -129,14 +134,15 @@ def check_rows(raw: RawRows, origin: Origin, *, zero_output_is_failure: bool, no
         prefix_hashes=None if raw.hash_ids is None else tuple(tuple(ids) for ids in raw.hash_ids),
         hash_block_tokens=raw.hash_block_tokens,
         classes=None if raw.classes is None else tuple(raw.classes),
+        priority=raw.priority,
         notes=(*found, *note),
     )
 
 
-def _check_counts(raw: RawRows, counts: IntArray, origin: Origin, field: str) -> None:
-    bad = np.flatnonzero((counts < 1) | (counts > MAX_REQUEST_TOKENS))
+def _check_counts(raw: RawRows, counts: IntArray, origin: Origin, field: str, *, least: int = 1) -> None:
+    bad = np.flatnonzero((counts < least) | (counts > MAX_REQUEST_TOKENS))
     if len(bad):
-        problem = f"{counts[bad[0]]} is not allowed; must be a whole number from 1 to {MAX_REQUEST_TOKENS}"
+        problem = f"{counts[bad[0]]} is not allowed; must be a whole number from {least} to {MAX_REQUEST_TOKENS}"
         origin.fail(problem, row=int(raw.numbers[bad[0]]), field=field)
 
 

@@ -36,6 +36,7 @@ def build_traced(workload: TraceWorkload, seed: int, base_dir: Path | None) -> R
         hash_block_tokens=rows.hash_block_tokens,
         request_class=classes,
         class_names=names,
+        priority=None if rows.priority is None else rows.priority[kept],
         source=_source(workload, rows, len(prompts), seed),
         notes=rows.notes,
     )

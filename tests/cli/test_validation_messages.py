@@ -30,7 +30,7 @@ def message(**changes: object) -> str:
         ),
         ({"engine": {"max_num_seq": 1}}, "s.yaml: engine.max_num_seq: unknown key; did you mean 'max_num_seqs'?"),
         ({"max_num_seqs": 1}, "s.yaml: max_num_seqs: unknown key; did you mean 'engine.max_num_seqs'?"),
-        ({"engine": {"block_size": 5}}, "s.yaml: engine.block_size: 5 is not allowed; allowed: 8, 16, 32, 64, 128"),
+        ({"engine": {"block_size": 5}}, "s.yaml: engine.block_size: 5 is not allowed; allowed: 1, 8, 16, 32, 64, 128"),
         (
             {"slo": {"ttft_s": 5}},
             "s.yaml: slo.ttft_s: duration 5 has no unit; write it as a string such as '5 s' (got 5)",

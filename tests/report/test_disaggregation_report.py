@@ -157,13 +157,16 @@ def test_strategies_compare_over_two_pools() -> None:
     assert moved[0] > moved[2]
 
 
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 1, "acceptance_rate": 0.5}
 REFUSED = [
     ({}, {"replicas": 2}, InvalidSpec, "disaggregation.prefill.replicas"),
     ({"link": "infiniband"}, {}, UnknownName, "disaggregation.link: unknown link 'infiniband'"),
     ({"decode": {"engine": {"block_size": 32}}}, {}, IncompatibleScenario, "blocks of 16 tokens"),
     ({"prefill": {"engine": {"kv_offloading_size": 2**34}}}, {}, IncompatibleScenario, "prefill.engine.kv_offloading"),
     ({}, {"engine": {"compression_stream": "side"}}, IncompatibleScenario, "compression_stream: side"),
-    ({}, {"engine": {"kind": "llamacpp"}}, IncompatibleScenario, "hands no KV over"),
+    ({}, {"engine": {"kind": "llamacpp"}}, IncompatibleScenario, "handing KV over is modelled for vllm"),
+    ({}, {"engine": {"scheduling_policy": "priority"}}, IncompatibleScenario, "scheduling_policy: not modelled"),
+    ({}, {"engine": {"speculative_config": DRAFTS}}, IncompatibleScenario, "speculative_config: not modelled"),
     ({}, {"pipeline_parallel_size": 2}, IncompatibleScenario, "pipeline stages"),
     ({"decode": {"engine": {"request_overhead_s": 0.1}}}, {}, IncompatibleScenario, "one front end"),
     ({"prefill": {"device": "h1000"}}, {}, UnknownName, "disaggregation.prefill"),

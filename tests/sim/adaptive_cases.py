@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import numpy as np
 from hypothesis import strategies as st
-from run_invariants import AuditedScheduler
+from run_invariants import Audited
 from sim_cases import ANY_TABLE, BATCHED, MS, Case, build_case, deploy, lengths, shared_tables, table, talk_tables
 
 from kvsim.adaptive import Adaptive
 from kvsim.deployment import Deployment
 from kvsim.requests import RequestTable
 from kvsim.sim.adaptive import engine
-from kvsim.sim.adaptive.scheduler import AdaptiveScheduler
+from kvsim.sim.adaptive.scheduler import LevelScheduling, adaptive_scheduler
+from kvsim.sim.scheduling import SchedulerParts
+from kvsim.specs.engine import EngineSpec
 
 KEEPING = ("native", "fp8", "kivi-4(residual_length=32)", "turboquant_4bit_nc", "int4_per_token_head", "nvfp4")
 SELECTING = ("snapkv(budget_tokens=40,window_size=8)", "streaming_llm:24", "h2o:20", "quest:32",
@@ -40,10 +42,8 @@ def classed(requests: RequestTable, classes: list[int], names: tuple[str, ...]) 
     return replace(requests, request_class=np.array(classes, dtype=np.int64), class_names=names)
 
 
-class AuditedAdaptive(AuditedScheduler, AdaptiveScheduler):
+class AuditedLevels(Audited):
     """Counts every byte of every level again before each step."""
-
-    ledger: ClassVar[list[AuditedScheduler]] = []
 
     def _pinned_bytes(self) -> int:
         cache = self.sharing.cache
@@ -52,14 +52,18 @@ class AuditedAdaptive(AuditedScheduler, AdaptiveScheduler):
 
 
 @contextmanager
-def audited_levels() -> Iterator[list[AuditedScheduler]]:
-    """Let adaptive runs use audited schedulers."""
+def audited_levels() -> Iterator[list[Audited]]:
+    """Let adaptive runs use audited schedulers, and list them."""
+    ledger: list[Audited] = []
 
-    class Audited(AuditedAdaptive):
-        ledger: ClassVar[list[AuditedScheduler]] = []
+    def build(spec: EngineSpec, parts: SchedulerParts) -> LevelScheduling:
+        scheduler = adaptive_scheduler(spec, parts)
+        scheduler.__class__ = type("Audited", (AuditedLevels, type(scheduler)), {})
+        ledger.append(scheduler)  # type: ignore[arg-type]
+        return scheduler
 
-    with mock.patch.object(engine, "AdaptiveScheduler", Audited):
-        yield Audited.ledger
+    with mock.patch.object(engine, "adaptive_scheduler", build):
+        yield ledger
 
 
 @st.composite
@@ -104,11 +108,14 @@ def adaptive_cases(draw: st.DrawFn, *, pressed: bool = True) -> Case:
     if draw(st.booleans()):
         members = draw(st.lists(st.integers(0, 1), min_size=len(requests), max_size=len(requests)))
         requests = classed(requests, members, ("one", "two"))
+        requests = replace(requests, priority=np.array(members, dtype=np.int64))
         low, high = sorted(draw(st.lists(st.integers(0, len(levels) - 1), min_size=2, max_size=2)))
         adaptive["classes"] = {"two": {"min_level": low, "max_level": high}}
     deployment = adapt(
         levels, adaptive, model=model, max_num_batched_tokens=batched, max_num_seqs=min(batched, seqs),
         enable_chunked_prefill=draw(st.sampled_from((True, True, True, False))),
+        scheduling_policy=draw(st.sampled_from(("fcfs", "fcfs", "priority"))),
+        long_prefill_token_threshold=draw(st.sampled_from((0, 0, 12))),
         compression_stream=draw(st.sampled_from(("inline", "inline", "side"))),
         async_scheduling=draw(st.booleans()), replicas=1 if pressed else draw(st.sampled_from((1, 1, 2))),
     )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
 from unittest import mock
 
 import numpy as np
@@ -13,18 +12,15 @@ from sim_cases import Case, busy_ticks, gap_counts
 from kvsim.sim import engine
 from kvsim.sim.batch import SequenceState
 from kvsim.sim.run import RunResult
-from kvsim.sim.scheduler import Chunk, Scheduler
+from kvsim.sim.scheduling import Chunk, Scheduler, SchedulerParts, build_scheduler
+from kvsim.sim.speculative_batch import SpeculativeBatch
+from kvsim.specs.engine import EngineSpec
 
 
-class AuditedScheduler(Scheduler):
-    """Counts every byte again before each step; ``ledger`` holds all schedulers of a run."""
+class Audited(Scheduler):
+    """Put before any engine's scheduler, counts every byte again before each step."""
 
-    ledger: ClassVar[list[AuditedScheduler]]
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self.audits = 0
-        self.ledger.append(self)
+    audits = 0
 
     def schedule(self, now_ticks: int, seats_taken: int, start_ticks: int) -> list[Chunk]:
         # A sequence that is compacted aside is in no list; a prompt that comes back from a tier is paid for ahead.
@@ -35,8 +31,8 @@ class AuditedScheduler(Scheduler):
     def audit(self) -> None:
         held = sum(self._own_bytes(sequence) for sequence in self.batch.active.values())
         held += sum(held_bytes or 0 for _, _, held_bytes in self.leaving)
-        if self.partial is not None:
-            held += self.prompt_bytes(self.partial, self.partial.done) - self._shared(self.partial)
+        for prompt in self.prefilling:
+            held += self.prompt_bytes(prompt, prompt.done) - self._shared(prompt)
         if self.sharing is not None:
             held += self._pinned_bytes()
             assert self.sharing.cache.evictable_bytes <= self.free
@@ -45,6 +41,8 @@ class AuditedScheduler(Scheduler):
         self.audits += 1
 
     def _own_bytes(self, sequence: SequenceState) -> int:
+        if isinstance(self.batch, SpeculativeBatch):
+            return self.batch.growing_bytes(sequence) + sequence.held
         steps, size = self.batch.counter - sequence.joined, self.limits.block_size
         if sequence.profile is not None:
             return sequence.profile.resident_bytes(steps, size) - self._shared(sequence)
@@ -63,29 +61,33 @@ class AuditedScheduler(Scheduler):
 
 
 @contextmanager
-def audited() -> Iterator[list[AuditedScheduler]]:
-    """Let runs use audited schedulers."""
+def audited(audit: type[Audited] = Audited) -> Iterator[list[Audited]]:
+    """Let runs use audited schedulers, and list them."""
+    ledger: list[Audited] = []
 
-    class Audited(AuditedScheduler):
-        ledger: ClassVar[list[AuditedScheduler]] = []
+    def build(spec: EngineSpec, parts: SchedulerParts) -> Scheduler:
+        scheduler = build_scheduler(spec, parts)
+        scheduler.__class__ = type("Audited", (audit, type(scheduler)), {})
+        ledger.append(scheduler)  # type: ignore[arg-type]
+        return scheduler
 
-    with mock.patch.object(engine, "Scheduler", Audited):
-        yield Audited.ledger
+    with mock.patch.object(engine, "build_scheduler", build):
+        yield ledger
 
 
-def check_schedulers(schedulers: list[AuditedScheduler]) -> None:
+def check_schedulers(schedulers: list[Audited]) -> None:
     """At the end every byte is back and nobody uses a cached unit."""
     for scheduler in schedulers:
         scheduler.audit()
         assert scheduler.free == scheduler.limits.pool_bytes
         assert not scheduler.waiting
-        assert scheduler.partial is None
+        assert not scheduler.prefilling
         assert not scheduler.batch.active
         assert scheduler.sharing is None or scheduler._pinned_bytes() == 0
 
 
-def check_run(case: Case, result: RunResult) -> None:
-    """All laws of one run."""
+def check_run(case: Case, result: RunResult, *, in_order: bool = True) -> None:
+    """All laws of one run; ``in_order``: the engine promises to start requests as they come."""
     _lives(case, result)
     _gaps(case, result)
     _prompts(case, result)
@@ -93,7 +95,7 @@ def check_run(case: Case, result: RunResult) -> None:
     engine = case.deployment.engine
     if engine.compression_stream == "inline" and not engine.all_kv_tiers:
         _work_conserving(case, result)
-    if case.deployment.replicas == 1:
+    if case.deployment.replicas == 1 and in_order:
         _first_come_first_served(case, result)
 
 

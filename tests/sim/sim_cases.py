@@ -304,6 +304,8 @@ def gap_counts(result: RunResult) -> Counter[int]:
     gaps: Counter[int] = Counter()
     for record in result.records:
         gaps.update(record.gaps)
+        for ticks, count in record.held_back:
+            gaps[ticks] += count
         for steps, sequences, first, slope in record.runs:
             for step in range(steps):
                 gaps[first + slope * step] += sequences

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import ClassVar
-from unittest import mock
 
 import numpy as np
 import simpy
 from disagg_cases import FREE, Split, admitted, crossing, split, splits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from run_invariants import AuditedScheduler, check_schedulers
+from run_invariants import Audited, audited, check_schedulers
 from sim_cases import AHEAD, MS, build_case, deploy, gap_counts, shared_tables, step_model, table, talk_tables
 from test_coalescing import assert_same
 from test_routing import sessions
 
 from kvsim.cost.tables import build_tables
-from kvsim.sim import engine
 from kvsim.sim.disaggregated import Crossing
 from kvsim.sim.fabric import Fabric
 from kvsim.sim.run import RunResult, host_work_ticks
-from kvsim.sim.scheduler import Chunk, Scheduler
+from kvsim.sim.scheduling import Chunk
 from kvsim.units import TICKS_PER_SECOND
 
 SETTINGS = settings(
@@ -31,7 +26,7 @@ SETTINGS = settings(
 )
 
 
-class AuditedTaker(AuditedScheduler):
+class AuditedTaker(Audited):
     """Counts every byte of decode replicas; on the prefill side, KV on its way out is in no list until it is gone."""
 
     takes = False
@@ -40,16 +35,8 @@ class AuditedTaker(AuditedScheduler):
         self.takes = self.takes or bool(self.remote)
         if self.takes and seats_taken == len(self.leaving):
             self.audit()
-        return Scheduler.schedule(self, now_ticks, seats_taken, start_ticks)
-
-
-@contextmanager
-def audited_takers() -> Iterator[list[AuditedScheduler]]:
-    class Audited(AuditedTaker):
-        ledger: ClassVar[list[AuditedScheduler]] = []
-
-    with mock.patch.object(engine, "Scheduler", Audited):
-        yield Audited.ledger
+        # The engine's own, past the audit of every step.
+        return super(Audited, self).schedule(now_ticks, seats_taken, start_ticks)
 
 
 def check_split(case: Split, result: RunResult) -> None:
@@ -78,7 +65,7 @@ def check_split(case: Split, result: RunResult) -> None:
 @given(case=splits())
 @settings(SETTINGS, max_examples=250)
 def test_coalesced_equals_per_step_and_nothing_is_lost(case: Split) -> None:
-    with audited_takers() as schedulers:
+    with audited(AuditedTaker) as schedulers:
         coalesced, stepped = case.play(), case.play(coalesce=False)
     check_split(case, coalesced)
     assert_same(coalesced, stepped)

@@ -12,7 +12,8 @@ from kvsim.errors import InvariantViolation, KvsimError
 from kvsim.sim import engine
 from kvsim.sim.arrivals import ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
-from kvsim.sim.scheduler import Scheduler
+from kvsim.sim.scheduling import Scheduler
+from kvsim.sim.scheduling.in_flight import InFlightScheduler
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_idling_beside_admissible_work_is_noticed(case: Case, monkeypatch: pytes
         scheduler.looked = True
         return []
 
-    wrap(monkeypatch, Scheduler, "schedule", refuse)
+    wrap(monkeypatch, InFlightScheduler, "schedule", refuse)
     with pytest.raises(InvariantViolation, match="waits although the replica is idle"):
         case.play()
 

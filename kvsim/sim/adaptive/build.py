@@ -15,7 +15,7 @@ from kvsim.sim.adaptive.scheduler import LevelSharing, level_sharing
 from kvsim.sim.arrivals import ArrivalSource
 from kvsim.sim.recorder import RequestLog
 from kvsim.sim.resources import SharedDevice
-from kvsim.sim.scheduler import SchedulerLimits
+from kvsim.sim.scheduling import SchedulerLimits
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LevelBuilder:
         host_work: list[int],
     ) -> AdaptiveEngine:
         """One replica's engine."""
-        classes = self.requests.request_class
+        classes, priority = self.requests.request_class, self.requests.priority
         return AdaptiveEngine(
             env,
             device,
@@ -67,6 +67,7 @@ class LevelBuilder:
             classes=(self.requests.class_names, None if classes is None else classes.tolist()),
             coalesce=coalesce,
             host_work=host_work,
+            priority=None if priority is None else priority.tolist(),
         )
 
     def _sharing(self) -> LevelSharing | None:

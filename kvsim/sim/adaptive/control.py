@@ -15,7 +15,7 @@ from kvsim.sim.adaptive.prefix_cache import LevelCache
 from kvsim.sim.adaptive.prices import LevelPrices
 from kvsim.sim.adaptive.record import Action, AdaptiveRecord
 from kvsim.sim.batch import SequenceState
-from kvsim.sim.scheduler import Scheduler
+from kvsim.sim.scheduling import Scheduler
 from kvsim.sim.spans import steps_to_cover
 from kvsim.specs.adaptive import PressurePolicy
 from kvsim.units import seconds_to_ticks
@@ -214,7 +214,7 @@ class LevelControl:
         scheduler.give_back(sequence, batch.remove(sequence))
         scheduler.take(needed)
         batch.join(encoded, left)
-        encoded.order = sequence.order
+        encoded.order, encoded.admitted = sequence.order, sequence.admitted
         scheduler.register_prompt(encoded)
         return tokens
 

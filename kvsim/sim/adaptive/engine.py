@@ -14,13 +14,13 @@ from kvsim.sim.adaptive.batch import AdaptiveBatch, level_of
 from kvsim.sim.adaptive.control import LevelControl
 from kvsim.sim.adaptive.prices import LevelPrices
 from kvsim.sim.adaptive.record import AdaptiveRecord
-from kvsim.sim.adaptive.scheduler import AdaptiveScheduler, LevelSharing
+from kvsim.sim.adaptive.scheduler import LevelSharing, adaptive_scheduler
 from kvsim.sim.arrivals import ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.engine import Clocked, ClockedAnswer, ReplicaEngine
 from kvsim.sim.recorder import RequestLog
 from kvsim.sim.resources import SharedDevice
-from kvsim.sim.scheduler import Chunk, PrefixSharing, Scheduler, SchedulerLimits
+from kvsim.sim.scheduling import Chunk, Scheduler, SchedulerLimits, SchedulerParts
 from kvsim.specs.adaptive import StaticPolicy
 from kvsim.units import TICKS_PER_SECOND
 
@@ -45,6 +45,7 @@ class AdaptiveEngine(ReplicaEngine):
         classes: tuple[tuple[str, ...], Sequence[int] | None],
         coalesce: bool,
         host_work: list[int],
+        priority: Sequence[int] | None,
     ) -> None:
         self.prices = prices
         self._level_sharing = sharing
@@ -66,6 +67,7 @@ class AdaptiveEngine(ReplicaEngine):
             token_ticks=0,
             coalesce=coalesce,
             host_work=host_work,
+            priority=priority,
         )
         self.record.adaptive = self.adaptive_record
 
@@ -73,24 +75,13 @@ class AdaptiveEngine(ReplicaEngine):
         self._mixed_batch = AdaptiveBatch(limits.block_size, self.prices, self._class_of, self.adaptive_record)
         return self._mixed_batch
 
-    def _new_scheduler(
-        self, limits: SchedulerLimits, lengths: tuple[list[int], list[int]], sharing: PrefixSharing | None
-    ) -> Scheduler:
-        scheduler = AdaptiveScheduler(
-            limits,
-            self.batch,
-            lengths,
-            self.generated,
-            self.log,
-            self.record,
-            self._level_sharing,
-            self.prices.prompts,
-            self.control,
-        )
+    def _new_scheduler(self, parts: SchedulerParts) -> Scheduler:
+        scheduler = adaptive_scheduler(self.step.deployment.engine, parts)
+        scheduler.equip(self._level_sharing, self.prices.prompts, self.control)
         self.control.attach(scheduler, self._mixed_batch, lambda: self.source.next_ticks, self._next_ticks)
         return scheduler
 
-    def compression_ticks(self) -> int:
+    def compression_ticks(self, drafting_ticks: int) -> int:
         """Part of ``variable_total`` that is due to compression."""
         return self._mixed_batch.compression_ticks()
 

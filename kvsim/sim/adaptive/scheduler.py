@@ -9,10 +9,11 @@ from kvsim.sim.adaptive.batch import LevelledSequence, level_of
 from kvsim.sim.adaptive.control import LevelControl
 from kvsim.sim.adaptive.prefix_cache import LevelledPrefixCache
 from kvsim.sim.adaptive.prices import PromptBytes
-from kvsim.sim.batch import DecodeBatch, SequenceState
-from kvsim.sim.recorder import ReplicaRecord, RequestLog
-from kvsim.sim.scheduler import Chunk, PrefixSharing, Scheduler, SchedulerLimits
+from kvsim.sim.batch import SequenceState
+from kvsim.sim.scheduling import Chunk, PrefixSharing, Scheduler, SchedulerParts
+from kvsim.sim.scheduling.vllm import PriorityScheduler, ThresholdScheduler, VllmScheduler
 from kvsim.sim.tiers.reload import Reload
+from kvsim.specs.engine import EngineSpec
 
 
 @dataclass(frozen=True)
@@ -30,31 +31,25 @@ def level_sharing(unit_bytes: Sequence[int], hashes: Sequence[tuple[int, ...]], 
     return LevelSharing(PrefixSharing(cache, hashes, unit_tokens), levels)
 
 
-class AdaptiveScheduler(Scheduler):
-    """Asks the policy before each step, and counts a prompt's bytes by its own level."""
+class LevelScheduling(Scheduler):
+    """Asks the policy before each step, and counts a prompt's bytes by its own level, over any of vLLM's policies."""
 
-    def __init__(
-        self,
-        limits: SchedulerLimits,
-        batch: DecodeBatch,
-        lengths: tuple[list[int], list[int]],
-        generated: list[int],
-        log: RequestLog,
-        record: ReplicaRecord,
-        sharing: LevelSharing | None,
-        prompts: tuple[PromptBytes, ...],
-        control: LevelControl,
-    ) -> None:
-        super().__init__(limits, batch, lengths, generated, log, record, sharing.whole if sharing else None)
+    _control: LevelControl
+    _prompts: tuple[PromptBytes, ...]
+    _level_sharing: LevelSharing | None
+    _kept_level: dict[int, int]
+
+    def equip(self, sharing: LevelSharing | None, prompts: tuple[PromptBytes, ...], control: LevelControl) -> None:
+        """Say what differs between levels, and who chooses."""
         self._level_sharing = sharing
         self._prompts = prompts
         self._control = control
-        self._kept_level: dict[int, int] = {}
+        self._kept_level = {}
         """At which level preempted requests left their blocks."""
 
-    def new_sequence(self, index: int, target: int) -> SequenceState:
+    def new_sequence(self, index: int) -> SequenceState:
         """A request that may be let in, at the level that it would get now."""
-        return LevelledSequence(index, target, self._control.level_for(index))
+        return LevelledSequence(index, self.prompt[index] + self.generated[index], self._control.level_for(index))
 
     def sharing_of(self, sequence: SequenceState) -> PrefixSharing | None:
         """A sequence finds and leaves units of its own level alone."""
@@ -68,11 +63,10 @@ class AdaptiveScheduler(Scheduler):
         self._kept_level[sequence.index] = level_of(sequence)
         super()._give_up(sequence, held_bytes, known_tokens)
 
-    def _found_again(self, index: int, target: int, reserved: int) -> int:
+    def find_again(self, sequence: SequenceState, reserved_bytes: int) -> None:
         """Blocks of the level that the request would get now; those of another are of no use to it."""
-        if self._kept_level.get(index) != self._control.level_for(index):
-            return 0
-        return super()._found_again(index, target, reserved)
+        if self._kept_level.get(sequence.index) == level_of(sequence):
+            super().find_again(sequence, reserved_bytes)
 
     def prompt_bytes(self, sequence: SequenceState, tokens: int) -> int:
         """Bytes held once ``tokens`` of a prompt are in, in its level's format."""
@@ -86,7 +80,8 @@ class AdaptiveScheduler(Scheduler):
     def schedule(self, now_ticks: int, seats_taken: int, start_ticks: int) -> list[Chunk]:
         """Prompt chunks of the next step, after the policy has looked."""
         self._control.look(start_ticks)
-        return super().schedule(now_ticks, seats_taken, start_ticks)
+        chunks: list[Chunk] = super().schedule(now_ticks, seats_taken, start_ticks)  # type: ignore[safe-super]
+        return chunks
 
     def make_room(self, start_ticks: int) -> bool:
         """Encode sequences again if that is wanted, then preempt as far as the next tokens still do not fit."""
@@ -95,14 +90,36 @@ class AdaptiveScheduler(Scheduler):
             return False
         return super().make_room(start_ticks)
 
-    def _seat(
+    def seat(
         self,
         sequence: SequenceState,
         need_bytes: int,
         pinned_bytes: int,
         cached_tokens: int,
         now_ticks: int,
-        reload: Reload | None,
+        reload: Reload | None = None,
     ) -> None:
-        super()._seat(sequence, need_bytes, pinned_bytes, cached_tokens, now_ticks, reload)
+        """Take the head of the waiting queue in."""
+        super().seat(sequence, need_bytes, pinned_bytes, cached_tokens, now_ticks, reload)
         self._control.note_prompt(sequence)
+
+
+class AdaptiveScheduler(LevelScheduling, VllmScheduler):
+    """First come first served."""
+
+
+class AdaptiveThresholdScheduler(LevelScheduling, ThresholdScheduler):
+    """With ``long_prefill_token_threshold``."""
+
+
+class AdaptivePriorityScheduler(LevelScheduling, PriorityScheduler):
+    """By priority."""
+
+
+def adaptive_scheduler(engine: EngineSpec, parts: SchedulerParts) -> LevelScheduling:
+    """The scheduler of the engine's options, which are vLLM's."""
+    if engine.scheduling_policy == "priority":
+        return AdaptivePriorityScheduler(parts, engine.long_prefill_token_threshold)
+    if engine.long_prefill_token_threshold:
+        return AdaptiveThresholdScheduler(parts, engine.long_prefill_token_threshold)
+    return AdaptiveScheduler(parts)

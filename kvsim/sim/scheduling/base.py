@@ -1,16 +1,17 @@
-"""vLLM V1's scheduler on one replica: who gets tokens in the next step, and who must give blocks back. No clock here.
+"""What every engine's scheduler shares on one replica: the block pool, prefix sharing, preemption. No clock here.
 
-Running sequences come first, one token each, then the prompt in progress, then the waiting queue in order of arrival,
-under the token budget, the seats and the pool. Where the pool is short the latest arrival is preempted and recomputed.
-Sources: vLLM V1 ``Scheduler.schedule``, ``KVCacheManager.allocate_slots`` and ``get_computed_blocks``.
+A scheduler says who gets tokens in the next step, and who must give blocks back. Each engine's rules are in a file of
+its own beside this one.
+Sources: vLLM V1 ``KVCacheManager.allocate_slots`` and ``get_computed_blocks``.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kvsim.errors import InvariantViolation
 from kvsim.sim.batch import DecodeBatch, SequenceState
@@ -38,6 +39,8 @@ class SchedulerLimits:
     """(most tokens held or None, bytes of a block) per kind of layer."""
     fixed_bytes: int
     """Bytes per sequence whatever its length."""
+    decode_tokens: int = 1
+    """Tokens of a decoding sequence that a step computes: more than one where drafts are verified."""
     keeps_preempted: bool = False
     """Whether the blocks of a preempted sequence can be found again until they are used: prefix caching where every
     layer keeps all tokens."""
@@ -64,28 +67,64 @@ class PrefixSharing:
     """Where blocks go beside the device's pool."""
 
 
-class Scheduler:
-    """Waiting queue, the prompt in progress and the block pool of one replica."""
+@dataclass(frozen=True)
+class SchedulerParts:
+    """What a scheduler shares with its engine."""
 
-    def __init__(
-        self,
-        limits: SchedulerLimits,
-        batch: DecodeBatch,
-        lengths: tuple[list[int], list[int]],
-        generated: list[int],
-        log: RequestLog,
-        record: ReplicaRecord,
-        sharing: PrefixSharing | None,
-    ) -> None:
-        self.limits = limits
-        self.batch = batch
-        self.prompt, self.output = lengths
-        self.generated = generated
+    limits: SchedulerLimits
+    batch: DecodeBatch
+    lengths: tuple[list[int], list[int]]
+    """Prompt and output tokens per request."""
+    generated: list[int]
+    log: RequestLog
+    record: ReplicaRecord
+    sharing: PrefixSharing | None
+    priority: Sequence[int] | None = None
+    """Per request, lower first; None where all are equal."""
+
+
+class WaitingQueue(Protocol):
+    """Requests that nothing was computed for yet, or that lost it, in the order in which they are to go on."""
+
+    def append(self, index: int, /) -> None:
+        """Add an arrival."""
+
+    def appendleft(self, index: int, /) -> None:
+        """Add a request that lost its blocks."""
+
+    def popleft(self) -> int:
+        """Take the next one out."""
+
+    def clear(self) -> None:
+        """Take all out."""
+
+    def __getitem__(self, position: int, /) -> int:
+        """Look at one; only position 0 is sure to be the next."""
+
+    def __len__(self) -> int:
+        """How many wait."""
+
+
+class Scheduler(ABC):
+    """Waiting queue, prompts in progress and the block pool of one replica."""
+
+    mixes = True
+    """Whether the step just scheduled decodes besides the prompts."""
+    reorders = False
+    """Whether an arrival can overtake who waits already."""
+    admits_plainly = False
+    """Whether a prompt that fits budget, seats and pool is admitted whole, whatever else is true."""
+
+    def __init__(self, parts: SchedulerParts) -> None:
+        self.limits = limits = parts.limits
+        self.batch = parts.batch
+        self.prompt, self.output = parts.lengths
+        self.generated = parts.generated
         """Tokens out so far, per request."""
-        self.log = log
-        self.record = record
-        self.sharing = sharing
-        self.waiting: deque[int] = deque()
+        self.log = parts.log
+        self.record = parts.record
+        self.sharing = parts.sharing
+        self.waiting: WaitingQueue = deque()
         self.loads: list[tuple[SequenceState, Reload]] = []
         """Prompts admitted since the engine last looked whose blocks must first come back from a tier."""
         self.loaded: deque[SequenceState] = deque()
@@ -94,7 +133,9 @@ class Scheduler:
         """Waiting requests whose prompt was processed elsewhere, and the bytes that its KV takes here."""
         self.incoming: list[SequenceState] = []
         """Such requests admitted since the engine last looked; their KV can come."""
-        self.partial: SequenceState | None = None
+        self.prefilling: list[SequenceState] = []
+        """Prompts in progress, in order of admission."""
+        self._admissions = 0
         self.leaving: list[Leaving] = []
         """Sequences that end with the running step: they keep seats and blocks until it is over, oldest first."""
         self.free = limits.pool_bytes
@@ -144,9 +185,9 @@ class Scheduler:
         if self.free < self.record.min_free_bytes:
             self.record.min_free_bytes = self.free
 
-    def new_sequence(self, index: int, target: int) -> SequenceState:
-        """A request that may be let in."""
-        return SequenceState(index, target)
+    def new_sequence(self, index: int) -> SequenceState:
+        """A waiting request that may be let in."""
+        return SequenceState(index, self.prompt[index] + self.generated[index])
 
     def prompt_bytes(self, sequence: SequenceState, tokens: int) -> int:
         """Bytes that a sequence holds once ``tokens`` of its prompt are in; those of all are alike."""
@@ -168,40 +209,65 @@ class Scheduler:
     # --- preemption -------------------------------------------------------------------------------------------------
 
     def make_room(self, start_ticks: int) -> bool:
-        """Preempt the latest arrivals until the next token of all others fits; True if any was."""
+        """Preempt until the next tokens of all that still decode fit; True if any was."""
         batch = self.batch
         preempted = False
         while batch.due_bytes() > self.free:
-            self.preempt_latest(start_ticks)
+            self.take_blocks(start_ticks)
             preempted = True
         self.looked = False
         batch.drop_dead()
         return preempted
 
-    def preempt_latest(self, start_ticks: int) -> None:
-        """Take all blocks from the latest arrival and queue it first; its latest token is out at ``start_ticks``."""
-        batch = self.batch
-        if self.partial is not None:
-            sequence, self.partial = self.partial, None
+    def take_blocks(self, start_ticks: int) -> SequenceState | None:
+        """Take all blocks from whoever gives way first; None if it ends with the running step anyway."""
+        if self.leaving and self.take_from_leaving():
+            return None
+        sequence = self.victim()
+        self.preempt(sequence, start_ticks)
+        return sequence
+
+    def take_from_leaving(self) -> bool:
+        """Take the blocks of a sequence that ends with the running step; True if any had some."""
+        for position, (order, sequence, held_bytes) in enumerate(self.leaving):
+            if held_bytes is not None:
+                self.give_back(sequence, held_bytes)
+                self.leaving[position] = (order, sequence, None)
+                return True
+        return False
+
+    def victim(self) -> SequenceState:
+        """Whoever gives way first: the latest arrival."""
+        if self.prefilling:
+            return self.prefilling[-1]
+        active = self.batch.active
+        if active:
+            return active[next(reversed(active))]
+        msg = "the pool is exhausted although nothing runs"
+        raise InvariantViolation(msg)
+
+    def preempt(self, sequence: SequenceState, start_ticks: int) -> None:
+        """Take all blocks from a sequence and queue it again; its latest token is out at ``start_ticks``."""
+        batch, index = self.batch, sequence.index
+        if sequence in self.prefilling:
+            self.prefilling.remove(sequence)
             self.record.recomputed_tokens += sequence.done
             self._give_up(sequence, sequence.held, sequence.done)
-        elif self.leaving and self._take_from_leaving():
-            return
-        elif batch.active:
-            sequence = batch.active[next(reversed(batch.active))]
-            index = sequence.index
-            self.generated[index] += batch.counter - sequence.joined
+        else:
+            newest = batch.newest(sequence)
+            self.generated[index] += batch.gained(sequence)
             self.last_token[index] = start_ticks
             computed = self.prompt[index] + self.generated[index] - 1
             self.record.recomputed_tokens += computed
-            # The newest token of a step planned ahead has no hash yet.
-            unknown = self.limits.plans_ahead and batch.counter > sequence.joined
+            # The newest tokens of a step planned ahead have no hash yet.
+            unknown = newest if self.limits.plans_ahead else 0
             self._give_up(sequence, batch.remove(sequence), computed - unknown)
-        else:
-            msg = "the pool is exhausted although nothing runs"
-            raise InvariantViolation(msg)
         self.record.preemptions += 1
-        self.waiting.appendleft(sequence.index)
+        self.requeue(index)
+
+    def requeue(self, index: int) -> None:
+        """Let a preempted request wait again: before all others."""
+        self.waiting.appendleft(index)
 
     def _give_up(self, sequence: SequenceState, held_bytes: int, known_tokens: int) -> None:
         """Return a preempted sequence's bytes; its full blocks join the queue of free ones, the last one first."""
@@ -210,184 +276,67 @@ class Scheduler:
         if self.limits.keeps_preempted:
             self._kept[sequence.index] = Kept(start, start + held_bytes, known_tokens // self.limits.block_size)
 
-    def _found_again(self, index: int, target: int, reserved: int) -> int:
-        """Leading blocks of a preempted request that nobody has used since, the decoding sequences' next ones included.
-
-        The last token is computed at any rate.
-        """
-        kept = self._kept.get(index)
-        if kept is None:
-            return 0
-        used = self.limits.pool_bytes + self._returned_bytes - self.free + reserved
-        left = max(0, kept.end - max(kept.start, used)) // self.kept_block_bytes(index)
-        return min(left, kept.blocks, (target - 1) // self.limits.block_size)
-
     def kept_block_bytes(self, index: int) -> int:
         """Bytes of a block of a preempted request."""
         return self.limits.prefill_growths[0][1]
 
-    def _take_again(self, index: int, blocks: int) -> None:
-        """Take blocks out of the middle of the queue of free ones: those behind them move up."""
-        kept = self._kept.pop(index)
-        size_bytes = blocks * self.kept_block_bytes(index)
+    def find_again(self, sequence: SequenceState, reserved_bytes: int) -> None:
+        """Begin a preempted request after those of its blocks that nobody has used since.
+
+        ``reserved_bytes``, the next ones of decoding sequences, count as used. The last token is computed at any rate.
+        """
+        kept = self._kept.get(sequence.index)
+        if kept is None:
+            return
+        used = self.limits.pool_bytes + self._returned_bytes - self.free + reserved_bytes
+        left = max(0, kept.end - max(kept.start, used)) // self.kept_block_bytes(sequence.index)
+        blocks = min(left, kept.blocks, (sequence.target - 1) // self.limits.block_size)
+        sequence.done = blocks * self.limits.block_size
+
+    def take_again(self, sequence: SequenceState) -> None:
+        """Take what was found out of the middle of the queue of free blocks: those behind it move up."""
+        kept = self._kept.pop(sequence.index, None)
+        if kept is None:
+            return
+        blocks = sequence.done // self.limits.block_size
+        size_bytes = blocks * self.kept_block_bytes(sequence.index)
         self._returned_bytes -= size_bytes
         self.record.recomputed_tokens -= blocks * self.limits.block_size
         for other, place in self._kept.items():
             if place.start >= kept.end:
                 self._kept[other] = Kept(place.start - size_bytes, place.end - size_bytes, place.blocks)
 
-    def _take_from_leaving(self) -> bool:
-        """Take the blocks of the latest arrival where it ends with the running step anyway; True if it was so."""
-        order, sequence, held_bytes = self.leaving[-1]
-        active = self.batch.active
-        if held_bytes is None or (active and active[next(reversed(active))].order > order):
-            return False
-        self.give_back(sequence, held_bytes)
-        self.leaving[-1] = (order, sequence, None)
-        return True
-
     # --- one step ---------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def schedule(self, now_ticks: int, seats_taken: int, start_ticks: int) -> list[Chunk]:
         """Prompt chunks of the next step, planned at ``now_ticks`` to start at ``start_ticks``.
 
         ``seats_taken`` sequences are neither decoding nor prefilling.
         """
-        batch, limits = self.batch, self.limits
-        reserved = batch.due_bytes()
-        preempted = reserved > self.free and self.make_room(start_ticks)
-        if preempted:
-            reserved = batch.due_bytes()
-        budget = limits.max_num_batched_tokens - batch.size
-        chunks: list[Chunk] = []
-        if self.partial is not None and budget > 0:
-            chunk = self._continue_partial(self.partial, budget, reserved, start_ticks)
-            if chunk is None:
-                preempted = True
-            else:
-                chunks.append(chunk)
-                budget -= chunk[1]
-        running = batch.size + seats_taken + (self.partial is not None)
-        # Prompts back from a tier hold all their blocks and a seat already.
-        while self.loaded and budget > 0:
-            sequence = self.loaded.popleft()
-            tokens = min(sequence.target - sequence.done, budget)
-            chunks.append((sequence, tokens))
-            budget -= tokens
-            if sequence.done + tokens < sequence.target:
-                self.partial = sequence
-        self.looked = not preempted
-        if not preempted and self.waiting:
-            self._admit(chunks, budget, reserved, now_ticks, running)
-        return chunks
 
-    def _continue_partial(self, partial: SequenceState, budget: int, reserved: int, start_ticks: int) -> Chunk | None:
-        """Next chunk of the prompt in progress; None where the pool is short and it, the latest, gave way."""
-        chunk = min(partial.target - partial.done, budget)
-        need = max(0, self.prompt_bytes(partial, partial.done + chunk) - partial.held - self.shared_bytes(partial))
-        if need + reserved > self.free:
-            self.preempt_latest(start_ticks)
-            return None
-        partial.held += need
-        self.take(need)
-        return partial, chunk
+    def end_prompt(self, sequence: SequenceState) -> None:
+        """A prompt is in."""
+        if sequence in self.prefilling:
+            self.prefilling.remove(sequence)
 
-    def _admit(  # noqa: C901, PLR0912 - one decision after the other, in vLLM's order
-        self, chunks: list[Chunk], budget: int, reserved: int, now_ticks: int, running: int
-    ) -> None:
-        waiting, limits, log, record = self.waiting, self.limits, self.log, self.record
-        record.max_waiting = max(record.max_waiting, len(waiting))
-        self.reusable_bytes = 0
-        while waiting and budget > 0 and running < limits.max_num_seqs:
-            index = waiting[0]
-            target = self.prompt[index] + self.generated[index]
-            if self.prompt[index] + self.output[index] > limits.max_model_len:
-                waiting.popleft()
-                log.rejected[index] = True
-                self.rejected.append(index)
-                continue
-            sequence = self.new_sequence(index, target)
-            if self._kept:
-                sequence.done = self._found_again(index, target, reserved) * limits.block_size
-            pinned_bytes = self._match_prefix(sequence) if self.sharing is not None else 0
-            if index in self.remote:
-                if not self._reserve_arrival(sequence, reserved, pinned_bytes, now_ticks):
-                    break
-                running += 1
-                continue
-            reload = self._plan_reload(self.sharing, sequence) if self.sharing is not None else None
-            if reload is not None and reload.segments:
-                if not self._reserve_load(sequence, reload, reserved, pinned_bytes, now_ticks):
-                    break
-                running += 1
-                continue
-            chunk = target - sequence.done
-            if chunk > budget:
-                if not limits.chunked_prefill:
-                    break
-                chunk = budget
-            need = self.prompt_bytes(sequence, sequence.done + chunk)
-            if sequence.pinned:
-                need -= self.shared_bytes(sequence)
-            if need + pinned_bytes + reserved > self.free:
-                # A cut prompt that finds less of itself also needs less.
-                self.reusable_bytes = pinned_bytes or (sequence.done if chunk < target - sequence.done else 0)
-                break
-            if index in self._kept:
-                self._take_again(index, sequence.done // limits.block_size)
-            self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks, reload)
-            chunks.append((sequence, chunk))
-            budget -= chunk
-            running += 1
-            if sequence.done + chunk < target:
-                self.partial = sequence
-                break
-        record.max_running = max(record.max_running, running)
-
-    def _plan_reload(self, sharing: PrefixSharing, sequence: SequenceState) -> Reload | None:
-        """What the tiers have of a prompt right after the device's own units; None without tiers."""
-        if sharing.tiers is None:
-            return None
-        own, units = sharing.hashes[sequence.index], (sequence.target - 1) // sharing.unit_tokens
-        waiting = len(self.waiting) - 1
-        return sharing.tiers.plan(own, len(sequence.pinned), units, sequence.target, self.batch.size, waiting)
-
-    def _reserve_load(
-        self, sequence: SequenceState, reload: Reload, reserved: int, pinned_bytes: int, now_ticks: int
-    ) -> bool:
-        """Admit a prompt whose blocks come back from a tier, with blocks for the whole of it; False if too few.
-
-        It holds blocks while it waits, so it must never need more to go on: two such prompts could block each other.
-        """
-        need = self.prompt_bytes(sequence, sequence.target) - self.shared_bytes(sequence)
-        if need + pinned_bytes + reserved > self.free:
-            self.reusable_bytes = pinned_bytes
+    def reject_too_long(self, index: int) -> bool:
+        """Refuse the request at the head of the queue if one sequence can never hold it."""
+        if self.prompt[index] + self.output[index] <= self.limits.max_model_len:
             return False
-        unit_tokens = self.sharing.unit_tokens if self.sharing is not None else 0
-        cached = sequence.done + len(reload.values) * unit_tokens
-        self._seat(sequence, need, pinned_bytes, cached, now_ticks, reload)
-        self.loads.append((sequence, reload))
+        self.waiting.popleft()
+        self.log.rejected[index] = True
+        self.rejected.append(index)
         return True
 
-    def _reserve_arrival(self, sequence: SequenceState, reserved: int, pinned_bytes: int, now_ticks: int) -> bool:
-        """Admit a sequence whose KV comes from elsewhere, with blocks for all of it; False if too few."""
-        need = self.remote[sequence.index] - self.shared_bytes(sequence)
-        if need + pinned_bytes + reserved > self.free:
-            self.reusable_bytes = pinned_bytes
-            return False
-        del self.remote[sequence.index]
-        self._seat(sequence, need, pinned_bytes, sequence.done, now_ticks, None)
-        self.incoming.append(sequence)
-        return True
-
-    def _seat(
+    def seat(
         self,
         sequence: SequenceState,
         need_bytes: int,
         pinned_bytes: int,
         cached_tokens: int,
         now_ticks: int,
-        reload: Reload | None,
+        reload: Reload | None = None,
     ) -> None:
         """Take the head of the waiting queue in: its shared units, its own blocks, and the time, if it is its first."""
         index = self.waiting.popleft()
@@ -396,6 +345,8 @@ class Scheduler:
             self.sharing.tiers.commit(reload)
         if sequence.pinned:
             self._pin_prefix(sequence, pinned_bytes)
+        self._admissions += 1
+        sequence.admitted = self._admissions
         sequence.held = need_bytes
         self.take(need_bytes)
         if self.log.scheduled[index] < 0:
@@ -408,7 +359,7 @@ class Scheduler:
         """Where a sequence's units are found: in one cache for all, or in none."""
         return self.sharing
 
-    def _match_prefix(self, sequence: SequenceState) -> int:
+    def match_prefix(self, sequence: SequenceState) -> int:
         """Find the cached prefix; bytes that pinning it takes from the free ones."""
         sharing = self.sharing_of(sequence)
         if sharing is None:
