@@ -21,11 +21,12 @@ from kvsim.memory import MemoryPlan
 from kvsim.requests import RequestTable
 from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
 from kvsim.sim.batch import SequenceState
-from kvsim.sim.engine import PromptOut, ReplicaEngine
+from kvsim.sim.engine import ReplicaEngine
 from kvsim.sim.fabric import Fabric
 from kvsim.sim.handover import Handover, HandoverSource, TransferRules, Transfers, expected_handovers
 from kvsim.sim.observer import RunObserver
 from kvsim.sim.recorder import RequestLog
+from kvsim.sim.replica import PromptOut
 from kvsim.sim.resources import SharedDevice
 from kvsim.sim.run import (
     RunResult,

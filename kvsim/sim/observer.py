@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from kvsim.requests import RequestTable
-    from kvsim.sim.engine import ReplicaEngine
+    from kvsim.sim.replica import Replica
     from kvsim.sim.resources import Activity, SharedDevice
     from kvsim.sim.run import RunResult
     from kvsim.sim.scheduling import Chunk
@@ -103,7 +103,7 @@ class ReplicaWatch:
 
     def step(
         self,
-        engine: ReplicaEngine,
+        engine: Replica,
         ticks: int,
         *,
         steps: int = 1,
@@ -149,15 +149,15 @@ class ReplicaWatch:
             run.end_ticks = end
             self._running = None
 
-    def idle(self, engine: ReplicaEngine) -> None:
+    def idle(self, engine: Replica) -> None:
         """No step can be taken until something comes."""
         self._sample(engine, engine.now, engine.batch.size)
 
-    def end(self, engine: ReplicaEngine, ticks: int) -> None:
+    def end(self, engine: Replica, ticks: int) -> None:
         """Note the state that the run leaves behind."""
         self.samples.append(self._state(engine, max(ticks, engine.now), engine.batch.size))
 
-    def _sample(self, engine: ReplicaEngine, ticks: int, running: int) -> None:
+    def _sample(self, engine: Replica, ticks: int, running: int) -> None:
         self._seen += 1
         if self._seen % self._stride:
             return
@@ -166,7 +166,7 @@ class ReplicaWatch:
             del self.samples[1::2]
             self._stride *= 2
 
-    def _state(self, engine: ReplicaEngine, ticks: int, running: int) -> Sample:
+    def _state(self, engine: Replica, ticks: int, running: int) -> Sample:
         scheduler, record = engine.scheduler, engine.record
         used = self.pool_bytes - scheduler.free
         waiting = len(scheduler.waiting)
@@ -183,7 +183,7 @@ class RunObserver:
     result: RunResult | None = None
     requests: RequestTable | None = None
 
-    def watch(self, engine: ReplicaEngine, name: str = "replica") -> None:
+    def watch(self, engine: Replica, name: str = "replica") -> None:
         """Follow a replica from now on."""
         number = len(self.replicas)
         pool_bytes = engine.scheduler.limits.pool_bytes
@@ -191,9 +191,7 @@ class RunObserver:
         engine.observer = engine.device.observer = watch
         self.replicas.append(watch)
 
-    def watch_pools(
-        self, givers: Sequence[ReplicaEngine], takers: Sequence[ReplicaEngine], between: SharedDevice
-    ) -> None:
+    def watch_pools(self, givers: Sequence[Replica], takers: Sequence[Replica], between: SharedDevice) -> None:
         """Follow the replicas of a prefill and of a decode pool, and what moves between them."""
         for engine in givers:
             self.watch(engine, "prefill replica")
@@ -202,7 +200,7 @@ class RunObserver:
         between.observer = LinkWatch("KV between pools")
         self.links.append(between.observer)
 
-    def finish(self, engines: Sequence[ReplicaEngine], result: RunResult, requests: RequestTable) -> None:
+    def finish(self, engines: Sequence[Replica], result: RunResult, requests: RequestTable) -> None:
         """Take the run's result, and the state in which it left the replicas."""
         self.result, self.requests = result, requests
         for watch, engine in zip(self.replicas, engines, strict=True):

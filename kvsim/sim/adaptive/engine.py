@@ -17,8 +17,9 @@ from kvsim.sim.adaptive.record import AdaptiveRecord
 from kvsim.sim.adaptive.scheduler import LevelSharing, adaptive_scheduler
 from kvsim.sim.arrivals import ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
-from kvsim.sim.engine import Clocked, ClockedAnswer, ReplicaEngine
+from kvsim.sim.engine import ReplicaEngine
 from kvsim.sim.recorder import RequestLog
+from kvsim.sim.replica import Clocked, ClockedAnswer
 from kvsim.sim.resources import SharedDevice
 from kvsim.sim.scheduling import Chunk, Scheduler, SchedulerLimits, SchedulerParts
 from kvsim.specs.adaptive import StaticPolicy
