@@ -15,6 +15,7 @@ from typing import Final
 
 from kvsim.specs.engine import EngineSpec
 from kvsim.validation.deployments import MAX_RANKS, Setup, find_device, find_preset
+from kvsim.validation.silicon_rows import engine_of, range_ratio, recipe_of, stated_clients
 from kvsim.validation.suite import NO_FIGURE, Options
 from kvsim.validation.tables import Row, number, whole
 
@@ -77,7 +78,7 @@ def _first(*reasons: tuple[bool, str]) -> str | None:
 def _case(
     row: Row, options: Options, model: str, device: str, *, engine: EngineSpec, ranks: int, weights: str | None,
     measured: Mapping[str, float | None], table: str, backend: str, strategy: str = "native",
-    concurrency: int | None = None, requests: int | None = None, spread: float = 1.0,
+    concurrency: int | None = None, requests: int | None = None, spread: float = 1.0, collectives: str | None = None,
 ) -> Mapped:  # fmt: skip
     """Make a case, or say what it lacks."""
     found_device, preset = find_device(device), find_preset(model)
@@ -93,7 +94,7 @@ def _case(
     )
     if reason or not found_device or not preset or not isl or not osl:
         return reason or NO_FIGURE
-    setup = Setup(preset, found_device, strategy, weights, ranks, engine)
+    setup = Setup(preset, found_device, strategy, weights, ranks, engine, backend, collectives)
     groups = {"table": table, "backend": backend, "concurrency": _decade(concurrency or requests)}
     return Case(setup, isl, osl, figures, concurrency, requests, spread, groups)
 
@@ -110,27 +111,26 @@ def _scaled(value: float | None, factor: float) -> float | None:
 
 def _silicon(row: Row, options: Options) -> Mapped:
     precision, backend, model = row["precision"].lower(), row["backend"].lower(), row["model_path"]
-    found = re.search(r"silicon_concurrency=(\d+)", row.get("silicon_data_source", ""))
-    concurrency = int(found[1]) if found else whole(row, "batch_size")
+    clients = stated_clients(row)
     reason = _first(
         (row["mode"] != "agg", DISAGGREGATED),
         ((whole(row, "pp_size") or 1) > 1, PIPELINE),
         ((whole(row, "attention_dp_size") or 1) > 1, DATA_PARALLEL),
         ((whole(row, "moe_ep_size") or 1) > 1, EXPERT_PARALLEL),
         (precision not in _PRECISIONS, UNKNOWN_WEIGHTS),
-        (not concurrency or concurrency < 1, NO_CONCURRENCY),
+        (not clients or clients < 1, NO_CONCURRENCY),
     )
-    if reason or not concurrency:
+    if reason or not clients:
         return reason or NO_CONCURRENCY
-    budget = max(_STEP_TOKENS.get(backend, 8192), concurrency)
-    engine = EngineSpec(max_num_seqs=max(concurrency, 256), max_num_batched_tokens=budget, gpu_memory_utilization=0.9)
+    recipe = recipe_of(row)
     measured = {
         "ttft": _scaled(number(row, "silicon_ttft_ms"), 1e-3), "tpot": _scaled(number(row, "silicon_tpot_ms"), 1e-3),
     }  # fmt: skip
     return _case(
-        row, options, model, row["system"], engine=engine, ranks=whole(row, "tp_size") or 1,
-        weights=None if _OWN_FORMAT in model else _PRECISIONS[precision], measured=measured, table=_TABLE_NAMES[0],
-        backend=backend, concurrency=concurrency, spread=RANGE_RATIO,
+        row, options, model, row["system"], engine=engine_of(recipe, whole(row, "isl") or 0, clients),
+        ranks=whole(row, "tp_size") or 1, weights=None if _OWN_FORMAT in model else _PRECISIONS[precision],
+        measured=measured, table=_TABLE_NAMES[0], backend=backend, strategy=recipe.kv, concurrency=clients,
+        spread=range_ratio(row), collectives=recipe.collectives,
     )  # fmt: skip
 
 

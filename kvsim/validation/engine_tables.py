@@ -32,9 +32,9 @@ from kvsim.validation.tables import Row, header_of, read_rows
 from kvsim.workloads import build_requests
 
 NO_PREDICTION: Final = "figure that the simulated load does not have, such as a TPOT of one token (counted in figures)"
-ROUNDS: Final = 4
-"""Requests per client of a closed loop: one wave to fill the batch, three to measure."""
-MAX_REQUESTS: Final = 4096
+ROUNDS: Final = 10
+"""Requests per client of a closed loop, as both harnesses of the silicon sample send; all of them count."""
+MAX_REQUESTS: Final = 20_480
 OFFLINE_ROUNDS: Final = 3
 """Offline runs send this many times what may run at once, so that start and end weigh little."""
 
@@ -109,7 +109,7 @@ def _workload(case: Case) -> SyntheticWorkload:
         arrivals: BurstArrivals | ConcurrencyArrivals = BurstArrivals()
     else:
         count = max(case.concurrency, min(ROUNDS * case.concurrency, MAX_REQUESTS))
-        arrivals = ConcurrencyArrivals(max_concurrency=case.concurrency)
+        arrivals = ConcurrencyArrivals(max_concurrency=case.concurrency, think_time_s=0.010)
     return SyntheticWorkload(
         num_prompts=count,
         input_len=_lengths(case.isl, case.spread),
