@@ -1,21 +1,18 @@
 """Rows of published engine tables as cases: a deployment, its load, and what was measured.
 
-What a table does not state is set as its benchmark sets it: InferenceX draws lengths evenly from 0.8 to 1.0 of the
-nominal ones (``--random-range-ratio 0.8``) and keeps the stated number of requests in flight; TensorRT-LLM's table is
-offline, everything at once, with an fp8 KV cache beside FP8 and FP4 weights; no table of the silicon sample names the
-KV dtype, which is taken to be the model's own.
+What a table does not state is set as its benchmark sets it: for the silicon sample by `kvsim.validation.silicon_rows`;
+TensorRT-LLM's table is offline, everything at once, with an fp8 KV cache beside FP8 and FP4 weights.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from kvsim.specs.engine import EngineSpec
 from kvsim.validation.deployments import MAX_RANKS, Setup, find_device, find_preset
-from kvsim.validation.silicon_rows import engine_of, range_ratio, recipe_of, stated_clients
+from kvsim.validation.silicon_rows import engine_of, harness_of, range_ratio, recipe_of, stated_clients
 from kvsim.validation.suite import NO_FIGURE, Options
 from kvsim.validation.tables import Row, number, whole
 
@@ -35,7 +32,6 @@ SPECULATIVE: Final = "speculative decoding"
 UNCLEAR_TOKENS: Final = "throughput that does not say which tokens it counts"
 FITTED: Final = "row that an engine-level fit was made from"
 OTHER_TABLE: Final = "table of another suite"
-RANGE_RATIO: Final = 0.8
 OFFLINE_SEQS: Final = 2048
 """``trtllm-bench`` default of ``max_batch_size``."""
 
@@ -65,9 +61,8 @@ _PRECISIONS: Final[Mapping[str, str | None]] = {
 """Weight format by precision; None is the checkpoint's own."""
 _OWN_FORMAT: Final = "gpt-oss"
 """Its checkpoint is MXFP4, whatever a row calls it."""
-_STEP_TOKENS: Final[Mapping[str, int]] = {"vllm": 8192, "sglang": 16384, "trtllm": 8192}
-"""Default token budget of a step by engine."""
-_TABLE_NAMES: Final = ("silicon sample", "TensorRT-LLM overview", "MI300X batches", "TPU recipes")
+SILICON: Final = "silicon sample"
+_TABLE_NAMES: Final = (SILICON, "TensorRT-LLM overview", "MI300X batches", "TPU recipes")
 
 
 def _first(*reasons: tuple[bool, str]) -> str | None:
@@ -79,6 +74,7 @@ def _case(
     row: Row, options: Options, model: str, device: str, *, engine: EngineSpec, ranks: int, weights: str | None,
     measured: Mapping[str, float | None], table: str, backend: str, strategy: str = "native",
     concurrency: int | None = None, requests: int | None = None, spread: float = 1.0, collectives: str | None = None,
+    harness: str = "",
 ) -> Mapped:  # fmt: skip
     """Make a case, or say what it lacks."""
     found_device, preset = find_device(device), find_preset(model)
@@ -96,6 +92,7 @@ def _case(
         return reason or NO_FIGURE
     setup = Setup(preset, found_device, strategy, weights, ranks, engine, backend, collectives)
     groups = {"table": table, "backend": backend, "concurrency": _decade(concurrency or requests)}
+    groups |= {"harness": harness} if harness else {}
     return Case(setup, isl, osl, figures, concurrency, requests, spread, groups)
 
 
@@ -130,7 +127,7 @@ def _silicon(row: Row, options: Options) -> Mapped:
         row, options, model, row["system"], engine=engine_of(recipe, whole(row, "isl") or 0, clients),
         ranks=whole(row, "tp_size") or 1, weights=None if _OWN_FORMAT in model else _PRECISIONS[precision],
         measured=measured, table=_TABLE_NAMES[0], backend=backend, strategy=recipe.kv, concurrency=clients,
-        spread=range_ratio(row), collectives=recipe.collectives,
+        spread=range_ratio(row), collectives=recipe.collectives, harness=harness_of(row),
     )  # fmt: skip
 
 

@@ -104,6 +104,11 @@ def stated_clients(row: Row) -> int | None:
     return planned if planned and 0 < planned < clients else clients
 
 
+def harness_of(row: Row) -> str:
+    """Who measured a row."""
+    return "aiconfigurator" if is_own_run(row) else "InferenceX"
+
+
 def range_ratio(row: Row) -> float:
     """Shortest over nominal length of a row's requests."""
     return EQUAL if is_own_run(row) else INFERENCEX_RANGE

@@ -35,7 +35,7 @@ def counts(result) -> dict[str, int]:
 
 
 def test_silicon_rows_score_ttft_and_tpot(run, tmp_path):
-    found = run("engine-tables", write_csv(tmp_path / "silicon.csv", [SILICON, SILICON | {"batch_size": 8}]))
+    found = run("engine-tables", write_csv(tmp_path / "silicon.csv", [SILICON, SILICON | {"isl": 512}]))
     assert found.rows == 2
     assert {metric: one.n for metric, one in found.overall.items()} == {"ttft": 2, "tpot": 2}
     assert {"device=h100-sxm", "model=qwen3-32b", "ranks=2", "backend=vllm"} <= set(found.groups)
