@@ -12,7 +12,7 @@ from typing import Final
 
 from kvsim.specs.engine import EngineSpec
 from kvsim.validation.deployments import MAX_RANKS, Setup, find_device, find_preset
-from kvsim.validation.silicon_rows import engine_of, harness_of, range_ratio, recipe_of, stated_clients
+from kvsim.validation.silicon_rows import engine_of, harness_of, is_own_run, range_ratio, recipe_of, stated_clients
 from kvsim.validation.suite import NO_FIGURE, Options
 from kvsim.validation.tables import Row, number, whole
 
@@ -74,7 +74,7 @@ def _case(
     row: Row, options: Options, model: str, device: str, *, engine: EngineSpec, ranks: int, weights: str | None,
     measured: Mapping[str, float | None], table: str, backend: str, strategy: str = "native",
     concurrency: int | None = None, requests: int | None = None, spread: float = 1.0, collectives: str | None = None,
-    harness: str = "",
+    harness: str = "", greedy: bool = True,
 ) -> Mapped:  # fmt: skip
     """Make a case, or say what it lacks."""
     found_device, preset = find_device(device), find_preset(model)
@@ -90,7 +90,9 @@ def _case(
     )
     if reason or not found_device or not preset or not isl or not osl:
         return reason or NO_FIGURE
-    setup = Setup(preset, found_device, strategy, weights, ranks, engine, backend, collectives)
+    setup = Setup(
+        preset, found_device, strategy, weights, ranks, engine, greedy, framework=backend, collectives=collectives
+    )
     groups = {"table": table, "backend": backend, "concurrency": _decade(concurrency or requests)}
     groups |= {"harness": harness} if harness else {}
     return Case(setup, isl, osl, figures, concurrency, requests, spread, groups)
@@ -128,6 +130,7 @@ def _silicon(row: Row, options: Options) -> Mapped:
         ranks=whole(row, "tp_size") or 1, weights=None if _OWN_FORMAT in model else _PRECISIONS[precision],
         measured=measured, table=_TABLE_NAMES[0], backend=backend, strategy=recipe.kv, concurrency=clients,
         spread=range_ratio(row), collectives=recipe.collectives, harness=harness_of(row),
+        greedy=not (is_own_run(row) and backend=='vllm'),
     )  # fmt: skip
 
 

@@ -36,8 +36,8 @@ class Recipe:
     kv: str = NATIVE
     budget: Callable[[int, int], int] = lambda _isl, _clients: 8192
     memory_fraction: float = MEMORY_FRACTION
-    chunked: bool = True
     collectives: str | None = None
+    async_scheduling: bool | None = None
 
 
 def _fixed(tokens: int) -> Callable[[int, int], int]:
@@ -61,14 +61,14 @@ INFERENCEX: Final[tuple[tuple[Key, Recipe], ...]] = (
     (("vllm", "llama-3", "b200"), Recipe(FP8, collectives="trtllm")),
     (("vllm", "llama-3", "h100"), Recipe()),
     # benchmarks/70b_fp8_b200_trt_slurm.sh, 70b_fp4_b200_trt_docker.sh
-    (("trtllm", "llama-3", ""), Recipe(FP8, _fixed(16384), chunked=False)),
+    (("trtllm", "llama-3", ""), Recipe(FP8, _fixed(16384))),
     # benchmarks/gptoss_fp4_b200_docker.sh; the one for H100 leaves the cache in the model's dtype
     (("vllm", "gpt-oss", "b200"), Recipe(FP8, collectives="trtllm")),
     (("vllm", "gpt-oss", ""), Recipe()),
     # benchmarks/gptoss_fp4_b200_trt_slurm.sh
-    (("trtllm", "gpt-oss", ""), Recipe(FP8, _fixed(20000), 0.85, chunked=False)),
+    (("trtllm", "gpt-oss", ""), Recipe(FP8, _fixed(20000), 0.85)),
     # benchmarks/dsr1_fp8_b200_trt_slurm.sh
-    (("trtllm", "", ""), Recipe(FP8, _one_prompt, 0.8, chunked=False)),
+    (("trtllm", "", ""), Recipe(FP8, _one_prompt, 0.8)),
     # benchmarks/dsr1_fp4_b200.sh, dsr1_fp8_b200.sh, single_node/qwen3.5_fp8_b200.sh
     (("sglang", "deepseek", ""), Recipe(FP8, _fixed(16384), 0.85)),
     (("sglang", "qwen3.5", ""), Recipe(FP8, _fixed(32768), 0.82)),
@@ -77,11 +77,12 @@ INFERENCEX: Final[tuple[tuple[Key, Recipe], ...]] = (
 )
 """Servers of InferenceX, the first that fits."""
 OWN: Final[Mapping[str, Recipe]] = {
-    "vllm": Recipe(budget=_prompt_and_slack),
+    # vLLM 0.12, where asynchronous scheduling had to be asked for.
+    "vllm": Recipe(budget=_prompt_and_slack, async_scheduling=False),
     # SGLang: chunked_prefill_size 8192 on 80 GB devices (server_args.py), max_prefill_tokens 16384.
     "sglang": Recipe(),
     # aiconfigurator's generator writes kv_cache_config.dtype fp8 beside fp8 weights.
-    "trtllm": Recipe(FP8, _prompt_and_slack, chunked=False),
+    "trtllm": Recipe(FP8, _prompt_and_slack),
 }
 """Servers of aiconfigurator's own runs: the engines' defaults."""
 
@@ -132,5 +133,5 @@ def engine_of(recipe: Recipe, isl: int, clients: int) -> EngineSpec:
         max_num_seqs=max(clients, 256),
         max_num_batched_tokens=max(recipe.budget(isl, clients), clients),
         gpu_memory_utilization=recipe.memory_fraction,
-        enable_chunked_prefill=recipe.chunked,
+        async_scheduling=recipe.async_scheduling,
     )

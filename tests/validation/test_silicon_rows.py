@@ -87,6 +87,21 @@ def test_rows_run_their_own_engines_kernels(row):
         assert case.setup.framework == backend
 
 
+@pytest.mark.parametrize(
+    ("source", "backend", "greedy"),
+    [(INFERENCEX, "vllm", True), (OWN, "vllm", False), (OWN, "trtllm", True), (OWN, "sglang", True)],
+)
+def test_requests_that_state_no_temperature_are_sampled_as_the_server_does(row, source, backend, greedy):
+    case = engine_rows._silicon(row(silicon_data_source=source, backend=backend), Options())
+    assert case.setup.greedy is greedy
+
+
+def test_vllm_before_0_14_schedules_synchronously_unless_asked(row):
+    own = engine_rows._silicon(row(silicon_data_source=OWN, backend="vllm"), Options()).setup.engine
+    asked = engine_rows._silicon(row(silicon_data_source=INFERENCEX, backend="vllm"), Options()).setup.engine
+    assert (own.schedules_ahead, asked.schedules_ahead) == (False, True)
+
+
 def test_a_repeated_measurement_counts_once(run, tmp_path):
     other = SILICON | {"silicon_ttft_ms": 151.0}
     found = run("engine-tables", write_csv(tmp_path / "silicon.csv", [SILICON, other, SILICON | {"tp_size": 4}]))
