@@ -126,11 +126,11 @@ def _silicon(row: Row, options: Options) -> Mapped:
         "ttft": _scaled(number(row, "silicon_ttft_ms"), 1e-3), "tpot": _scaled(number(row, "silicon_tpot_ms"), 1e-3),
     }  # fmt: skip
     return _case(
-        row, options, model, row["system"], engine=engine_of(recipe, whole(row, "isl") or 0, clients),
+        row, options, model, row["system"], engine=engine_of(row, clients),
         ranks=whole(row, "tp_size") or 1, weights=None if _OWN_FORMAT in model else _PRECISIONS[precision],
         measured=measured, table=_TABLE_NAMES[0], backend=backend, strategy=recipe.kv, concurrency=clients,
         spread=range_ratio(row), collectives=recipe.collectives, harness=harness_of(row),
-        greedy=not (is_own_run(row) and backend=='vllm'),
+        greedy=not is_own_run(row) or backend == "trtllm",
     )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 from kvsim.specs.engine import EngineSpec
 from kvsim.validation.tables import Row, whole
@@ -24,24 +24,19 @@ INFERENCEX_RANGE: Final = 0.8
 EQUAL: Final = 1.0
 OWN_RUNS: Final = "aic-auto-gap-analysis"
 MEMORY_FRACTION: Final = 0.9
-MAX_RECIPE_SEQS: Final = 512
 FP8: Final = "fp8"
 NATIVE: Final = "native"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a server was started; ``budget`` gives the tokens of a step from (input length, clients)."""
+    """How a server was started: KV strategy, who runs its collectives, and engine options in the engine's names."""
 
     kv: str = NATIVE
-    budget: Callable[[int, int], int] = lambda _isl, _clients: 8192
-    memory_fraction: float = MEMORY_FRACTION
     collectives: str | None = None
-    async_scheduling: bool | None = None
-
-
-def _fixed(tokens: int) -> Callable[[int, int], int]:
-    return lambda _isl, _clients: tokens
+    options: Mapping[str, Any] = field(default_factory=dict)
+    step_tokens: Callable[[int, int], int] | None = None
+    """Token budget of a step, where it depends on (input length, clients)."""
 
 
 def _one_prompt(isl: int, clients: int) -> int:
@@ -57,34 +52,48 @@ def _prompt_and_slack(isl: int, clients: int) -> int:
 Key = tuple[str, str, str]
 """Backend, part of the model's name, part of the device's name; an empty part fits all."""
 INFERENCEX: Final[tuple[tuple[Key, Recipe], ...]] = (
-    # benchmarks/70b_fp8_b200_docker.sh, 70b_fp4_b200_docker.sh, 70b_fp8_h100_slurm.sh
-    (("vllm", "llama-3", "b200"), Recipe(FP8, collectives="trtllm")),
-    (("vllm", "llama-3", "h100"), Recipe()),
+    # benchmarks/70b_fp8_b200_docker.sh, 70b_fp4_b200_docker.sh: enable_fi_allreduce_fusion runs TensorRT-LLM's kernel.
+    (
+        ("vllm", "llama-3", "b200"),
+        Recipe(FP8, "trtllm", {"max_num_seqs": 512, "async_scheduling": True, "fused_input_quantization": True}),
+    ),
+    # benchmarks/70b_fp8_h100_docker.sh; see docs/serving-validation.md for the cache's dtype.
+    (("vllm", "llama-3", "h100"), Recipe(options={"async_scheduling": True})),
     # benchmarks/70b_fp8_b200_trt_slurm.sh, 70b_fp4_b200_trt_docker.sh
-    (("trtllm", "llama-3", ""), Recipe(FP8, _fixed(16384))),
-    # benchmarks/gptoss_fp4_b200_docker.sh; the one for H100 leaves the cache in the model's dtype
-    (("vllm", "gpt-oss", "b200"), Recipe(FP8, collectives="trtllm")),
-    (("vllm", "gpt-oss", ""), Recipe()),
+    (("trtllm", "llama-3", ""), Recipe(FP8, options={"max_num_tokens": 16384, "fused_input_quantization": True})),
+    # benchmarks/gptoss_fp4_b200_docker.sh; the one for H100 leaves the cache in the model's dtype.
+    (("vllm", "gpt-oss", "b200"), Recipe(FP8, "trtllm", {"max_num_seqs": 512, "async_scheduling": True})),
+    (("vllm", "gpt-oss", ""), Recipe(options={"async_scheduling": True})),
     # benchmarks/gptoss_fp4_b200_trt_slurm.sh
-    (("trtllm", "gpt-oss", ""), Recipe(FP8, _fixed(20000), 0.85)),
+    (("trtllm", "gpt-oss", ""), Recipe(FP8, options={"max_num_tokens": 20000, "gpu_memory_utilization": 0.85})),
     # benchmarks/dsr1_fp8_b200_trt_slurm.sh
-    (("trtllm", "", ""), Recipe(FP8, _one_prompt, 0.8)),
-    # benchmarks/dsr1_fp4_b200.sh, dsr1_fp8_b200.sh, single_node/qwen3.5_fp8_b200.sh
-    (("sglang", "deepseek", ""), Recipe(FP8, _fixed(16384), 0.85)),
-    (("sglang", "qwen3.5", ""), Recipe(FP8, _fixed(32768), 0.82)),
-    # single_node/minimaxm2.5_fp8_b200.sh, kimik2.5_int4_b200.sh: vLLM's own budget and dtype
-    (("vllm", "minimax", ""), Recipe(memory_fraction=0.95)),
+    (("trtllm", "", ""), Recipe(FP8, options={"gpu_memory_utilization": 0.8}, step_tokens=_one_prompt)),
+    # benchmarks/dsr1_fp4_b200.sh, dsr1_fp8_b200.sh
+    (("sglang", "deepseek", ""), Recipe(FP8, options={"chunked_prefill_size": 16384, "gpu_memory_utilization": 0.85})),
+    # benchmarks/single_node/qwen3.5_fp8_b200.sh
+    (
+        ("sglang", "qwen3.5", ""),
+        Recipe(FP8, None, {"chunked_prefill_size": 32768, "max_prefill_tokens": 32768, "gpu_memory_utilization": 0.82}),
+    ),
+    # benchmarks/single_node/minimaxm2.5_fp8_b200.sh
+    (("vllm", "minimax", ""), Recipe(options={"gpu_memory_utilization": 0.95})),
 )
 """Servers of InferenceX, the first that fits."""
 OWN: Final[Mapping[str, Recipe]] = {
     # vLLM 0.12, where asynchronous scheduling had to be asked for.
-    "vllm": Recipe(budget=_prompt_and_slack, async_scheduling=False),
-    # SGLang: chunked_prefill_size 8192 on 80 GB devices (server_args.py), max_prefill_tokens 16384.
-    "sglang": Recipe(),
-    # aiconfigurator's generator writes kv_cache_config.dtype fp8 beside fp8 weights.
-    "trtllm": Recipe(FP8, _prompt_and_slack),
+    "vllm": Recipe(options={"async_scheduling": False}, step_tokens=_prompt_and_slack),
+    # backend_config_mapping.yaml writes chunked_prefill_size -1 where no max_num_tokens is set. The harness asks for
+    # min_tokens, which SGLang 0.5.1 looked up by a mask of the logits (BatchedMinNewTokensPenalizer): the host waits
+    # for the device in every step, so that nothing overlaps.
+    "sglang": Recipe(options={"chunked_prefill_size": -1, "async_scheduling": False, "use_flashinfer_sampler": True}),
+    "trtllm": Recipe(FP8, step_tokens=_prompt_and_slack),
 }
-"""Servers of aiconfigurator's own runs: the engines' defaults."""
+"""Servers of aiconfigurator's own runs, by its generator's rules (rule_plugin/benchmark/*.rule)."""
+KINDS: Final[Mapping[str, str]] = {"trtllm": "tensorrt_llm"}
+"""Engine by backend, where the names differ."""
+RECV_INTERVALS: Final = (10, 30)
+"""InferenceX's ``--scheduler-recv-interval`` below 16 clients, and from there."""
+MANY_CLIENTS: Final = 16
 
 
 def is_own_run(row: Row) -> bool:
@@ -127,11 +136,26 @@ def recipe_of(row: Row) -> Recipe:
     return Recipe()
 
 
-def engine_of(recipe: Recipe, isl: int, clients: int) -> EngineSpec:
-    """Engine options of a recipe under a load."""
-    return EngineSpec(
-        max_num_seqs=max(clients, 256),
-        max_num_batched_tokens=max(recipe.budget(isl, clients), clients),
-        gpu_memory_utilization=recipe.memory_fraction,
-        async_scheduling=recipe.async_scheduling,
-    )
+def engine_of(row: Row, clients: int) -> EngineSpec:
+    """Engine options of a row's server."""
+    recipe, backend = recipe_of(row), row["backend"].lower()
+    isl, osl = whole(row, "isl") or 1, whole(row, "osl") or 1
+    options = {"kind": KINDS.get(backend, backend), "gpu_memory_utilization": MEMORY_FRACTION, **recipe.options}
+    if backend != "sglang":
+        options["max_num_seqs"] = max(clients, options.get("max_num_seqs", 256))
+    if recipe.step_tokens is not None:
+        options["max_num_batched_tokens"] = max(recipe.step_tokens(isl, clients), clients)
+    options |= _waits(row, backend, isl, osl, clients)
+    return EngineSpec.model_validate(options)
+
+
+def _waits(row: Row, backend: str, isl: int, osl: int, clients: int) -> dict[str, float]:
+    """What InferenceX's servers wait for before they look at new requests."""
+    if is_own_run(row):
+        return {}
+    if backend == "sglang":
+        return {"scheduler_recv_interval": RECV_INTERVALS[clients >= MANY_CLIENTS]}
+    if backend == "trtllm" and "llama" in row["model_path"].lower() and (isl, osl) == (1024, 1024):
+        ranks = whole(row, "tp_size") or 1
+        return {"batch_wait_timeout_iters": 20, "batch_wait_max_tokens_ratio": 0.9} if ranks < 8 else {}
+    return {}

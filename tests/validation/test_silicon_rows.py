@@ -48,37 +48,88 @@ def test_clients_of_one_server(row, source, batch, clients):
     assert stated_clients(row(silicon_data_source=source, batch_size=batch)) == clients
 
 
+LLAMA = {"model_path": "meta-llama/Llama-3.1-70B", "precision": "fp8", "isl": "1024", "osl": "1024", "tp_size": "4"}
+
+
 @pytest.mark.parametrize(
-    ("change", "kv", "budget", "collectives"),
+    ("change", "kind", "kv", "budget", "collectives"),
     [
-        ({"backend": "vllm", "model_path": "meta-llama/Llama-3.1-70B", "system": "b200_sxm"}, "fp8", 8192, "trtllm"),
-        ({"backend": "vllm", "model_path": "meta-llama/Llama-3.1-70B", "system": "h100_sxm"}, "native", 8192, None),
-        ({"backend": "trtllm", "model_path": "meta-llama/Llama-3.1-70B", "system": "b200_sxm"}, "fp8", 16384, None),
-        ({"backend": "trtllm", "model_path": "openai/gpt-oss-120b", "system": "b200_sxm"}, "fp8", 20000, None),
-        ({"backend": "trtllm", "model_path": "deepseek-ai/DeepSeek-R1", "system": "b200_sxm"}, "fp8", 1152, None),
-        ({"backend": "vllm", "model_path": "someone/else", "system": "h100_sxm"}, "native", 8192, None),
+        (LLAMA | {"backend": "vllm", "system": "b200_sxm"}, "vllm", "fp8", 8192, "trtllm"),
+        (LLAMA | {"backend": "vllm", "system": "h100_sxm"}, "vllm", "native", 8192, None),
+        (LLAMA | {"backend": "trtllm", "system": "b200_sxm"}, "tensorrt_llm", "fp8", 16384, None),
+        ({"backend": "trtllm", "model_path": "openai/gpt-oss-120b"}, "tensorrt_llm", "fp8", 20000, None),
+        ({"backend": "trtllm", "model_path": "deepseek-ai/DeepSeek-R1"}, "tensorrt_llm", "fp8", 1152, None),
+        ({"backend": "sglang", "model_path": "deepseek-ai/DeepSeek-R1"}, "sglang", "fp8", 16384, None),
+        ({"backend": "vllm", "model_path": "someone/else"}, "vllm", "native", 8192, None),
     ],
 )
-def test_servers_of_inferencex(row, change, kv, budget, collectives):
-    recipe = recipe_of(row(silicon_data_source=INFERENCEX, **change))
+def test_servers_of_inferencex(row, change, kind, kv, budget, collectives):
+    found = row(silicon_data_source=INFERENCEX, **change)
+    recipe, engine = recipe_of(found), engine_of(found, 16)
     assert (recipe.kv, recipe.collectives) == (kv, collectives)
-    assert engine_of(recipe, 1024, 16).max_num_batched_tokens == budget
+    assert (engine.kind, engine.max_num_batched_tokens) == (kind, budget)
 
 
 @pytest.mark.parametrize(
-    ("backend", "precision", "kv", "budget"),
-    [("vllm", "", "native", 1024 + 16 + 1500), ("trtllm", "fp8", "fp8", 1024 + 16 + 1500)],
+    ("backend", "precision", "kv", "budget", "ahead"),
+    [
+        ("vllm", "", "native", 1024 + 16 + 1500, False),
+        ("trtllm", "fp8", "fp8", 1024 + 16 + 1500, True),
+        # Whole prompts up to SGLang's 16384 tokens, the host waiting for the device in every step.
+        ("sglang", "", "native", 16384, False),
+    ],
 )
-def test_servers_of_aiconfigurators_runs(row, backend, precision, kv, budget):
-    recipe = recipe_of(row(silicon_data_source=OWN, backend=backend, precision=precision))
-    engine = engine_of(recipe, 1024, 16)
-    assert (recipe.kv, engine.max_num_batched_tokens) == (kv, budget)
+def test_servers_of_aiconfigurators_runs(row, backend, precision, kv, budget, ahead):
+    found = row(silicon_data_source=OWN, backend=backend, precision=precision, isl="1024")
+    engine = engine_of(found, 16)
+    assert recipe_of(found).kv == kv
+    assert (engine.max_num_batched_tokens, engine.schedules_ahead) == (budget, ahead)
 
 
-def test_a_step_has_a_token_for_every_client(row):
-    recipe = recipe_of(row(silicon_data_source=INFERENCEX, backend="vllm"))
-    assert engine_of(recipe, 1024, 9000).max_num_batched_tokens == 9000
-    assert engine_of(recipe, 1024, 9000).max_num_seqs == 9000
+@pytest.mark.parametrize(
+    ("change", "iters"),
+    [
+        ({}, 20),
+        ({"tp_size": "8"}, 0),
+        ({"osl": "8192"}, 0),
+        ({"model_path": "deepseek-ai/DeepSeek-R1"}, 0),
+        ({"silicon_data_source": OWN}, 0),
+    ],
+)
+def test_tensorrt_llm_waits_for_company_where_inferencex_asked_for_it(row, change, iters):
+    found = row(**{"silicon_data_source": INFERENCEX, "backend": "trtllm", "system": "b200_sxm"} | LLAMA | change)
+    assert engine_of(found, 16).batch_wait_timeout_iters == iters
+
+
+@pytest.mark.parametrize(("clients", "interval"), [(8, 10), (16, 30)])
+def test_sglang_looks_rarely_where_inferencex_asked_for_it(row, clients, interval):
+    change = {"backend": "sglang", "model_path": "deepseek-ai/DeepSeek-R1"}
+    assert engine_of(row(silicon_data_source=INFERENCEX, **change), clients).scheduler_recv_interval == interval
+    assert engine_of(row(silicon_data_source=OWN, **change), clients).scheduler_recv_interval == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "fused"),
+    [
+        ({"backend": "trtllm", "system": "b200_sxm"}, True),
+        ({"backend": "vllm", "system": "b200_sxm"}, True),
+        ({"backend": "vllm", "system": "h100_sxm"}, False),
+        # TensorRT-LLM's Qwen3 has no fused norm (modeling_qwen3.py).
+        (
+            {"backend": "trtllm", "system": "h100_sxm", "model_path": "Qwen/Qwen3-32B", "silicon_data_source": OWN},
+            False,
+        ),
+    ],
+)
+def test_who_quantises_inputs_beside_other_work(row, change, fused):
+    found = row(**{"silicon_data_source": INFERENCEX} | LLAMA | change)
+    assert engine_of(found, 16).fused_input_quantization is fused
+
+
+def test_a_step_has_a_token_and_a_seat_for_every_client(row):
+    engine = engine_of(row(silicon_data_source=OWN, backend="vllm", isl="1024"), 9000)
+    assert engine.max_num_batched_tokens >= 9000
+    assert engine.max_num_seqs == 9000
 
 
 def test_rows_run_their_own_engines_kernels(row):
@@ -89,7 +140,7 @@ def test_rows_run_their_own_engines_kernels(row):
 
 @pytest.mark.parametrize(
     ("source", "backend", "greedy"),
-    [(INFERENCEX, "vllm", True), (OWN, "vllm", False), (OWN, "trtllm", True), (OWN, "sglang", True)],
+    [(INFERENCEX, "vllm", True), (OWN, "vllm", False), (OWN, "trtllm", True), (OWN, "sglang", False)],
 )
 def test_requests_that_state_no_temperature_are_sampled_as_the_server_does(row, source, backend, greedy):
     case = engine_rows._silicon(row(silicon_data_source=source, backend=backend), Options())
