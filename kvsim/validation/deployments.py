@@ -80,6 +80,10 @@ class Setup:
     """Engine whose kernels run, as their names begin; None takes the set's defaults."""
     collectives: str | None = None
     """The same for collectives alone, where an engine runs another's."""
+    stages: int = 1
+    """Pipeline parallel stages of so many ranks each."""
+    expert_parallel: bool = False
+    """Whether each rank holds whole experts rather than a slice of every one."""
 
 
 SAME_SHAPES: Final[Mapping[str, str]] = {
@@ -154,6 +158,8 @@ def deploy(setup: Setup, options: Options) -> Deployment:
         compression=setup.strategy,
         engine=_sampled(setup),
         tensor_parallel_size=setup.ranks,
+        pipeline_parallel_size=setup.stages,
+        enable_expert_parallel=setup.expert_parallel,
         bands=False,
         calibration=DATASHEET if setup.device == options.as_unseen else options.calibration,
     )

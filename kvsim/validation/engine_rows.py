@@ -23,7 +23,7 @@ OTHER_UNSEEN: Final = "device other than the one treated as unseen"
 DISAGGREGATED: Final = "disaggregated serving"
 PIPELINE: Final = "pipeline parallelism"
 DATA_PARALLEL: Final = "attention data parallelism"
-EXPERT_PARALLEL: Final = "expert parallelism"
+EXPERT_PARALLEL: Final = "expert parallelism over other ranks than those of a tensor parallel group"
 MANY_RANKS: Final = f"more than {MAX_RANKS} ranks"
 NO_LENGTHS: Final = "input or output length not stated"
 NO_CONCURRENCY: Final = "concurrency not stated"
@@ -74,7 +74,7 @@ def _case(
     row: Row, options: Options, model: str, device: str, *, engine: EngineSpec, ranks: int, weights: str | None,
     measured: Mapping[str, float | None], table: str, backend: str, strategy: str = "native",
     concurrency: int | None = None, requests: int | None = None, spread: float = 1.0, collectives: str | None = None,
-    harness: str = "", greedy: bool = True,
+    harness: str = "", greedy: bool = True, stages: int = 1, expert_parallel: bool = False,
 ) -> Mapped:  # fmt: skip
     """Make a case, or say what it lacks."""
     found_device, preset = find_device(device), find_preset(model)
@@ -84,15 +84,16 @@ def _case(
         (found_device is None, UNKNOWN_DEVICE),
         (options.as_unseen not in (None, found_device), OTHER_UNSEEN),
         (preset is None, UNKNOWN_MODEL),
-        (ranks > MAX_RANKS, MANY_RANKS),
+        (ranks * stages > MAX_RANKS, MANY_RANKS),
         (not isl or not osl or isl < 1 or osl < 1, NO_LENGTHS),
         (not figures, NO_FIGURE),
     )
     if reason or not found_device or not preset or not isl or not osl:
         return reason or NO_FIGURE
     setup = Setup(
-        preset, found_device, strategy, weights, ranks, engine, greedy, framework=backend, collectives=collectives
-    )
+        preset, found_device, strategy, weights, ranks, engine, greedy, framework=backend, collectives=collectives,
+        stages=stages, expert_parallel=expert_parallel,
+    )  # fmt: skip
     groups = {"table": table, "backend": backend, "concurrency": _decade(concurrency or requests)}
     groups |= {"harness": harness} if harness else {}
     return Case(setup, isl, osl, figures, concurrency, requests, spread, groups)
@@ -115,7 +116,7 @@ def _silicon(row: Row, options: Options) -> Mapped:
         (row["mode"] != "agg", DISAGGREGATED),
         ((whole(row, "pp_size") or 1) > 1, PIPELINE),
         ((whole(row, "attention_dp_size") or 1) > 1, DATA_PARALLEL),
-        ((whole(row, "moe_ep_size") or 1) > 1, EXPERT_PARALLEL),
+        ((whole(row, "moe_ep_size") or 1) > 1 and not _whole_experts(row), EXPERT_PARALLEL),
         (precision not in _PRECISIONS, UNKNOWN_WEIGHTS),
         (not clients or clients < 1, NO_CONCURRENCY),
     )
@@ -130,16 +131,23 @@ def _silicon(row: Row, options: Options) -> Mapped:
         ranks=whole(row, "tp_size") or 1, weights=None if _OWN_FORMAT in model else _PRECISIONS[precision],
         measured=measured, table=_TABLE_NAMES[0], backend=backend, strategy=recipe.kv, concurrency=clients,
         spread=range_ratio(row), collectives=recipe.collectives, harness=harness_of(row),
-        greedy=not is_own_run(row) or backend == "trtllm",
+        greedy=not is_own_run(row) or backend == "trtllm", expert_parallel=_whole_experts(row),
     )  # fmt: skip
+
+
+def _whole_experts(row: Row) -> bool:
+    """Whether each rank of a tensor parallel group holds whole experts; other divisions are ambiguous in the sample."""
+    ranks, experts = whole(row, "tp_size") or 1, whole(row, "moe_ep_size") or 1
+    return experts > 1 and experts == ranks and (whole(row, "moe_tp_size") or 1) == 1
 
 
 def _trtllm(row: Row, options: Options) -> Mapped:
     weights = _PRECISIONS.get(row["weight_precision"].lower())
-    reason = _first(((whole(row, "pp") or 1) > 1, PIPELINE), (weights is None, UNKNOWN_WEIGHTS))
+    reason = UNKNOWN_WEIGHTS if weights is None else None
     engine = EngineSpec(max_num_seqs=OFFLINE_SEQS, max_num_batched_tokens=8192, gpu_memory_utilization=0.9)
     return reason or _case(
         row, options, row["model"].replace(" ", "-"), row["gpu"], engine=engine, ranks=whole(row, "tp") or 1,
+        stages=whole(row, "pp") or 1,
         weights=weights, measured={"output_tok_s": number(row, "output_tok_s")}, table=_TABLE_NAMES[1],
         backend="trtllm", strategy="fp8" if weights in ("fp8", "fp4") else "native",
     )  # fmt: skip

@@ -86,11 +86,10 @@ def test_every_table_of_the_folder_is_read(run, tmp_path):
     write_csv(folder / "kv.csv", [KV_QUANT])
     write_csv(folder / "neuron.csv", [{"Scenario (all using BF16)": "Fused speculative decoding", "TTFT": 1}])
     found = run("engine-tables", tmp_path)
-    assert found.rows == 3
+    assert found.rows == 4
     assert set(found.overall) == {"ttft", "tpot", "output_tok_s"}
     assert counts(found) == {
-        engine_rows.PIPELINE: 1, engine_rows.NO_FIGURE: 1, engine_rows.UNCLEAR_TOKENS: 1, engine_rows.OTHER_TABLE: 1,
-        engine_rows.SPECULATIVE: 1,
+        engine_rows.NO_FIGURE: 1, engine_rows.UNCLEAR_TOKENS: 1, engine_rows.OTHER_TABLE: 1, engine_rows.SPECULATIVE: 1,
     }  # fmt: skip
 
 

@@ -153,6 +153,20 @@ def test_vllm_before_0_14_schedules_synchronously_unless_asked(row):
     assert (own.schedules_ahead, asked.schedules_ahead) == (False, True)
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"tp_size": "4", "moe_ep_size": "4", "moe_tp_size": "1"}, True),
+        ({"tp_size": "4", "moe_ep_size": "1", "moe_tp_size": "4"}, False),
+        ({"tp_size": "16", "moe_ep_size": "4", "moe_tp_size": "4"}, engine_rows.EXPERT_PARALLEL),
+        ({"tp_size": "4", "moe_ep_size": "16", "attention_dp_size": "4"}, engine_rows.DATA_PARALLEL),
+    ],
+)
+def test_experts_lie_whole_on_the_ranks_of_a_tensor_parallel_group_or_the_row_is_left_out(row, change, expected):
+    case = engine_rows._silicon(row(silicon_data_source=INFERENCEX, **change), Options())
+    assert (case if isinstance(case, str) else case.setup.expert_parallel) == expected
+
+
 def test_a_repeated_measurement_counts_once(run, tmp_path):
     other = SILICON | {"silicon_ttft_ms": 151.0}
     found = run("engine-tables", write_csv(tmp_path / "silicon.csv", [SILICON, other, SILICON | {"tp_size": 4}]))
