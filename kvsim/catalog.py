@@ -23,6 +23,7 @@ from kvsim.price_list import default_price
 from kvsim.scenario import Scenario
 from kvsim.specs.device import DeviceSpec
 from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
+from kvsim.tier_rules import check_tiers, tier_encoding
 
 DATASHEET = "datasheet"
 """Name of the calibration that uses no fitted kernel."""
@@ -57,6 +58,7 @@ def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
         prefix_caching=scenario.engine.enable_prefix_caching and not scenario.compression.selection.evicts,
         notes=tuple(notes),
         calibration=calibration,
+        tier_classes=_tier_classes(scenario, model, device.spec),
         sampling=scenario.engine.sampling.filled_from(model.generation),
         engine_fit=engine_fit(device.spec.name) if calibration is None and scenario.calibration != DATASHEET else None,
         draft=_draft(scenario, base_dir),
@@ -141,12 +143,7 @@ def _check(scenario: Scenario, model: ModelSpec, device: DeviceSpec) -> None:
         )
         raise InvalidSpec(msg)
     _check_drafts(scenario, model)
-    if engine.kv_offloading_size is not None and device.host_link is None:
-        msg = (
-            f"engine.kv_offloading_size: {device.name} has no figure for a host link (or shares the host's memory), so "
-            "copies cannot be priced; leave it out"
-        )
-        raise IncompatibleScenario(msg)
+    check_tiers(engine, device)
     check_parallelism(scenario, model, device)
     reason = scenario.compression.check(model, device)
     if reason:
@@ -185,6 +182,25 @@ def _layer_classes(scenario: Scenario, model: ModelSpec) -> tuple[LayerClass, ..
             by_encoding[encoding].append(LayerView(index, model.num_layers, group))
         classes += [_layer_class(scenario, group, encoding, views) for encoding, views in by_encoding.items()]
     return tuple(classes)
+
+
+def _tier_classes(
+    scenario: Scenario, model: ModelSpec, device: DeviceSpec
+) -> tuple[tuple[LayerClass, ...] | None, ...]:
+    """Layers as each tier stores them, where it has a KV encoding of its own."""
+    found: list[tuple[LayerClass, ...] | None] = []
+    for index, tier in enumerate(scenario.engine.all_kv_tiers):
+        encoding = tier_encoding(index, tier)
+        if encoding is None:
+            found.append(None)
+            continue
+        stored = scenario.compression.model_copy(update={"encoding": encoding})
+        reason = encoding.check(model, device)
+        if reason:
+            msg = f"engine.kv_tiers[{index}].encoding: {reason}"
+            raise IncompatibleScenario(msg)
+        found.append(_layer_classes(scenario.model_copy(update={"compression": stored}), model))
+    return tuple(found)
 
 
 def _layer_class(scenario: Scenario, group: LayerGroup, encoding: KvEncoding, views: list[LayerView]) -> LayerClass:

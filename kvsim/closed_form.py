@@ -22,7 +22,7 @@ def total_seconds(split: Mapping[Component, float]) -> float:
 
 def prefill_split(step: StepModel, prompt_tokens: int) -> Split:
     """Seconds by component of one prompt alone, in chunks of the token budget, up to its first token."""
-    budget, stages = step.deployment.engine.max_num_batched_tokens, step.deployment.parallelism.pipeline
+    budget, stages = step.deployment.engine.tokens_at_once, step.deployment.parallelism.pipeline
     split = dict.fromkeys(Component, 0.0)
     done = 0
     while done < prompt_tokens:

@@ -100,6 +100,8 @@ class Deployment:
     """The scenario's sampling parameters, and the model's where it states none."""
     calibration: CalibrationSet | None = None
     """Fitted kernels; None where the scenario wants none or its set has none for the device."""
+    tier_classes: tuple[tuple[LayerClass, ...] | None, ...] = ()
+    """Per tier that stores a KV encoding of its own: the layers as it stores them; None for any other tier."""
     engine_fit: EngineFit | None = None
     """What engines reach on a device without fitted kernels; None where there is no such fit, or none is wanted."""
     draft: Deployment | None = None

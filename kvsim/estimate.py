@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -38,10 +39,27 @@ def estimate_outcomes(
         if load.concurrency is not None:
             slots = min(slots, max(1.0, load.concurrency / deployment.replicas))
         prompt = prefill_split(step, load.prompt_tokens)
-        state = steady_state(step, total_seconds(prompt), load.prompt_tokens, load.output_tokens, rate, slots)
+        taken_s = total_seconds(prompt) / prompts_together(step, prompt, load, rate, slots)
+        state = steady_state(step, taken_s, load.prompt_tokens, load.output_tokens, rate, slots)
         results.append(_outcome(step, state, prompt, load, edge))
         batches.append(state.batch)
     return tuple(results), batches[0]
+
+
+def prompts_together(step: StepModel, prompt: Split, load: LoadShape, rate: float | None, slots: float) -> float:
+    """Prompts that one turn of all lanes takes in, of those that take any, where arrivals are random; 1 for one lane.
+
+    ``rate`` is that of one replica; None is a closed loop, whose ``slots`` clients send when they were answered.
+    """
+    lanes = step.deployment.lanes
+    if lanes == 1:
+        return 1.0
+    prompt_s, generated = total_seconds(prompt), load.output_tokens // 2
+    decode_s = total_seconds(decode_split(step, max(1, round(slots)), load.prompt_tokens, generated))
+    if rate is None:
+        rate = slots / (prompt_s + max(1, load.output_tokens - 1) * decode_s)
+    arriving = rate * (prompt_s + decode_s)
+    return min(float(lanes), arriving / -math.expm1(-arriving))
 
 
 def _outcome(step: StepModel, state: SteadyState, prompt: Split, load: LoadShape, edge: Edge) -> Outcome:
@@ -51,24 +69,25 @@ def _outcome(step: StepModel, state: SteadyState, prompt: Split, load: LoadShape
     # A new prompt waits for the rest of the running step, half of one on average where the engine is busy, and for
     # the one planned behind it where steps are planned ahead.
     ahead = 1.5 if step.deployment.engine.schedules_ahead else 0.5
-    ttft_s = state.prefill_s + ahead * state.utilization * state.step_s + front_end(step.deployment, edge).overhead_s
+    prompt_s = total_seconds(prompt)
+    ttft_s = prompt_s + ahead * state.utilization * state.step_s + front_end(step.deployment, edge).overhead_s
     decode_s = steps * state.decode_token_s
-    prefill = _scaled(prompt, completed)
+    prefill = scaled(prompt, completed * state.prefill_s / prompt_s)
     batch = max(1, round(state.batch))
     per_step = decode_split(step, batch, load.prompt_tokens, steps // 2)
     total = sum(per_step.values())
     share = completed * steps * state.step_s / max(state.batch, 1.0) / total if total else 0.0
-    decode = _scaled(per_step, share)
+    decode = scaled(per_step, share)
     busy_prefill, busy_decode = sum(prefill.values()), sum(decode.values())
     idle_s = max(0.0, REFERENCE_S * replicas - busy_prefill - busy_decode)
     return Outcome(
         edge=edge,
         duration_s=REFERENCE_S,
         queue_delay_mean_s=None,
-        ttft=_mean_only(ttft_s),
-        tpot=_mean_only(state.decode_token_s if steps else None),
-        itl=_mean_only(state.decode_token_s if steps else None),
-        e2el=_mean_only(ttft_s + decode_s),
+        ttft=mean_only(ttft_s),
+        tpot=mean_only(state.decode_token_s if steps else None),
+        itl=mean_only(state.decode_token_s if steps else None),
+        e2el=mean_only(ttft_s + decode_s),
         completed=round(completed),
         good=None,
         input_tokens=round(completed * load.prompt_tokens),
@@ -79,11 +98,13 @@ def _outcome(step: StepModel, state: SteadyState, prompt: Split, load: LoadShape
     )
 
 
-def _scaled(split: Split, factor: float) -> Split:
+def scaled(split: Split, factor: float) -> Split:
+    """Seconds by component, all times ``factor``."""
     return {component: seconds * factor for component, seconds in split.items()}
 
 
-def _mean_only(mean_s: float | None) -> Distribution:
+def mean_only(mean_s: float | None) -> Distribution:
+    """A distribution of which the mean alone is known."""
     return Distribution(0 if mean_s is None else 1, mean_s, None, None, None, None, None)
 
 

@@ -20,7 +20,7 @@ from kvsim.ops import Component
 from kvsim.specs.base import Basis
 from kvsim.units import TICKS_PER_SECOND
 
-Phase = Literal["memory", "prefill", "decode"]
+Phase = Literal["memory", "prefill", "decode", "transfer"]
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,8 @@ def _sampling_formula(deployment: Deployment) -> str:
     """How tokens are drawn, with what."""
     sampling = deployment.sampling
     if sampling.is_greedy:
-        return "cast to fp32, largest logit: launches + sequences·vocabulary·bytes/BW"
+        known = "greedy" if sampling.temperature is not None else "greedy, as nothing else is stated"
+        return f"{known}: cast to fp32, largest logit: launches + sequences·vocabulary·bytes/BW"
     stated = ", ".join(f"{name} {value:g}" for name, value in sampling.model_dump(exclude_none=True).items())
     how = "sorting the vocabulary" if sampling.truncates and not deployment.engine.use_flashinfer_sampler else "no sort"
     return f"{stated}: scale, softmax, draw; {how}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -40,10 +40,17 @@ def models_of(candidates: Iterable[Any]) -> tuple[type[BaseModel], ...]:
 
 def field_alternatives(candidates: Iterable[Any], key: str) -> tuple[Any, ...] | None:
     """List what ``key`` may hold in any of the candidate specs; None where none of them has it."""
-    owners = [model for model in models_of(candidates) if key in model.model_fields]
+    named = [(model, _other_name(model, key)) for model in models_of(candidates)]
+    owners = [(model, name) for model, name in named if name in model.model_fields]
     if not owners:
         return None
-    return tuple(member for model in owners for member in alternatives(model.model_fields[key].annotation))
+    return tuple(member for model, name in owners for member in alternatives(model.model_fields[name].annotation))
+
+
+def _other_name(model: type[BaseModel], key: str) -> str:
+    """The field that ``key`` is another name of (a spec's ``other_names``), or ``key``."""
+    names: Mapping[str, str] = getattr(model, "other_names", {})
+    return names.get(key, key)
 
 
 def tags_of(model: type[BaseModel]) -> tuple[str, ...]:
@@ -104,7 +111,9 @@ def key_hint(model: type[BaseModel], owners: Iterable[type[BaseModel]], key: str
     known = sorted({name for owner in owners for name in owner.model_fields})
     near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
     if not near:
-        near = sorted({dotted for dotted in dotted_keys(model) if dotted.rpartition(".")[2] == key})[:2]
+        same = {dotted for dotted in dotted_keys(model) if dotted.rpartition(".")[2] == key}
+        shallowest = min((dotted.count(".") for dotted in same), default=0)
+        near = sorted(dotted for dotted in same if dotted.count(".") == shallowest)[:2]
     if not near:
         near = difflib.get_close_matches(key, known, n=2, cutoff=0.45)
     if near:

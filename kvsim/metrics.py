@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from kvsim.ops import Component
-from kvsim.report import Figure, Report
+from kvsim.report import Figure, Report, TiersUse
 from kvsim.specs.base import Basis
 from kvsim.specs.workload import ConcurrencyArrivals, GammaArrivals, PoissonArrivals, SyntheticWorkload, TraceWorkload
 from kvsim.units import GIBI, KIBI, MEGA, MILLISECONDS_PER_SECOND
@@ -107,6 +107,26 @@ def tokens_per_second_per_user(report: Report) -> Figure:
     return Figure(value=_inverse(tpot.value), low=_inverse(tpot.high), high=_inverse(tpot.low), basis=tpot.basis)
 
 
+def _transfer(field: str) -> Callable[[Report], Figure]:
+    """A number of the transfers between two pools; unknown where there is one pool."""
+
+    def figure(report: Report) -> Figure:
+        if report.disaggregation is None:
+            return Figure(value=None)
+        value = getattr(report.disaggregation.transfer, field)
+        return value if isinstance(value, Figure) else Figure(value=value)
+
+    return figure
+
+
+def _pool_utilization(role: str) -> Callable[[Report], Figure]:
+    def figure(report: Report) -> Figure:
+        pools = report.disaggregation.pools if report.disaggregation is not None else ()
+        return next((pool.utilization for pool in pools if pool.role == role), Figure(value=None))
+
+    return figure
+
+
 def _inverse(value: float | None) -> float | None:
     return 1.0 / value if value else None
 
@@ -141,6 +161,26 @@ def _basis_share(basis: Basis) -> Callable[[Report], Figure]:
 def _weakest(bases: list[Basis]) -> Basis:
     order = list(Basis)
     return max(bases, key=order.index)
+
+
+def _tier_figure(read_use: Callable[[TiersUse], float | None]) -> Callable[[Report], Figure]:
+    """A number of the tiers; unknown where there are none."""
+    return lambda report: Figure(value=read_use(report.tiers) if report.tiers is not None else None)
+
+
+def _tier_hit_rate(*kinds: str) -> Callable[[Report], Figure]:
+    """Share of the tokens looked up that was loaded from tiers of some kinds; unknown where there is no such tier."""
+
+    def rate(use: TiersUse) -> float | None:
+        found = [tier.hit_rate for tier in use.tiers if tier.kind in kinds and tier.hit_rate is not None]
+        return sum(found) if found else None
+
+    return _tier_figure(rate)
+
+
+def _tier_wait_s(use: TiersUse) -> float | None:
+    loads = sum(tier.loads for tier in use.tiers)
+    return sum(tier.loads * (tier.wait_mean_s or 0.0) for tier in use.tiers) / loads if loads else None
 
 
 def _latency_metrics() -> Iterator[Metric]:
@@ -218,6 +258,33 @@ _SPECULATION = (
     Metric("drafting_share", "Time drafting", "", "lower", "speculation.drafting_share",
            "part of decode steps that drafting took"),
 )  # fmt: skip
+_TIERS = (
+    Metric("device_hit_rate", "Hits on the device", "", "higher", _tier_figure(lambda use: use.device_hit_rate),
+           "share of reusable prompt tokens found in the device's prefix cache, with tiers"),
+    Metric("tier_hit_rate", "Hits in tiers", "", "higher", _tier_hit_rate("host", "nvme", "remote"),
+           "share of reusable prompt tokens loaded from tiers"),
+    Metric("host_tier_hit_rate", "Hits in host memory", "", "higher", _tier_hit_rate("host"),
+           "of those, from host memory"),
+    Metric("nvme_tier_hit_rate", "Hits on NVMe", "", "higher", _tier_hit_rate("nvme"), "of those, from NVMe"),
+    Metric("remote_tier_hit_rate", "Hits in remote stores", "", "higher", _tier_hit_rate("remote"),
+           "of those, from remote stores"),
+    Metric("tier_stored_bytes", "Stored in tiers", "B", None,
+           _tier_figure(lambda use: sum(tier.stored_bytes for tier in use.tiers)), "bytes written to tiers",
+           display_unit="GiB", display_scale=1 / GIBI),
+    Metric("tier_loaded_bytes", "Loaded from tiers", "B", None,
+           _tier_figure(lambda use: sum(tier.loaded_bytes for tier in use.tiers)), "bytes read back from tiers",
+           display_unit="GiB", display_scale=1 / GIBI),
+    Metric("mean_tier_wait_ms", "Mean wait for a load", "ms", "lower", _tier_figure(_tier_wait_s),
+           "mean duration of a load from a tier", scale=MILLISECONDS_PER_SECOND),
+    Metric("lossy_tier_tokens", "Tokens from lossy tiers", "tokens", "lower",
+           _tier_figure(lambda use: use.lossy_tokens), "prompt tokens loaded from lossy tiers"),
+    Metric("recompute_tier_tokens", "Tokens computed again", "tokens", "lower",
+           _tier_figure(lambda use: use.recompute_tokens), "prompt tokens of the recompute tier"),
+    Metric("saved_against_load_s", "Saved against loading", "s", "higher",
+           _tier_figure(lambda use: use.saved_against_load_s), "estimated, against loading all that is found"),
+    Metric("saved_against_compute_s", "Saved against computing", "s", "higher",
+           _tier_figure(lambda use: use.saved_against_compute_s), "estimated, against loading nothing"),
+)  # fmt: skip
 _EFFECTS = (
     Metric("prefill_tax", "Prefill tax", "x", "lower", "effects.prefill_tax", "prefill time / native"),
     Metric("decode_gain", "Decode gain", "x", "higher", "effects.decode_gain",
@@ -245,6 +312,22 @@ _ENERGY = (
            "the same over prompt and output tokens"),
     Metric("mean_power_w", "Mean power", "W", "lower", "energy.mean_power_w", "of all devices"),
 )  # fmt: skip
+_POOLS = (
+    Metric("prefill_pool_utilization", "Prefill pool busy", "", None, _pool_utilization("prefill"),
+           "share of the run in which prefill replicas were busy"),
+    Metric("decode_pool_utilization", "Decode pool busy", "", None, _pool_utilization("decode"),
+           "share of the run in which decode replicas were busy"),
+    Metric("transfer_bytes", "KV moved", "B", None, _transfer("wire_bytes"), "bytes between the pools",
+           display_unit="GiB", display_scale=1 / GIBI),
+    Metric("mean_transfer_ms", "Mean transfer", "ms", "lower", _transfer("transfer_mean_s"),
+           "from a transfer's start to its end", scale=MILLISECONDS_PER_SECOND),
+    Metric("mean_room_wait_ms", "Mean wait for room", "ms", "lower", _transfer("room_wait_mean_s"),
+           "from a prompt's end until the decode side had room", scale=MILLISECONDS_PER_SECOND),
+    Metric("mean_exposed_transfer_ms", "Mean exposed transfer", "ms", "lower", _transfer("exposed_mean_s"),
+           "from a prompt's end to the arrival of its KV", scale=MILLISECONDS_PER_SECOND),
+    Metric("link_utilization", "Link use", "", None, _transfer("link_utilization"),
+           "bytes moved / what the ports of the busier side can move"),
+)  # fmt: skip
 _SHARES = (
     *(
         Metric(f"time_share_{c.value}", f"Time in {c.value}", "", None, _time_share(c), f"busy time spent on {c.value}")
@@ -259,7 +342,8 @@ _SHARES = (
 )
 
 METRICS: tuple[Metric, ...] = (
-    *_KV, *_latency_metrics(), *_THROUGHPUT, *_COUNTS, *_SPECULATION, *_EFFECTS, *_COST, *_ENERGY, *_SHARES,
+    *_KV, *_latency_metrics(), *_THROUGHPUT, *_COUNTS, *_SPECULATION, *_TIERS, *_EFFECTS, *_COST, *_ENERGY, *_POOLS,
+    *_SHARES,
 )  # fmt: skip
 METRIC_BY_TAG: dict[str, Metric] = {metric.tag: metric for metric in METRICS}
 

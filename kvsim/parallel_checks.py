@@ -43,8 +43,9 @@ def _reasons(scenario: Scenario, model: ModelSpec, device: DeviceSpec) -> Iterat
     engine = scenario.engine
     if engine.kind != "vllm" and (stages > 1 or in_step > 1):
         yield f"engine.kind: {engine.kind} is modelled with replicas and tensor_parallel_size, experts among them, only"
-    if in_step > 1 and engine.kv_offloading_size is not None:
-        yield f"engine.kv_offloading_size: not modelled for {data} data parallel ranks that share experts; leave it out"
+    if in_step > 1 and engine.all_kv_tiers:
+        field = "kv_offloading_size" if engine.kv_offloading_size is not None else "kv_tiers"
+        yield f"engine.{field}: not modelled for {data} data parallel ranks that share experts; leave it out"
 
 
 def _expert_reasons(model: ModelSpec, ranks: int, data: int) -> Iterator[str]:

@@ -126,6 +126,72 @@ class MemoryTerm(Spec):
     formula: str
 
 
+class TierUse(Spec):
+    """One tier below the device's pool, over all replicas and ranks."""
+
+    name: str
+    kind: str
+    encoding: str
+    store: str
+    """When blocks come here: ``on_compute`` or ``on_evict``."""
+    is_lossy: bool
+    """Whether what is loaded from here differs from what was computed."""
+    capacity_bytes: float | None
+    """None is unbounded."""
+    peak_bytes: float
+    """Most bytes held, those on their way in included; summed over replicas whose peaks may fall apart."""
+    stored_bytes: float
+    """Written here, from wherever."""
+    demoted_bytes: float
+    """Of those, evicted by the tier above."""
+    promoted_bytes: float
+    """Of those, kept while they passed from a tier below."""
+    evicted_bytes: float
+    refused_bytes: float
+    """Not stored because no room could be made."""
+    loaded_bytes: float
+    hit_units: int
+    """Blocks of the workload's hashes that were loaded from here."""
+    hit_tokens: int
+    hit_rate: float | None
+    """hit_tokens / tokens looked up; None where nothing was."""
+    copy_s: float
+    """Time that its copies would take alone, latency and coding included; summed over replicas."""
+    loads: int
+    """Loads, each for one prompt."""
+    wait_mean_s: float | None
+    """Mean duration of a load, what other copies and steps took of the links included."""
+
+
+class TiersUse(Spec):
+    """Where cached prompt tokens came from. Only prompts that were admitted count, again after each preemption."""
+
+    looked_up_tokens: int
+    """Tokens of whole hashed blocks that prompts could have reused."""
+    device_hit_tokens: int
+    """Found in the device's own prefix cache."""
+    device_hit_rate: float | None
+    tiers: tuple[TierUse, ...]
+    recompute_tokens: int | None
+    """Computed again although they had been before; None without a recompute tier."""
+    recompute_s: float | None
+    """What a prefill of them alone is estimated to take."""
+    lossy_tokens: int
+    """Loaded from lossy tiers. Later hits of the same blocks on the device are not counted again."""
+    reload: str
+    """``always``, ``by_cost`` or ``by_total_cost``."""
+    chose_load: int | None
+    """Prompts for which loading all that was found was estimated fastest; None where costs are not compared."""
+    chose_cut: int | None
+    """Prompts for which loading the nearer tiers' part and computing the rest was."""
+    chose_compute: int | None
+    """Prompts for which computing all of it was."""
+    saved_against_load_s: float | None
+    """Estimated time saved, summed over prompts, against always loading, by the same measure as the choice."""
+    saved_against_compute_s: float | None
+    """The same against never loading."""
+
+
 class TimeShare(Spec):
     """Busy engine time spent on one component, and on what basis it was priced."""
 
@@ -230,6 +296,66 @@ class Provenance(Spec):
     """What a reader must know: aliases resolved, features switched off and why, assumptions."""
 
 
+class PoolReport(Spec):
+    """One pool of a disaggregated deployment. What only a simulation counts is None in an estimate."""
+
+    role: Literal["prefill", "decode"]
+    device: str
+    num_replicas: int
+    tensor_parallel_size: int
+    memory: tuple[MemoryTerm, ...]
+    """Per device."""
+    num_blocks: int
+    """Of one replica."""
+    peak_kv_utilization: float | None
+    """Largest share of a replica's pool in use; KV that has not left yet counts on the prefill side."""
+    utilization: Figure
+    """Share of the run in which the replicas' engines were busy, their mean."""
+    engine_steps: int | None
+    preemptions: int | None
+    recomputed_tokens: int | None
+    cached_prompt_tokens: int | None
+    max_running: int | None
+    """Most sequences with a seat in one replica."""
+    max_waiting: int | None
+    """Longest queue of one replica; on the decode side, sequences whose KV waits for room."""
+    usd_per_hour: Figure
+
+
+class TransferReport(Spec):
+    """KV between the pools. Means are per sequence that crossed."""
+
+    link: str
+    link_bytes_per_s: Figure
+    """Of one port, one direction, efficiency applied."""
+    setup_s: Figure
+    transfer: str
+    encoding: str | None
+    """Encoding in transit alone; None where KV moves as it is stored."""
+    is_lossy: bool
+    """Whether the link's encoding loses precision on top of the strategy's."""
+    transfers: int
+    wire_bytes: int
+    bytes_per_transfer: float | None
+    transfer_mean_s: Figure
+    """From the start of a transfer to its end."""
+    room_wait_mean_s: Figure
+    """From a prompt's end until the decode side had room and looked for it."""
+    exposed_mean_s: Figure
+    """From a prompt's end to the arrival of its KV: what the transfer adds to the gap before the second token."""
+    link_utilization: Figure
+    """Bytes moved / what the busier side's ports could have moved in the run."""
+    max_in_flight: int | None
+    source: str
+
+
+class DisaggregationReport(Spec):
+    """Two pools and what crossed between them."""
+
+    pools: tuple[PoolReport, ...]
+    transfer: TransferReport
+
+
 class Report(Spec):
     """Everything kvsim answers about one scenario. ``method`` tells a simulation from a closed-form estimate."""
 
@@ -246,6 +372,8 @@ class Report(Spec):
     latency: Latency
     throughput: Throughput
     counts: Counts
+    tiers: TiersUse | None = None
+    """None without tiers, in an estimate, and where no prefix can be shared."""
     time_split: tuple[TimeShare, ...]
     bottleneck: str
     effects: Effects
@@ -256,3 +384,5 @@ class Report(Spec):
     provenance: Provenance
     speculation: SpeculationOutcome | None = None
     """None where the engine decodes without drafts."""
+    disaggregation: DisaggregationReport | None = None
+    """Per pool; ``kv``, ``memory`` and the decode side of ``effects`` are then of the decode pool."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
 from kvsim import __version__
 from kvsim.compression import Compression, parse_compression
 from kvsim.specs.base import Spec
+from kvsim.specs.disaggregation import Disaggregation
 from kvsim.specs.engine import EngineSpec
 from kvsim.specs.price import Price
+from kvsim.specs.routing import RouterThresholds, Routing
 from kvsim.specs.workload import WorkloadSpec
 from kvsim.units import Seconds
 
@@ -61,7 +63,11 @@ class Scenario(Spec):
     calibration: str = "default"
     """Fitted kernels that the cost model uses: the shipped set ``default`` or another by name, one's own set by the
     path of its YAML file, or ``datasheet`` for none. Devices that a set lacks are priced from their datasheet."""
-    routing: Literal["round_robin", "least_loaded"] = "round_robin"
+    routing: Routing = "round_robin"
+    router: RouterThresholds = RouterThresholds()
+    """Thresholds of ``prefix_aware`` routing."""
+    disaggregation: Disaggregation | None = None
+    """Prompts and decoding on pools of their own, in place of ``replicas``."""
     slo: Slo = Slo()
     price: Price | None = None
     """Overrides the price list."""
@@ -71,8 +77,12 @@ class Scenario(Spec):
 
     @property
     def num_devices(self) -> int:
-        """Devices of the whole deployment."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size * self.replicas
+        """Devices of all replicas and pools."""
+        others = self.pipeline_parallel_size * self.data_parallel_size
+        if self.disaggregation is None:
+            return self.tensor_parallel_size * others * self.replicas
+        pools = (self.disaggregation.prefill, self.disaggregation.decode)
+        return others * sum(pool.replicas * (pool.tensor_parallel_size or self.tensor_parallel_size) for pool in pools)
 
     def fingerprint(self) -> str:
         """Hash of the canonical scenario and kvsim's version; equal scenarios give equal reports."""

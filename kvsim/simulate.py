@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
@@ -12,17 +12,21 @@ from kvsim import __version__
 from kvsim.analysis import EdgeModels, LoadShape, capacity, effects, load_shape, price_edges
 from kvsim.catalog import DATASHEET, at_field, look_up, resolve
 from kvsim.compression import parse_compression
-from kvsim.cost.basis import kernel_notes, pricings
+from kvsim.cost.basis import kernel_notes, pricings, weakest
 from kvsim.cost.priors import EDGES, Edge
 from kvsim.deployment import Deployment
+from kvsim.disaggregation import SplitDeployment, pool_scenario, resolve_split
 from kvsim.errors import IncompatibleScenario, KvsimError, RequestDoesNotFit
 from kvsim.explain import Explanation, Term, explain_deployment
+from kvsim.explain_split import explain_split
 from kvsim.memory import MemoryPlan, plan_memory, plan_or, waterfall
 from kvsim.pool import block_bytes, longest_sequence
+from kvsim.pool_summary import disaggregation
 from kvsim.quality import published_quality
 from kvsim.report import Counts, Figure, KernelUsed, Provenance, Report
 from kvsim.requests import RequestTable
 from kvsim.scenario import Scenario
+from kvsim.sim.run import RunResult
 from kvsim.specs.workload import WorkloadSpec
 from kvsim.summary import (
     Outcome,
@@ -39,6 +43,8 @@ from kvsim.summary import (
     time_split,
     weakest_basis,
 )
+from kvsim.tier_use import tiers_use, with_tiers
+from kvsim.tiers import tier_notes
 from kvsim.workload_catalog import load_workload
 from kvsim.workloads import build_requests
 
@@ -66,6 +72,8 @@ class Prepared:
     plan: MemoryPlan
     max_model_len: int
     notes: tuple[str, ...]
+    split: SplitDeployment | None = None
+    """Both pools where there are two; ``deployment`` and ``plan`` are then the decode pool's."""
 
     @cached_property
     def load(self) -> LoadShape:
@@ -79,22 +87,11 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
     Raises a ScenarioError for wrong input and an InfeasibleScenario where nothing fits. ``progress`` is called with
     the share done, from 0 to 1.
     """
-    from kvsim.sim.run import run_requests
-
     prepared = prepare(scenario, base_dir=base_dir)
     results = []
     edges = _edges(scenario)
     for position, edge in enumerate(edges):
-        result = run_requests(
-            prepared.deployment,
-            prepared.requests,
-            _plan_at(prepared, edge),
-            prepared.max_model_len,
-            routing=scenario.routing,
-            edge=edge,
-            seed=scenario.seed,
-            progress=_part(progress, position, len(edges)),
-        )
+        result = _play(prepared, edge, _part(progress, position, len(edges)))
         results.append((result, outcome(result, prepared.requests, scenario.slo, edge)))
     central = results[0][0]
     outcomes = tuple(one for _, one in results)
@@ -105,15 +102,97 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
         )
         raise RequestDoesNotFit(msg)
     used = 1.0 - min(record.min_free_bytes for record in central.records) / central.pool_bytes
-    batch = _mean_batch(outcomes[0], prepared)
+    batch = _mean_batch(outcomes[0], prepared) if prepared.split is None else _mean_decode_batch(central)
     models = price_edges(prepared.deployment, edges)
     report = assemble(prepared, models, outcomes, "simulation", counts(central, prepared.requests), used, batch)
-    return report.model_copy(update={"speculation": speculation(central, scenario.engine.speculative_config)})
+    report = report.model_copy(update={"speculation": speculation(central, scenario.engine.speculative_config)})
+    if central.tiers is not None:
+        return with_tiers(report, tiers_use(central.tiers, prepared.deployment))
+    if prepared.split is None:
+        return report
+    return _with_pools(report, prepared, prepared.split, central, outcomes, batch)
+
+
+def _play(prepared: Prepared, edge: Edge, progress: Progress | None) -> RunResult:
+    from kvsim.sim.run import run_requests
+
+    scenario, split = prepared.scenario, prepared.split
+    if split is None:
+        return run_requests(
+            prepared.deployment,
+            prepared.requests,
+            _plan_at(prepared, edge),
+            prepared.max_model_len,
+            routing=scenario.routing,
+            thresholds=scenario.router,
+            edge=edge,
+            seed=scenario.seed,
+            progress=progress,
+        )
+    from kvsim.sim.disaggregated import Pool, run_disaggregated
+
+    prefill = replace(prepared, deployment=split.prefill, plan=split.prefill_plan)
+    return run_disaggregated(
+        Pool(split.prefill, _plan_at(prefill, edge)),
+        Pool(split.decode, _plan_at(prepared, edge)),
+        split.crossing(edge),
+        prepared.requests,
+        prepared.max_model_len,
+        routing=scenario.routing,
+        thresholds=scenario.router,
+        edge=edge,
+        progress=progress,
+    )
+
+
+def _with_pools(
+    report: Report,
+    prepared: Prepared,
+    split: SplitDeployment,
+    central: RunResult | None,
+    outcomes: tuple[Outcome, ...],
+    batch: int,
+) -> Report:
+    """Add the section on both pools, and take from the prefill pool what the decode pool cannot tell."""
+    shares = tuple(
+        mine.model_copy(update={"basis": weakest([mine.basis, other.basis])})
+        for mine, other in zip(report.time_split, time_split(outcomes[0], split.prefill), strict=True)
+    )
+    basis = weakest_basis(shares)
+    tax = effects(price_edges(split.prefill, _edges(prepared.scenario)), prepared.load, batch).prefill_tax
+    quality = report.quality if split.coding is None else published_quality(split.coding.compression)
+    return report.model_copy(
+        update={
+            "time_split": shares,
+            "coverage": coverage(shares),
+            "effects": report.effects.model_copy(update={"prefill_tax": tax}),
+            "cost": cost(split.decode, outcomes, basis, split.prefill),
+            "energy": energy(split.decode, outcomes, split.prefill),
+            "quality": quality,
+            "provenance": _provenance_of_both(report, split),
+            "disaggregation": disaggregation(split, central, outcomes, basis),
+        }
+    )
+
+
+def _provenance_of_both(report: Report, split: SplitDeployment) -> Provenance:
+    first, second = split.prefill.device.name, split.decode.device.name
+    device = first if first == second else f"{first} (prefill) and {second} (decode)"
+    kernels = tuple(dict.fromkeys((*_kernels(split.prefill), *report.provenance.kernels)))
+    return report.provenance.model_copy(update={"device": device, "kernels": kernels})
+
+
+def _mean_decode_batch(result: RunResult) -> int:
+    """Sequences in a decode step, averaged over the decode pool's steps."""
+    runs = [run for record in result.records[result.prefill_replicas :] for run in record.runs]
+    steps = sum(run[0] for run in runs)
+    return max(1, round(sum(run[0] * run[1] for run in runs) / steps)) if steps else 1
 
 
 def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
     """Answer ``scenario`` in closed form: mean lengths, steady state, no queue. Percentiles are unknown."""
     from kvsim.estimate import estimate_counts, estimate_outcomes
+    from kvsim.estimate_split import estimate_split_outcomes
 
     if scenario.engine.speculative_config is not None:
         msg = "engine.speculative_config: the closed form has no drafts; use simulate, or leave it out"
@@ -127,9 +206,15 @@ def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
         raise RequestDoesNotFit(msg)
     models = price_edges(prepared.deployment, _edges(scenario))
     plans = {edge: _plan_at(prepared, edge) for edge in models.mine}
-    outcomes, batch = estimate_outcomes(models.mine, plans, prepared.load)
+    split = prepared.split
+    if split is not None:
+        prefill = price_edges(split.prefill, _edges(scenario)).mine
+        outcomes, batch = estimate_split_outcomes(split, prefill, models.mine, plans, prepared.load)
+    else:
+        outcomes, batch = estimate_outcomes(models.mine, plans, prepared.load)
     tally = estimate_counts(prepared.requests, batch)
-    return assemble(prepared, models, outcomes, "estimate", tally, None, round(batch))
+    report = assemble(prepared, models, outcomes, "estimate", tally, None, round(batch))
+    return report if split is None else _with_pools(report, prepared, split, None, outcomes, round(batch))
 
 
 def _edges(scenario: Scenario) -> tuple[Edge, ...]:
@@ -170,10 +255,15 @@ def compare(
 def explain(scenario: Scenario, *, base_dir: Path | None = None) -> Explanation:
     """List every term of memory, one prefill and one decode step of ``scenario`` at its workload's mean lengths."""
     from kvsim.estimate import estimate_outcomes
+    from kvsim.estimate_split import estimate_split_outcomes
 
     prepared = prepare(scenario, base_dir=base_dir)
     load = prepared.load
     steps = price_edges(prepared.deployment, EDGES[:1]).mine
+    if prepared.split is not None:
+        prompts = price_edges(prepared.split.prefill, EDGES[:1]).mine
+        _, batch = estimate_split_outcomes(prepared.split, prompts, steps, {Edge.CENTRAL: prepared.plan}, load)
+        return explain_split(prepared.split, load.prompt_tokens, load.output_tokens // 2, max(1, round(batch)))
     _, batch = estimate_outcomes(steps, {Edge.CENTRAL: prepared.plan}, load)
     return explain_deployment(
         prepared.deployment, prepared.plan, load.prompt_tokens, load.output_tokens // 2, max(1, round(batch))
@@ -200,12 +290,36 @@ def _with_queueing_effect(rows: tuple[Comparison, ...]) -> tuple[Comparison, ...
 
 def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
     """Resolve names, build the requests, divide the memory."""
-    deployment = resolve(scenario, base_dir=base_dir)
+    split = resolve_split(scenario, base_dir=base_dir)
+    if split is not None:
+        return _prepare_split(scenario, split, base_dir)
+    return _prepare_pool(scenario, resolve(scenario, base_dir=base_dir), base_dir)
+
+
+def _prepare_split(scenario: Scenario, split: SplitDeployment, base_dir: Path | None) -> Prepared:
+    """Both pools; a sequence must fit either of them."""
+    spec = split.spec
+    prefill = _prepare_pool(pool_scenario(scenario, spec.prefill), split.prefill, base_dir)
+    decode = _prepare_pool(pool_scenario(scenario, spec.decode), split.decode, base_dir)
+    return Prepared(
+        scenario,
+        split.decode,
+        decode.requests,
+        decode.plan,
+        min(prefill.max_model_len, decode.max_model_len),
+        tuple(dict.fromkeys((*split.notes, *prefill.notes, *decode.notes))),
+        split,
+    )
+
+
+def _prepare_pool(scenario: Scenario, deployment: Deployment, base_dir: Path | None) -> Prepared:
     requests = _load_requests(scenario, base_dir)
     plan = plan_memory(deployment, block_bytes(deployment))
     limit = scenario.engine.max_model_len or deployment.model.max_position_embeddings
     fits = longest_sequence(deployment, plan.num_blocks * plan.block_bytes, limit)
     notes = [*deployment.notes, *kernel_notes(deployment), *requests.notes]
+    if scenario.routing == "prefix_aware" and (requests.prefix_hashes is None or not deployment.prefix_caching):
+        notes.append("prefix_aware routing goes by load alone: no prefix can be cached here")
     if deployment.engine_fit is not None:
         notes.append(f"{deployment.device.name} is calibrated by an engine-level fit ({deployment.engine_fit.id})")
     elif deployment.calibration is None and scenario.calibration != DATASHEET:
@@ -214,10 +328,7 @@ def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
         notes.append(
             f"prefix caching is off: {scenario.compression.name} evicts tokens, so a cached prompt cannot be reused"
         )
-    if scenario.engine.kv_offloading_size is not None and (
-        requests.prefix_hashes is None or not deployment.prefix_caching
-    ):
-        notes.append("nothing is offloaded to the host: without prefix caching no request could hit a block there")
+    notes += tier_notes(deployment, shares_prefixes=requests.prefix_hashes is not None)
     config = scenario.engine.speculative_config
     if config is not None and config.num_speculative_tokens:
         notes.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,8 @@ from kvsim.report import (
 )
 from kvsim.requests import RequestTable
 from kvsim.scenario import Slo
-from kvsim.sim.recorder import PhaseTicks
+from kvsim.sim.handover import TransferRecord
+from kvsim.sim.recorder import PhaseTicks, ReplicaRecord
 from kvsim.sim.run import RunResult
 from kvsim.specs.base import Basis
 from kvsim.specs.speculation import SpeculativeConfig
@@ -53,6 +54,9 @@ class Outcome:
     phases: PhaseSeconds
     prefill: Mapping[Component, float]
     decode: Mapping[Component, float]
+    pools: tuple[PhaseSeconds, ...] = ()
+    """Engine time of the prefill pool and of the decode pool, where there are two."""
+    transfers: TransferRecord | None = None
 
 
 def outcome(result: RunResult, requests: RequestTable, slo: Slo, edge: Edge) -> Outcome:
@@ -70,13 +74,9 @@ def outcome(result: RunResult, requests: RequestTable, slo: Slo, edge: Edge) -> 
         [*(record.runs.table() for record in result.records), np.array(held_back, dtype=np.int64).reshape(-1, 4)]
     )
     gaps = [gap for record in result.records for gap in record.gaps]
-    prefill = _components([record.prefill for record in result.records])
-    decode = _components([record.decode for record in result.records])
-    contention_s = sum(record.contention_ticks for record in result.records) / TICKS_PER_SECOND
     duration_s = (result.end_ticks + result.log.egress_ticks) / TICKS_PER_SECOND
-    # Compaction on a side stream overlaps steps, and what it costs them is their contention already.
-    aside_s = sum(record.aside_ticks for record in result.records) / TICKS_PER_SECOND
-    busy_prefill, busy_decode = sum(prefill.values()) - aside_s, sum(decode.values()) + contention_s
+    split = result.prefill_replicas
+    halves = (result.records[:split], result.records[split:]) if split else ()
     return Outcome(
         edge=edge,
         duration_s=duration_s,
@@ -89,12 +89,22 @@ def outcome(result: RunResult, requests: RequestTable, slo: Slo, edge: Edge) -> 
         good=_good(slo, ttft_s, tpot_s, e2el_s),
         input_tokens=int(requests.prompt_tokens[done].sum()),
         output_tokens=int(generated.sum()),
-        phases=PhaseSeconds(
-            busy_prefill, busy_decode, max(0.0, duration_s * len(result.records) - busy_prefill - busy_decode)
-        ),
-        prefill=prefill,
-        decode=decode,
+        phases=_phases(result.records, duration_s),
+        prefill=_components([record.prefill for record in result.records]),
+        decode=_components([record.decode for record in result.records]),
+        pools=tuple(_phases(records, duration_s) for records in halves),
+        transfers=result.transfers,
     )
+
+
+def _phases(records: Sequence[ReplicaRecord], duration_s: float) -> PhaseSeconds:
+    """Engine time of some replicas over a run."""
+    contention_s = sum(record.contention_ticks for record in records) / TICKS_PER_SECOND
+    # Compaction on a side stream overlaps steps, and what it costs them is their contention already.
+    aside_s = sum(record.aside_ticks for record in records) / TICKS_PER_SECOND
+    prefill_s = sum(_components([record.prefill for record in records]).values()) - aside_s
+    decode_s = sum(_components([record.decode for record in records]).values()) + contention_s
+    return PhaseSeconds(prefill_s, decode_s, max(0.0, duration_s * len(records) - prefill_s - decode_s))
 
 
 def _good(slo: Slo, ttft_s: np.ndarray, tpot_s: np.ndarray, e2el_s: np.ndarray) -> int | None:
@@ -242,10 +252,22 @@ def weakest_basis(shares: tuple[TimeShare, ...]) -> Basis:
     return max((share.basis for share in shares if share.share > 0), key=order.index, default=Basis.DATASHEET)
 
 
-def cost(deployment: Deployment, outcomes: tuple[Outcome, ...], basis: Basis) -> Cost:
-    """Dollars of the run. Input and output tokens share the bill by the engine time of their phase."""
-    devices = deployment.num_devices
-    usd_per_hour = deployment.price.usd_per_device_hour * devices if deployment.price else None
+def hourly_usd(deployment: Deployment) -> float | None:
+    """Price of a deployment's devices for an hour; None where it is unknown."""
+    return deployment.price.usd_per_device_hour * deployment.num_devices if deployment.price else None
+
+
+def cost(
+    deployment: Deployment, outcomes: tuple[Outcome, ...], basis: Basis, prefill_pool: Deployment | None = None
+) -> Cost:
+    """Dollars of the run. Input and output tokens share the bill by the engine time of their phase.
+
+    With a pool for each, prompts pay for theirs and output for its own.
+    """
+    usd_per_hour = decode_usd = hourly_usd(deployment)
+    prefill_usd = hourly_usd(prefill_pool) if prefill_pool is not None else None
+    if prefill_pool is not None:
+        usd_per_hour = decode_usd + prefill_usd if decode_usd is not None and prefill_usd is not None else None
 
     def usd(one: Outcome) -> float | None:
         return usd_per_hour * one.duration_s / SECONDS_PER_HOUR if usd_per_hour is not None else None
@@ -255,6 +277,8 @@ def cost(deployment: Deployment, outcomes: tuple[Outcome, ...], basis: Basis) ->
         return bill * share / tokens * MEGA if bill is not None and tokens else None
 
     def prefill_share(one: Outcome) -> float:
+        if prefill_usd is not None and usd_per_hour:
+            return prefill_usd / usd_per_hour
         return one.phases.prefill_s / one.phases.busy_s if one.phases.busy_s else 0.0
 
     def figure(read: Callable[[Outcome], float | None]) -> Figure:
@@ -276,10 +300,16 @@ def _inverse(usd_per_million: float | None) -> float | None:
     return MEGA / usd_per_million if usd_per_million else None
 
 
-def energy(deployment: Deployment, outcomes: tuple[Outcome, ...]) -> Energy:
-    """Joules per token of the devices alone."""
+def energy(deployment: Deployment, outcomes: tuple[Outcome, ...], prefill_pool: Deployment | None = None) -> Energy:
+    """Joules per token of the devices alone, those of both pools where there are two."""
 
     def joules(one: Outcome) -> float | None:
+        if prefill_pool is not None:
+            parts = [
+                energy_joules(pool, phases, one.edge)
+                for pool, phases in zip((prefill_pool, deployment), one.pools, strict=True)
+            ]
+            return None if None in parts else sum(part for part in parts if part is not None)
         return energy_joules(deployment, one.phases, one.edge)
 
     def figure(read: Callable[[Outcome], float | None]) -> Figure:

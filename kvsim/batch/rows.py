@@ -30,6 +30,9 @@ IDENTITY_COLUMNS: dict[str, type] = {
     "model": str,
     "device": str,
     "tensor_parallel_size": int,
+    "pipeline_parallel_size": int,
+    "data_parallel_size": int,
+    "enable_expert_parallel": bool,
     "replicas": int,
     "workload": str,
     "seed": int,
@@ -53,7 +56,9 @@ def schema() -> dict[str, pl.DataType]:
     """Polars schema of a result file."""
     import polars as pl
 
-    dtypes: dict[type, pl.DataType] = {str: pl.String(), int: pl.Int64(), float: pl.Float64()}
+    dtypes: dict[type, pl.DataType] = {
+        str: pl.String(), int: pl.Int64(), float: pl.Float64(), bool: pl.Boolean(),
+    }  # fmt: skip
     return {name: dtypes[python_type] for name, python_type in columns()}
 
 
@@ -123,10 +128,11 @@ def _identity(
     if scenario is None:
         raw = document or {}
         names = tuple(value if isinstance(value := raw.get(key), str) else None for key in ("model", "device"))
-        return (*head, *names, None, None, None, None, overrides_json, None, json.dumps(raw, default=str))
+        return (*head, *names, *(None,) * 7, overrides_json, None, json.dumps(raw, default=str))
     return (
-        *head, scenario.model, scenario.device, scenario.tensor_parallel_size, scenario.replicas,
-        workload_label(scenario), scenario.seed, overrides_json, scenario.fingerprint(), scenario.model_dump_json(),
+        *head, scenario.model, scenario.device, scenario.tensor_parallel_size, scenario.pipeline_parallel_size,
+        scenario.data_parallel_size, scenario.enable_expert_parallel, scenario.replicas, workload_label(scenario),
+        scenario.seed, overrides_json, scenario.fingerprint(), scenario.model_dump_json(),
     )  # fmt: skip
 
 

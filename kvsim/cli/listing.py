@@ -20,7 +20,7 @@ CUT_COLUMNS = ("source", "fitted_from")
 CUT_CHARACTERS = 60
 MIN_WIDTH_FOR_KERNEL_TABLE = 155
 _UNIT_SUFFIX = re.compile(r"(_bytes|_flops)(_per_s)?$")
-list_app = typer.Typer(no_args_is_help=True, help="List models, devices, strategies, workloads or kernels.")
+list_app = typer.Typer(no_args_is_help=True, help="List models, devices, links, strategies, workloads or kernels.")
 
 
 @list_app.command("models")
@@ -33,6 +33,12 @@ def list_models_command(as_json: JsonFlag = False) -> None:
 def list_devices_command(as_json: JsonFlag = False) -> None:
     """Devices, with datasheet facts."""
     _show(device_entries(), as_json=as_json)
+
+
+@list_app.command("links")
+def list_links_command(as_json: JsonFlag = False) -> None:
+    """Links that KV can take between replicas, with what transfers reach of them."""
+    _show(link_entries(), as_json=as_json)
 
 
 @list_app.command("strategies")
@@ -95,6 +101,28 @@ def device_entries() -> list[Entry]:
                 "native_dtypes": list(spec.native_dtypes.value),
                 "confidence": spec.confidence,
                 "aliases": list(spec.aliases),
+            }
+        )
+    return entries
+
+
+def link_entries() -> list[Entry]:
+    """One entry per link."""
+    from kvsim.cost.links import price_link
+    from kvsim.link_catalog import list_links, load_link
+
+    entries = []
+    for name in list_links():
+        spec, priced = load_link(name), price_link(name)
+        entries.append(
+            {
+                "name": name,
+                "title": spec.title,
+                "nominal_bytes_per_s": spec.bandwidth.value,
+                "reached_bytes_per_s": priced.bytes_per_s,
+                "setup_s": priced.setup_s,
+                "aliases": list(spec.aliases),
+                "source": spec.sources[spec.bandwidth.source].title,
             }
         )
     return entries

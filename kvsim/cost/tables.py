@@ -67,13 +67,15 @@ def build_tables(step: StepModel, max_tokens: int, max_sequences: int) -> StepTa
     )
     base = weights + communication + overhead
     first_chunk, _ = step.prefill_attention_seconds(np.arange(1, max_tokens + 1, dtype=np.float64), 0)
-    sequences = np.arange(max_sequences + 1, dtype=np.float64)
+    # Sequences are spread over lanes evenly but for one: a lane may have that many more for a step.
+    parallel = step.deployment.parallelism
+    most = max_sequences + (parallel.lanes if parallel.lanes > 1 else 0)
+    sequences = np.arange(most + 1, dtype=np.float64)
     attention, compression = step.decode_fixed_seconds(sequences)
     gather, sampling = _ticks(step.gather_seconds(sequences)), _ticks(step.sampling_seconds(sequences))
     head = _ticks(step.head_seconds(sequences)) + gather + sampling
     attention_ticks, compression_ticks = _ticks(attention), _ticks(compression)
-    parallel = step.deployment.parallelism
-    of_lane = base[: max_sequences + 1] + head + attention_ticks + compression_ticks
+    of_lane = base[: most + 1] + head + attention_ticks + compression_ticks
     in_batch = -(-np.arange(max_sequences * parallel.data + 1) // parallel.lanes)
     return StepTables(
         base=base.tolist(),

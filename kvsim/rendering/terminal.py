@@ -23,6 +23,8 @@ from kvsim.rendering.cells import (
     format_share,
     metric_cell,
 )
+from kvsim.rendering.pools import pools_view
+from kvsim.rendering.tiers import tier_tables
 from kvsim.report import Report
 from kvsim.units import format_bytes, format_seconds
 
@@ -101,6 +103,8 @@ def report_view(report: Report) -> RenderableType:
         _memory(report),
         _latency(report),
         *(_section(report, title, tags) for title, tags in others),
+        *tier_tables(report),
+        *(pools_view(report.disaggregation) if report.disaggregation is not None else ()),
         _time_split(report),
         _foot(report),
     )

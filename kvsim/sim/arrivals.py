@@ -10,23 +10,17 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Final
 
 import numpy as np
 import simpy
 
 from kvsim.cost.front_end import FrontEnd
 from kvsim.requests import UNSCHEDULED, IntArray, RequestTable
+from kvsim.sim.routing import Replica, Router
 from kvsim.units import seconds_to_ticks
 
 NEVER: Final = 2**62
-
-
-class Queue(Protocol):
-    """Where the router leaves requests."""
-
-    def append(self, index: int, /) -> None:
-        """Add an arrival."""
 
 
 @dataclass(frozen=True)
@@ -47,27 +41,10 @@ def front_end_ticks(front: FrontEnd) -> FrontEndTicks:
     )
 
 
-class Replica(Protocol):
-    """What the router needs to know of a replica."""
-
-    @property
-    def waiting(self) -> Queue:
-        """Requests delivered and not yet admitted."""
-
-    load: int
-    """Requests routed to it that have not ended."""
-
-
 class ArrivalSource:
     """Feeds requests to replicas in time order, and releases the ones that wait for another to end."""
 
-    def __init__(
-        self,
-        env: simpy.Environment,
-        requests: RequestTable,
-        routing: Literal["round_robin", "least_loaded"],
-        front: FrontEndTicks,
-    ) -> None:
+    def __init__(self, env: simpy.Environment, requests: RequestTable, router: Router, front: FrontEndTicks) -> None:
         self._env = env
         self.released = env.event()
         """Fires when a request was released or the last one ended; idle replicas wait for it."""
@@ -84,8 +61,7 @@ class ArrivalSource:
         self._children: defaultdict[int, list[int]] = defaultdict(list)
         for index in np.flatnonzero(requests.arrival_ticks == UNSCHEDULED).tolist():
             self._children[int(requests.parent[index])].append(index)
-        self._routing = routing
-        self._turn = 0
+        self._router = router
         self.replicas: list[Replica] = []
         self.sent_ticks: list[int] = requests.arrival_ticks.tolist()
         """When clients sent each request; a released one's is known once it is released."""
@@ -157,11 +133,7 @@ class ArrivalSource:
         if len(replicas) == 1:
             replicas[0].waiting.append(index)
             return
-        if self._routing == "round_robin":
-            chosen = replicas[self._turn % len(replicas)]
-            self._turn += 1
-        else:
-            chosen = min(replicas, key=lambda replica: replica.load)
+        chosen = replicas[self._router.choose(index, replicas)]
         chosen.load += 1
         chosen.waiting.append(index)
 

@@ -142,6 +142,10 @@ class DecodeBatch:
         """Tokens that a decoding sequence has gained since it joined."""
         return self.counter - sequence.joined
 
+    def newest(self, sequence: SequenceState) -> int:
+        """Tokens of those that came with the latest step."""
+        return 1 if self.counter > sequence.joined else 0
+
     def drop_dead(self) -> None:
         """Forget preempted sequences at the head of the finishing order."""
         finishing = self.finishing

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from kvsim.errors import InvariantViolation
 from kvsim.sim.arrivals import NEVER, ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.lanes import LanePricing, Piece
+from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
 from kvsim.sim.scheduling import (
@@ -69,6 +70,11 @@ class Flight(NamedTuple):
 
 class ReplicaEngine:
     """Plays a scheduler's steps on the clock and writes down what happened."""
+
+    horizon: Callable[[], int] | None = None
+    """When something from outside may come next, where arrivals alone do not say it."""
+    hands_over = False
+    """Whether prompts leave with their KV once the step that ends them is over."""
 
     def __init__(  # noqa: PLR0915 - all state of a replica, named once
         self,
@@ -116,13 +122,15 @@ class ReplicaEngine:
         self.variable_total = 0
         """Ticks of all decode steps above the batches' fixed parts."""
         self._dynamic = source.is_dynamic
-        self._host = sharing.host if sharing is not None else None
+        self._tiers = sharing.tiers if sharing is not None else None
         self.waits = Waits()
-        """Sequences that wait for a compaction or for blocks from the host; each has a seat."""
+        """Sequences that wait for a compaction or for blocks from a tier; each has a seat."""
         self._side_stream = step.deployment.engine.compression_stream == "side"
-        self._runs_ahead = coalesce and not self._side_stream and self._host is None
-        self._in_company = self.overlaps and (self._side_stream or self._host is not None)
+        self._runs_ahead = coalesce and not self._side_stream and self._tiers is None
+        self._in_company = self.overlaps and (self._side_stream or self._tiers is not None)
         """Whether every step is an activity of the shared device, whose end is known when it comes."""
+        if self._tiers is not None:
+            self._tiers.is_planned_ahead = self._in_company
         self._foresees_ends = self._runs_ahead and sharing is None and step.deployment.replicas == 1
         """Whether what a sequence's end changes can be worked out ahead of the clock."""
         self._lanes = LanePricing(step.deployment, step, tables) if tables.factors is not None else None
@@ -142,12 +150,21 @@ class ReplicaEngine:
         """Prompts that end with the step planned last."""
         self._flight: Flight | None = None
         self.load = 0
-        """Requests routed here that have not ended; counted by the router, and only where it has a choice."""
+        """Requests routed here that have not left; counted by the router, and only where it has a choice."""
 
     @property
     def waiting(self) -> WaitingQueue:
         """Requests that the router left here and the scheduler has not admitted."""
         return self.scheduler.waiting
+
+    @property
+    def cache(self) -> PrefixCache | None:
+        """The prefix cache, where there is one."""
+        return self.scheduler.sharing.cache if self.scheduler.sharing is not None else None
+
+    def sleep(self, delay_ticks: int) -> simpy.Event:
+        """Let the clock move on to where the replica is."""
+        return self.env.timeout(delay_ticks)
 
     # --- the clock --------------------------------------------------------------------------------------------------
 
@@ -158,7 +175,7 @@ class ReplicaEngine:
         its own state, so they are taken ahead of the clock and paid for in one event.
         """
         env, source, scheduler, batch = self.env, self.source, self.scheduler, self.batch
-        overlaps, runs_ahead, waits = self.overlaps, self._runs_ahead, self.waits
+        overlaps, runs_ahead, waits, sleep = self.overlaps, self._runs_ahead, self.waits, self.sleep
         # Nobody else looks at the clock of a replica that is alone; it still moves now and then, to show progress.
         clock_from = LONE_STRIDE_TICKS if runs_ahead and len(source.replicas) == 1 else 0
         # The loop that knows nothing but prompts and decoding takes over where it may.
@@ -175,12 +192,14 @@ class ReplicaEngine:
                 if self._plain and len(scheduler.waiting) == 1 and (ticks := self._begin_lone_prompt()):
                     lone, last = True, ticks
                 else:
-                    aside = len(waits) + len(scheduler.loaded) + len(scheduler.leaving)
-                    if self._side_stream:
+                    aside = waits.seats + len(scheduler.loaded) + len(scheduler.leaving)
+                    if self._side_stream or self.hands_over:
                         aside += sum(left > 0 for _, _, left in self._prompts_out)
                     chunks = scheduler.schedule(self.seen, aside, self.now)
                     if scheduler.loads:
                         self._start_loads()
+                    if scheduler.incoming:
+                        self._await_arrivals()
                     if self._late:
                         self._forget_preempted()
                     if scheduler.rejected:
@@ -206,7 +225,7 @@ class ReplicaEngine:
                 if self._in_company:
                     yield from self._step_in_company([])
                     continue
-                if self._shares_device or (self._late and self._side_stream):
+                if self._shares_device or (self._late and not overlaps and scheduler.mixes):
                     yield from self._shared_step()
                     continue
                 steps, ticks, last = self._plan_run()
@@ -232,7 +251,7 @@ class ReplicaEngine:
             self.seen = self.now - last if overlaps else self.now
             if self.seen >= source.next_ticks or not runs_ahead:
                 if self.seen >= clock_from:
-                    yield env.timeout(self.seen - int(env.now))
+                    yield sleep(self.seen - int(env.now))
                     clock_from = clock_from and self.seen + LONE_STRIDE_TICKS
                 # Before anything comes out: the router sees who was there when the request came.
                 source.deliver(self.seen)
@@ -265,7 +284,7 @@ class ReplicaEngine:
             yield from self._land()
         self.seen = self.now
         if self.seen >= self.source.next_ticks or not self._runs_ahead:
-            yield self.env.timeout(self.seen - int(self.env.now))
+            yield self.sleep(self.seen - int(self.env.now))
             self.source.deliver(self.seen)
         self._come_out(prompts, leaving, self.seen)
 
@@ -328,10 +347,15 @@ class ReplicaEngine:
             elif first < work:
                 steps = min(steps, steps_within(work - first, slope))
                 first, slope = work, 0
-        if scheduler.waiting and scheduler.reusable_bytes and scheduler.sharing is not None and batch.growth_total:
+        if scheduler.waiting and scheduler.reusable_bytes and batch.growth_total:
             # Evicting what the head of the queue would reuse changes what it needs: look again after an eviction.
-            spare = scheduler.free - scheduler.sharing.cache.evictable_bytes
-            steps = min(steps, max(1, batch.steps_until_dry(spare)))
+            if scheduler.sharing is None:
+                steps = 1
+            else:
+                spare = scheduler.free - scheduler.sharing.cache.evictable_bytes
+                steps = min(steps, max(1, batch.steps_until_dry(spare)))
+        if self._tiers is not None and scheduler.sharing is not None:
+            steps = min(steps, self._steps_to_tiers(scheduler.sharing.cache.evictable_bytes))
         if batch.growth_total * (steps // batch.block_size + 1) > scheduler.free:
             steps = min(steps, batch.steps_until_dry(scheduler.free))
             if not steps:
@@ -340,9 +364,9 @@ class ReplicaEngine:
             return self._plan_drafted_run(self._drafted, steps)
         ticks = steps * first + slope * (steps * (steps - 1) // 2)
         last = first + slope * (steps - 1)
-        # A new arrival changes nothing while an earlier one is still held back.
-        gap = self.source.next_ticks - self.now
-        if ticks > gap and (not scheduler.waiting or scheduler.reorders):
+        # A new arrival changes nothing while an earlier one is still held back; who is on the way has room already.
+        gap = (self.source.next_ticks if self.horizon is None else self.horizon()) - self.now
+        if ticks > gap and (not scheduler.waiting or self.waits or scheduler.reorders):
             if not self.overlaps:
                 steps, ticks = steps_to_cover(gap, first, slope)
             elif ticks - last > gap:
@@ -373,8 +397,8 @@ class ReplicaEngine:
         work, own = self.host_work[size], batch.durations(fixed, steps)
         lasting = np.maximum(own, work) if self.overlaps else own + work
         ends = np.cumsum(lasting)
-        if not self.scheduler.waiting or self.scheduler.reorders:
-            gap = self.source.next_ticks - self.now
+        if not self.scheduler.waiting or self.waits or self.scheduler.reorders:
+            gap = (self.source.next_ticks if self.horizon is None else self.horizon()) - self.now
             steps = steps_until(lasting, ends, gap, overlaps=self.overlaps)
         ticks, own_ticks = int(ends[steps - 1]), int(own[:steps].sum())
         self.decode_steps[size] += steps
@@ -392,6 +416,15 @@ class ReplicaEngine:
         self._come_out(self._prompts_out, scheduler.leaving, self.now)
         self._prompts_out, scheduler.leaving = [], []
         scheduler.free += due
+
+    def _steps_to_tiers(self, evictable_bytes: int) -> int:
+        """Steps until the tiers may hear of an eviction, or another replica may change what is found in them."""
+        tiers, batch = self._tiers, self.batch
+        if tiers is not None and tiers.is_shared and self.scheduler.waiting:
+            return 1
+        if tiers is None or not tiers.writes_back or not batch.growth_total:
+            return batch.finishing[0][0] - batch.counter
+        return max(1, batch.steps_until_dry(self.scheduler.free - evictable_bytes))
 
     def _advance(self, steps: int) -> None:
         """Every decoding sequence gains ``steps`` tokens: account for blocks, note who ends."""
@@ -605,24 +638,35 @@ class ReplicaEngine:
     @property
     def _shares_device(self) -> bool:
         """Whether anything runs beside the engine's steps."""
-        return not self.device.is_idle
+        return not self.device.is_idle or (self._tiers is not None and self._tiers.copies > 0)
 
     def _start_loads(self) -> None:
         """Copy back what newly admitted prompts wait for."""
-        scheduler, host = self.scheduler, self._host
-        if host is not None and scheduler.sharing is not None:
-            for sequence, values in scheduler.loads:
-                tokens = len(values) * scheduler.sharing.unit_tokens
-                self.waits.add(host.load(values), partial(self._take_loaded, sequence, tokens))
+        scheduler, tiers = self.scheduler, self._tiers
+        if tiers is not None and scheduler.sharing is not None:
+            for sequence, reload in scheduler.loads:
+                tokens = len(reload.values) * scheduler.sharing.unit_tokens
+                self.waits.add(tiers.load(reload), partial(self._take_loaded, sequence, tokens))
         scheduler.loads.clear()
 
     def _take_loaded(self, sequence: SequenceState, tokens: int) -> None:
         sequence.done += tokens
         self.scheduler.loaded.append(sequence)
 
+    def _await_arrivals(self) -> None:
+        """Receive what was admitted with KV from elsewhere; only engines of a decode pool admit such."""
+        raise NotImplementedError
+
     def _occupy(self, ticks: int) -> simpy.Event:
-        """The engine's step as an activity that shares the device with compaction."""
-        return self.device.start(ticks, self._demand(ticks), "step").done
+        """The engine's step as an activity that shares the device with compaction and copies."""
+        return self._start_step(ticks, self._demand(ticks))
+
+    def _start_step(self, ticks: int, demand: Demand) -> simpy.Event:
+        """Start a step, behind copies of blocks that were evicted for it; the event is its end."""
+        start = partial(self.device.start, ticks, demand, "step")
+        if self._tiers is not None and self._tiers.write_backs:
+            return self._tiers.after_write_backs(start)
+        return start().done
 
     def _demand(self, ticks: int) -> Demand:
         """What a step of ``ticks`` asks of the device: memory while it decodes, compute for prompts."""
@@ -685,7 +729,10 @@ class ReplicaEngine:
             yield from self._land()
         self._come_out(prompts, leaving, self.now)
         self.seen = self.now
-        self._flight = Flight(self.device.start(ticks, demand, "step").done, self.now, ticks, size - len(late), late)
+        done = self._start_step(ticks, demand)
+        if self._tiers is not None:
+            self._tiers.compute_with(done)
+        self._flight = Flight(done, self.now, ticks, size - len(late), late)
         # When it ends is not known yet; any later time says that a step is under way.
         self.now += ticks
 
@@ -708,16 +755,16 @@ class ReplicaEngine:
                 self.scheduler.last_token[index] = self.now
         self.source.deliver(self.now)
 
-    def _record_step(self, size: int, lasted: int, end: int) -> None:
+    def _record_step(self, size: int, lasted: int, end_ticks: int) -> None:
         """One step's gaps; a sequence that had to wait before it counts that wait as part of its gap."""
         late = self._late
         self.record.runs.append((1, size - len(late), lasted, 0))
         if not late:
             return
-        if self._side_stream:
-            self.record.gaps += [end - since for since in late.values()]
+        if self.scheduler.mixes:
+            self.record.gaps += [end_ticks - since for since in late.values()]
         else:
-            self.record.held_back += [(end - since, count) for since, count in Counter(late.values()).items()]
+            self.record.held_back += [(end_ticks - since, count) for since, count in Counter(late.values()).items()]
         late.clear()
 
     def _hold_back(self) -> None:

@@ -63,12 +63,16 @@ def fill(pieces: Sequence[Piece], lanes: int, room_tokens: int) -> list[list[Pie
     return [lane for lane in filled if lane]
 
 
-def deal(pieces: Sequence[Piece], lanes: int) -> list[list[Piece]]:
-    """Whole prompts to data parallel ranks: longest first, each to the rank with the fewest tokens; ties by order."""
+def deal(pieces: Sequence[Piece], lanes: int, seats: int) -> list[list[Piece]]:
+    """Whole prompts to data parallel ranks: longest first, each to the rank with the fewest tokens; ties by order.
+
+    A rank has ``seats`` free; more than that it gets only where no rank has one left, as sequences are spread unevenly.
+    """
     dealt: list[list[Piece]] = [[] for _ in range(lanes)]
     held = [0] * lanes
     for piece in sorted(pieces, key=lambda one: -one.tokens):
-        lane = held.index(min(held))
+        fewest = min(len(lane) for lane in dealt)
+        lane = min(range(lanes), key=lambda one: (len(dealt[one]) >= max(seats, fewest + 1), held[one]))
         dealt[lane].append(piece)
         held[lane] += piece.tokens
     return [lane for lane in dealt if lane]
@@ -80,7 +84,7 @@ class LanePricing:
     def __init__(self, deployment: Deployment, step: StepModel, tables: StepTables) -> None:
         self._step, self._tables = step, tables
         self._parallel = deployment.parallelism
-        self._budget = deployment.engine.max_num_batched_tokens
+        self._budget, self._seats = deployment.engine.max_num_batched_tokens, deployment.engine.max_num_seqs
 
     def prompts(self, pieces: Sequence[Piece], decoding: int) -> LanePrompts:
         """What the pieces add to a step with ``decoding`` sequences, in the lane that takes longest."""
@@ -89,7 +93,7 @@ class LanePricing:
         if parallel.pipeline > 1:
             lanes = fill(pieces, parallel.lanes, self._budget - sequences)
         else:
-            lanes = deal(pieces, parallel.lanes)
+            lanes = deal(pieces, parallel.lanes, self._seats - sequences)
         return max((self._lane(lane, sequences) for lane in lanes), key=lambda lane: lane.ticks)
 
     def _lane(self, pieces: Sequence[Piece], sequences: int) -> LanePrompts:

@@ -7,7 +7,7 @@ stays findable but counts as free, as in vLLM; it is forgotten when its bytes ar
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvsim.errors import InvariantViolation
 
@@ -21,6 +21,13 @@ class PrefixCache:
         self._unused: OrderedDict[int, None] = OrderedDict()
         self.uses = 0
         """Uses of all units together."""
+        self.on_evict: Callable[[Sequence[int]], None] | None = None
+        """Told which units were just forgotten, the least recently used first."""
+
+    @property
+    def units(self) -> int:
+        """Units that can be found."""
+        return len(self._users)
 
     @property
     def evictable_bytes(self) -> int:
@@ -78,6 +85,12 @@ class PrefixCache:
 
     def evict_until(self, limit_bytes: int) -> None:
         """Forget the least recently used units until the evictable ones fit in ``limit_bytes``."""
+        if len(self._unused) * self.unit_bytes <= limit_bytes:
+            return
+        forgotten = []
         while len(self._unused) * self.unit_bytes > limit_bytes:
             value, _ = self._unused.popitem(last=False)
             del self._users[value]
+            forgotten.append(value)
+        if self.on_evict is not None:
+            self.on_evict(forgotten)

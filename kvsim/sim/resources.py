@@ -176,6 +176,10 @@ class SharedDevice:
         self._ending = False
         self._finished_busy_ticks = [0.0] * len(_INDEX)
 
+    def fair_speeds(self, demands: Sequence[Demand]) -> list[int]:
+        """Speeds of activities that run at once, in `SPEED_UNITS`."""
+        return fair_speeds(demands)
+
     @property
     def is_idle(self) -> bool:
         """Whether no activity runs."""
@@ -185,6 +189,11 @@ class SharedDevice:
     def num_active(self) -> int:
         """Activities started and not yet ended."""
         return len(self._active)
+
+    def num_using(self, resource: Resource) -> int:
+        """Activities under way that use a resource."""
+        index = _INDEX[resource]
+        return sum(1 for activity in self._active if activity.demand.shares()[index] > 0.0)
 
     def start(self, alone_ticks: int, demand: Demand, name: str) -> Activity:
         """Start an activity now; it ends, and `Activity.done` fires, when its work is done.
@@ -245,7 +254,7 @@ class SharedDevice:
             activity.speed = SPEED_UNITS
             delay = -(-activity.remaining // SPEED_UNITS)
         else:
-            speeds = fair_speeds([activity.demand for activity in active])
+            speeds = self.fair_speeds([activity.demand for activity in active])
             for activity, speed in zip(active, speeds, strict=True):
                 activity.speed = speed
             delay = min(-(-activity.remaining // activity.speed) for activity in active)

@@ -6,7 +6,6 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ import simpy
 
 from kvsim.cost.front_end import front_end
 from kvsim.cost.host import host_seconds
-from kvsim.cost.priors import Edge, look_up
+from kvsim.cost.priors import Edge
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
 from kvsim.cost.tables import StepTables, build_tables, in_parts
@@ -25,13 +24,18 @@ from kvsim.pool import prefill_growths
 from kvsim.requests import RequestTable
 from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
 from kvsim.sim.engine import ReplicaEngine
-from kvsim.sim.host_tier import HostTier, HostTierLimits
+from kvsim.sim.handover import TransferRecord
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.resources import SharedDevice
+from kvsim.sim.routing import Router
 from kvsim.sim.scheduling import PrefixSharing, SchedulerLimits
 from kvsim.sim.speculation import build_speculation
 from kvsim.sim.speculative_batch import SpeculativeBatch
+from kvsim.sim.tiers.build import TierBuilder, TiersResult
+from kvsim.sim.tiers.reload import PrefillEstimate
+from kvsim.specs.routing import RouterThresholds, Routing
+from kvsim.tiers import plan_tiers
 from kvsim.units import TICKS_PER_SECOND
 
 PROGRESS_SLICES = 50
@@ -45,6 +49,13 @@ class RunResult:
     records: tuple[ReplicaRecord, ...]
     end_ticks: int
     pool_bytes: int
+    tiers: TiersResult | None = None
+    """None without tiers, or where no prefix can be shared."""
+    """Of one replica; of the decode pool where there are two."""
+    prefill_replicas: int = 0
+    """How many of ``records``, the first ones, are of a prefill pool."""
+    prefill_pool_bytes: int = 0
+    transfers: TransferRecord | None = None
 
 
 def run_requests(
@@ -53,7 +64,8 @@ def run_requests(
     plan: MemoryPlan,
     max_model_len: int,
     *,
-    routing: Literal["round_robin", "least_loaded"] = "round_robin",
+    routing: Routing = "round_robin",
+    thresholds: RouterThresholds | None = None,
     edge: Edge = Edge.CENTRAL,
     seed: int = 0,
     coalesce: bool = True,
@@ -72,13 +84,15 @@ def run_requests(
             step, engine.speculative_config, edge, seed=seed, max_model_len=max_model_len
         )
     front = front_end_ticks(front_end(deployment, edge))
-    source = ArrivalSource(env, requests, routing, front)
+    source = ArrivalSource(env, requests, build_router(requests, routing, thresholds), front)
     count = len(requests)
     log = RequestLog(
         source.sent_ticks, source.arrived_ticks, [-1] * count, [-1] * count, [-1] * count, [False] * count, front.egress
     )
     lengths = (requests.prompt_tokens.tolist(), requests.output_tokens.tolist())
-    limits = _limits(deployment, plan, max_model_len)
+    limits = scheduler_limits(deployment, plan, max_model_len)
+    sharing = Sharing.of(deployment, requests, limits)
+    tiers = _tier_builder(env, deployment, sharing, PrefillEstimate(step, tables, engine.max_num_batched_tokens), edge)
     replicas = []
     for _ in range(deployment.replicas):
         device = SharedDevice(env)
@@ -91,9 +105,9 @@ def run_requests(
             step,
             tables,
             limits,
-            _prefix_sharing(deployment, requests, limits, device, edge),
+            sharing.build(device, tiers) if sharing is not None else None,
             token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
-            coalesce=coalesce and _foreseeable(deployment, source),
+            coalesce=coalesce and _foreseeable(deployment, source, routing),
             speculation=speculation,
             priority=requests.priority.tolist() if requests.priority is not None else None,
             host_work=host_work_ticks(step),
@@ -101,13 +115,20 @@ def run_requests(
         replicas.append(replica)
         env.process(replica.run())
     source.replicas.extend(replicas)
-    _play(env, requests, progress)
+    play_clock(env, requests, progress)
     for replica in replicas:
-        _split_prompt_time(replica.record, tables)
-        _split_decode_time(replica, tables, step)
-        _check_replica(replica)
-    _check_requests(log, requests)
-    return RunResult(log, tuple(replica.record for replica in replicas), int(env.now), limits.pool_bytes)
+        settle_replica(replica, tables, step)
+    check_requests(log, requests)
+    # Copies may outlast the last token.
+    end_ticks = int(env.now) if tiers is None else max(max(log.finished, default=0), max(log.arrived, default=0))
+    result = tiers.result() if tiers is not None else None
+    return RunResult(log, tuple(replica.record for replica in replicas), end_ticks, limits.pool_bytes, tiers=result)
+
+
+def build_router(requests: RequestTable, routing: Routing, thresholds: RouterThresholds | None) -> Router:
+    """A router that knows the requests' prefixes."""
+    units = (requests.prompt_tokens / requests.hash_block_tokens).tolist() if routing == "prefix_aware" else ()
+    return Router(routing, thresholds or RouterThresholds(), requests.prefix_hashes, units)
 
 
 def most_lane_tokens(deployment: Deployment) -> int:
@@ -126,12 +147,16 @@ def host_work_ticks(step: StepModel) -> list[int]:
     return ticks
 
 
-def _foreseeable(deployment: Deployment, source: ArrivalSource) -> bool:
-    """Whether a replica can know the next arrival: not when another replica's completions release requests."""
-    return deployment.replicas == 1 or not source.is_dynamic
+def _foreseeable(deployment: Deployment, source: ArrivalSource, routing: Routing) -> bool:
+    """Whether a replica's run of steps looks the same from outside whenever the next request comes.
+
+    Not where another replica's completions release requests, nor where the router reads the prefix caches, from which
+    a replica evicts step by step.
+    """
+    return deployment.replicas == 1 or not (source.is_dynamic or routing == "prefix_aware")
 
 
-def _play(env: simpy.Environment, requests: RequestTable, progress: Callable[[float], None] | None) -> None:
+def play_clock(env: simpy.Environment, requests: RequestTable, progress: Callable[[float], None] | None) -> None:
     """Run the clock. The cycle collector is paused: the loop makes no cycles, and its scans cost a tenth of the run."""
     collecting = gc.isenabled()
     gc.disable()
@@ -152,7 +177,8 @@ def _play(env: simpy.Environment, requests: RequestTable, progress: Callable[[fl
             gc.enable()
 
 
-def _limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> SchedulerLimits:
+def scheduler_limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> SchedulerLimits:
+    """Limits of one replica of a deployment."""
     engine = deployment.engine
     growths, fixed_bytes = prefill_growths(deployment)
     return SchedulerLimits(
@@ -165,40 +191,64 @@ def _limits(deployment: Deployment, plan: MemoryPlan, max_model_len: int) -> Sch
         prefill_growths=growths,
         fixed_bytes=fixed_bytes,
         decode_tokens=1 + (engine.speculative_config.num_speculative_tokens if engine.speculative_config else 0),
+        # SGLang forgets what it retracts; of TensorRT-LLM it is not known.
+        keeps_preempted=engine.kind == "vllm"
+        and deployment.prefix_caching
+        and len(growths) == 1
+        and growths[0][0] is None,
+        plans_ahead=engine.schedules_ahead,
     )
 
 
-def _prefix_sharing(
-    deployment: Deployment, requests: RequestTable, limits: SchedulerLimits, device: SharedDevice, edge: Edge
-) -> PrefixSharing | None:
-    """A prefix cache, where the workload shares prefixes and the deployment can reuse them."""
-    if requests.prefix_hashes is None or not deployment.prefix_caching:
-        return None
-    unit_tokens = requests.hash_block_tokens
-    # Windowed layers keep their own blocks: only what grows with the prompt can be shared.
-    growing = sum(block_bytes for cap, block_bytes in limits.prefill_growths if cap is None)
-    unit_bytes = unit_tokens // limits.block_size * growing
-    if unit_tokens % limits.block_size or not unit_bytes:
-        return None
-    hashes = requests.prefix_hashes
-    if requests.output_hashes is not None:
-        hashes = tuple(a + b for a, b in zip(hashes, requests.output_hashes, strict=True))
-    host = _host_tier(deployment, unit_bytes, device, edge)
-    return PrefixSharing(PrefixCache(unit_bytes), hashes, unit_tokens, host)
+@dataclass(frozen=True)
+class Sharing:
+    """What replicas need to share prefixes."""
+
+    unit_bytes: int
+    unit_tokens: int
+    hashes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, deployment: Deployment, requests: RequestTable, limits: SchedulerLimits) -> Sharing | None:
+        """None where the workload shares no prefixes or the deployment cannot reuse them."""
+        if requests.prefix_hashes is None or not deployment.prefix_caching:
+            return None
+        unit_tokens = requests.hash_block_tokens
+        # Windowed layers keep their own blocks: only what grows with the prompt can be shared.
+        growing = sum(block_bytes for cap, block_bytes in limits.prefill_growths if cap is None)
+        unit_bytes = unit_tokens // limits.block_size * growing
+        if unit_tokens % limits.block_size or not unit_bytes:
+            return None
+        hashes = requests.prefix_hashes
+        if requests.output_hashes is not None:
+            hashes = tuple(a + b for a, b in zip(hashes, requests.output_hashes, strict=True))
+        return cls(unit_bytes, unit_tokens, hashes)
+
+    def build(self, device: SharedDevice, tiers: TierBuilder | None = None) -> PrefixSharing:
+        """Give a replica its own prefix cache, and its tiers."""
+        cache = PrefixCache(self.unit_bytes)
+        if tiers is None:
+            return PrefixSharing(cache, self.hashes, self.unit_tokens)
+        built = tiers.build(device)
+        if built.writes_back:
+            cache.on_evict = built.evicted
+        return PrefixSharing(cache, self.hashes, self.unit_tokens, built)
 
 
-def _host_tier(deployment: Deployment, unit_bytes: int, device: SharedDevice, edge: Edge) -> HostTier | None:
-    """The host tier of one rank, where the engine offloads."""
-    size_bytes, link = deployment.engine.kv_offloading_size, deployment.device.host_link
-    if size_bytes is None or link is None:
+def _tier_builder(
+    env: simpy.Environment, deployment: Deployment, sharing: Sharing | None, prefill: PrefillEstimate, edge: Edge
+) -> TierBuilder | None:
+    if sharing is None:
         return None
-    limits = HostTierLimits(
-        capacity_bytes=size_bytes // deployment.parallelism.num_devices,
-        link_bytes_per_s=link.value
-        * look_up(deployment.priors.host_copy_efficiency, deployment.device).efficiency(edge),
-        hbm_bytes_per_s=deployment.device.bandwidth_bytes_per_s,
-    )
-    return HostTier(device, limits, unit_bytes)
+    plan = plan_tiers(deployment, sharing.unit_bytes, sharing.unit_tokens, edge)
+    return TierBuilder(env, plan, sharing.unit_tokens, prefill) if plan is not None else None
+
+
+def settle_replica(replica: ReplicaEngine, tables: StepTables, step: StepModel) -> None:
+    """Divide a replica's busy time by component, and check that it has nothing left."""
+    _split_prompt_time(replica.record, tables)
+    _split_decode_time(replica, tables, step)
+    _check_replica(replica)
 
 
 def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
@@ -282,13 +332,15 @@ def _check_replica(replica: ReplicaEngine) -> None:
         "ticks of decode work": batch.variable,
         "bytes of pending growth": batch.growth_total,
     }
+    if scheduler.sharing is not None and scheduler.sharing.tiers is not None:
+        left |= scheduler.sharing.tiers.unfinished()
     wrong = {name: amount for name, amount in left.items() if amount}
     if wrong:
         msg = f"a replica ended with {wrong}"
         raise InvariantViolation(msg)
 
 
-def _check_requests(log: RequestLog, requests: RequestTable) -> None:
+def check_requests(log: RequestLog, requests: RequestTable) -> None:
     """Every request ended exactly one way, and its life ran forward."""
     for index in range(len(requests)):
         arrived, scheduled = log.arrived[index], log.scheduled[index]

@@ -98,6 +98,12 @@ class SpeculativeBatch(DecodeBatch):
         """Tokens that a decoding sequence has gained since it joined."""
         return int(self._lives[sequence.index].gained[self.counter - sequence.joined])
 
+    def newest(self, sequence: SequenceState) -> int:
+        """Tokens of those that came with the latest step."""
+        steps = self.counter - sequence.joined
+        gained = self._lives[sequence.index].gained
+        return int(gained[steps] - gained[steps - 1]) if steps else 0
+
     def growing_bytes(self, sequence: SequenceState) -> int:
         """Bytes of a decoding sequence's blocks, those for drafts included."""
         return int(self._lives[sequence.index].held[self.counter - sequence.joined])

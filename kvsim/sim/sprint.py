@@ -41,6 +41,7 @@ def sprint(engine: ReplicaEngine, until_ticks: int) -> None:  # noqa: C901, PLR0
     next_ticks, now, seen = source.next_ticks, engine.now, engine.seen
     free, min_free, leaving = scheduler.free, record.min_free_bytes, scheduler.leaving
     max_running, variable_total, host_ticks, done = record.max_running, engine.variable_total, record.host_ticks, 0
+    returned = 0
 
     while seen < until_ticks:
         ended, over = now, leaving
@@ -104,6 +105,7 @@ def sprint(engine: ReplicaEngine, until_ticks: int) -> None:  # noqa: C901, PLR0
                         if free < min_free:
                             min_free = free
                         free += held_bytes
+                        returned += held_bytes
                     finished[sequence.index] = ended
                     done += 1
                 free += due
@@ -204,6 +206,7 @@ def sprint(engine: ReplicaEngine, until_ticks: int) -> None:  # noqa: C901, PLR0
                 if free < min_free:
                     min_free = free
                 free += held_bytes
+                returned += held_bytes
             finished[sequence.index] = ended
             done += 1
 
@@ -213,6 +216,7 @@ def sprint(engine: ReplicaEngine, until_ticks: int) -> None:  # noqa: C901, PLR0
     engine.load -= done
     record.min_free_bytes, record.max_running, record.host_ticks = min_free, max_running, host_ticks
     scheduler.free, scheduler.leaving = free, leaving
+    scheduler.note_returned(returned)
     if position > source.position:
         record.max_waiting = max(record.max_waiting, 1)
     source.go_to(position)

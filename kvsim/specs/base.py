@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -11,6 +14,8 @@ class Spec(BaseModel):
     """Frozen pydantic model: parameters in, nothing learned, no state."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    other_names: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Further names that the input may use: (name, field)."""
 
 
 class Basis(StrEnum):

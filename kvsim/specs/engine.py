@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from kvsim.specs.base import Spec
-from kvsim.specs.engine_options import MAX_PREFILL_TOKENS, Kind, refuse_foreign, with_engine_names
+from kvsim.specs.engine_options import MAX_PREFILL_TOKENS, OTHER_NAMES, Kind, refuse_foreign, with_engine_names
 from kvsim.specs.speculation import SpeculativeConfig
+from kvsim.specs.tier import HostTier, KvReload, KvTier
 from kvsim.units import Bytes, Seconds
 
 Count = Annotated[int, Field(gt=0)]
@@ -57,7 +59,12 @@ class EngineSpec(Spec):
     kv_cache_dtype_skip_layers: tuple[int | Literal["sliding_window"], ...] = ()
     kv_offloading_size: Bytes | None = None
     """Host memory for KV blocks, over all tensor-parallel ranks of a replica; None offloads nothing. Blocks are copied
-    out as they are computed and copied back on a prefix hit, beside the engine's steps."""
+    out as they are computed and copied back on a prefix hit, beside the engine's steps. Short for one host tier."""
+    kv_tiers: tuple[KvTier, ...] = ()
+    """Where KV blocks go beside the device's pool, nearest first."""
+    kv_reload: KvReload = "always"
+    """Whether blocks found in a tier are always loaded, or only where computing them is estimated to take longer: for
+    the prompt itself (``by_cost``), or for all who would wait for its prefill together (``by_total_cost``)."""
     compression_stream: Literal["inline", "side"] = "inline"
     """Where scoring and compaction after a prompt run: inside the step, or beside later steps, sharing the device."""
     fused_input_quantization: bool = False
@@ -111,6 +118,8 @@ class EngineSpec(Spec):
     speculative_config: SpeculativeConfig | None = None
     """vLLM. Draft tokens that one step verifies; None decodes one token a step."""
 
+    other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
+
     @model_validator(mode="before")
     @classmethod
     def _own_names(cls, given: Any) -> Any:
@@ -149,6 +158,19 @@ class EngineSpec(Spec):
         return self
 
     @property
+    def tokens_at_once(self) -> int:
+        """Most tokens that one forward pass computes."""
+        budget = self.max_num_batched_tokens
+        return min(budget, self.n_ubatch) if self.kind == "llamacpp" else budget
+
+    @property
     def schedules_ahead(self) -> bool:
         """Whether a step is planned while the one before it runs."""
         return self.kind != "llamacpp" if self.async_scheduling is None else self.async_scheduling
+
+    @property
+    def all_kv_tiers(self) -> tuple[KvTier, ...]:
+        """Tiers in order of nearness, with ``kv_offloading_size`` spelled out."""
+        if self.kv_offloading_size is None:
+            return self.kv_tiers
+        return (HostTier(size=self.kv_offloading_size), *self.kv_tiers)

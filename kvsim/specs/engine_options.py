@@ -41,6 +41,7 @@ OWNERS: Final[Mapping[str, tuple[str, ...]]] = {
     "scheduling_policy": ("vllm",),
     "long_prefill_token_threshold": ("vllm",),
     "kv_offloading_size": ("vllm",),
+    "kv_tiers": ("vllm",),
     "compression_stream": ("vllm",),
     "speculative_config": ("vllm",),
     "max_prefill_tokens": ("sglang",),
@@ -89,6 +90,13 @@ NO_OVERLAP: Final[Mapping[str, str]] = {
 """The engine's own name of the opposite of ``async_scheduling``."""
 
 
+OTHER_NAMES: Final[Mapping[str, str]] = {
+    **{own: shared for names in OWN_NAMES.values() for own, shared in names.items()},
+    **dict.fromkeys(NO_OVERLAP.values(), "async_scheduling"),
+}
+"""Every name that is not the shared one."""
+
+
 def _translate_overlap(kind: Any, named: dict[str, Any]) -> None:
     for owner, name in NO_OVERLAP.items():
         if name not in named:
@@ -110,7 +118,9 @@ def _refuse_foreign_names(kind: Any, named: Mapping[str, Any]) -> None:
     for other, names in OWN_NAMES.items():
         for own in names:
             if other != kind and own in named and own not in OWN_NAMES.get(kind, {}):
-                msg = f"{own} is {other}'s name, and engine.kind is {kind}; there it is {names[own]}"
+                shared = names[own]
+                here = next((name for name, one in OWN_NAMES.get(kind, {}).items() if one == shared), shared)
+                msg = f"{own} is {other}'s name, and engine.kind is {kind}; there it is {here}"
                 raise ValueError(msg)
 
 

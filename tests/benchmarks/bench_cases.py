@@ -9,6 +9,7 @@ from typing import Any
 import simpy
 
 from kvsim.scenario import Scenario
+from kvsim.workload_catalog import load_workload
 
 TRACE = (
     Path(__file__).resolve().parents[2].parent
@@ -34,6 +35,14 @@ def conversation_scenario(**engine: Any) -> tuple[Scenario, str]:
         {"model": "llama-3.1-8b", "device": "h100-sxm", "workload": workload, "bands": False, "engine": engine}
     )
     return scenario, said
+
+
+def million_scenario() -> Scenario:
+    """A million requests as the preset fitted from the conversation trace has them: 50 hours of it."""
+    workload = load_workload("azure-conv").model_copy(update={"num_prompts": 1_000_000})
+    return Scenario.model_validate(
+        {"model": "llama-3.1-8b", "device": "h100-sxm", "workload": workload, "bands": False}
+    )
 
 
 def timeouts(count: int) -> None:

@@ -6,6 +6,7 @@ absolute speed is never asserted.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -44,6 +45,44 @@ def test_conversation_trace(benchmark, pool):
         requests_per_simpy_timeout=round(rate / bare, 4),
         preemptions=report.counts.preemptions,
         engine_steps=report.counts.engine_steps,
+    )
+
+
+MILLION_PROGRAM = """
+import json, resource, sys, time
+sys.path.insert(0, sys.argv[1])
+from bench_cases import million_scenario, simpy_timeouts_per_s
+from kvsim.simulate import simulate
+scenario = million_scenario()
+start = time.perf_counter()
+report = simulate(scenario)
+seconds = time.perf_counter() - start
+usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+print(json.dumps([seconds, usage, report.counts.completed, report.counts.engine_steps, simpy_timeouts_per_s()]))
+"""
+
+
+def test_a_million_requests(benchmark):
+    """Scenario to report in a fresh process, beside bare SimPy in the same one."""
+    here = __file__.rpartition("/")[0]
+    found = []
+
+    def run() -> None:
+        done = subprocess.run([sys.executable, "-c", MILLION_PROGRAM, here], check=True, capture_output=True, text=True)
+        found.append(json.loads(done.stdout))
+
+    benchmark.pedantic(run, rounds=1)
+    seconds, peak_bytes, completed, steps, bare = found[0]
+    assert completed == 1_000_000
+    benchmark.extra_info.update(
+        seconds=round(seconds, 1),
+        target_s=30,
+        requests_per_s=round(completed / seconds),
+        requests_per_simpy_timeout=round(completed / seconds / bare, 4),
+        simpy_timeouts_per_s=round(bare),
+        engine_steps=steps,
+        peak_memory_mb=round(peak_bytes / 1e6),
+        target_mb=2000,
     )
 
 

@@ -26,8 +26,11 @@ from kvsim.scenario_file import load_scenario
 from kvsim.simulate import Comparison, compare, simulate
 from kvsim.specs import workload
 from kvsim.specs.base import Basis
+from kvsim.specs.disaggregation import Disaggregation, PoolSpec
 from kvsim.specs.engine import EngineSpec, SamplingSpec
 from kvsim.specs.price import Price
+from kvsim.specs.routing import RouterThresholds
+from kvsim.specs.tier import HostTier, NvmeTier, RecomputeTier, RemoteTier
 from kvsim.workload_catalog import list_workloads
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -201,9 +204,13 @@ SECTIONS = [
     ("docs/scenarios.md", "Slo", Slo),
     ("docs/scenarios.md", "Engine", EngineSpec),
     ("docs/scenarios.md", "Sampling", SamplingSpec),
+    ("docs/scenarios.md", "Router", RouterThresholds),
+    ("docs/scenarios.md", "Disaggregation", Disaggregation),
+    ("docs/scenarios.md", "Pool", PoolSpec),
     ("docs/scenarios.md", "Price", Price),
     ("docs/scenarios.md", "Sweep files", SweepSpec),
     *(("docs/scenarios.md", kind_of(part), part) for part in (*SELECTIONS, *ENCODINGS)),
+    *(("docs/serving-tiers.md", kind_of(part), part) for part in (HostTier, NvmeTier, RemoteTier, RecomputeTier)),
     ("docs/workloads.md", "Traces", workload.TraceWorkload),
     ("docs/workloads.md", "Columns", workload.TraceColumns),
     ("docs/workloads.md", "Synthetic loads", workload.SyntheticWorkload),

@@ -4,15 +4,17 @@ Follows ``vllm/v1/core/sched/scheduler.py`` (``Scheduler.schedule``, ``update_fr
 ``kv_cache_manager.py`` (``allocate_slots``): running requests in order of admission, each preempting the last one
 where no block is free; then, if nobody was preempted, the waiting queue in order of arrival. Asynchronous scheduling
 follows ``v1/engine/core.py`` (``step_with_batch_queue`` with two batches) and ``AsyncScheduler``: a step is scheduled
-while the one before it runs, whose tokens are counted as promised. Prefix caching, windows and compression are left
-out. Shares no code with kvsim.sim; only the price of a step is taken from the cost model.
+while the one before it runs, whose tokens are counted as promised. Of prefix caching there is what a preempted request
+finds of itself (``BlockPool``: free blocks in a queue, used from its front, freed last block first). Shared prefixes,
+windows and compression are left out. Shares no code with kvsim.sim; only the price of a step is taken from the cost
+model.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -37,6 +39,8 @@ class Request:
     target: int = 0
     """Tokens to compute as a prompt: after a preemption the output so far is part of it."""
     blocks: list[int] = field(default_factory=list)
+    hashed: int = 0
+    """Tokens whose full blocks can be found in the prefix cache."""
     latest_token: int = -1
 
     @property
@@ -54,9 +58,12 @@ class PlainReplica:
 
     def __init__(
         self, *, blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int,
-        chunked: bool, price: Price, ahead: bool,
+        chunked: bool, price: Price, ahead: bool, caching: bool,
     ) -> None:  # fmt: skip
-        self.free = list(range(blocks))
+        self.free = deque(range(blocks))
+        """Free blocks, the one to be used next first."""
+        self.content: dict[int, tuple[int, int]] = {}
+        """What free blocks still hold: (request, position); prompts differ, so nobody else can use it."""
         self.total = blocks
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
@@ -65,6 +72,7 @@ class PlainReplica:
         self.chunked = chunked
         self.price = price
         self.ahead = ahead
+        self.caching = caching
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.step_ends: int | None = None
@@ -87,12 +95,26 @@ class PlainReplica:
         if needed > len(self.free):
             return False
         for _ in range(needed):
-            request.blocks.append(self.free.pop())
+            block = self.free.popleft()
+            self.content.pop(block, None)
+            request.blocks.append(block)
+        request.hashed = max(request.hashed, min(request.computed + tokens, request.prompt + request.generated))
         return True
 
     def _release(self, request: Request) -> None:
-        self.free.extend(request.blocks)
+        full = request.hashed // self.block_size
+        self.content |= {block: (request.index, place) for place, block in enumerate(request.blocks[:full])}
+        self.free.extend(reversed(request.blocks))
         request.blocks.clear()
+        request.hashed = 0
+
+    def _found(self, request: Request) -> list[int]:
+        """Leading blocks of a preempted request that are still there."""
+        places = {held: block for block, held in self.content.items()}
+        most, found = (request.known - 1) // self.block_size, []
+        while self.caching and len(found) < most and (request.index, len(found)) in places:
+            found.append(places[request.index, len(found)])
+        return found
 
     def _preempt_last(self) -> Request:
         victim = self.running.pop()
@@ -155,9 +177,18 @@ class PlainReplica:
                 request.rejected = True
                 rejected.append(self.waiting.pop(0))
                 continue
-            tokens = min(request.known, budget)
-            if (tokens < request.known and not self.chunked) or not self._allocate(request, tokens):
+            found = self._found(request)
+            computed = len(found) * self.block_size
+            tokens = min(request.known - computed, budget)
+            cut = computed + tokens < request.known
+            if (cut and not self.chunked) or -(-(computed + tokens) // self.block_size) > len(self.free):
                 return
+            for block in found:
+                self.free.remove(block)
+                del self.content[block]
+            request.blocks, request.computed = found, computed
+            self.recomputed -= computed
+            assert self._allocate(request, tokens)
             self.running.append(self.waiting.pop(0))
             request.target = request.known
             if request.scheduled < 0:
@@ -188,6 +219,8 @@ class PlainReplica:
         for request in self.tokens_to:
             request.promised -= 1
             request.generated += 1
+            if request in self.running:
+                request.hashed = max(request.hashed, request.computed - request.promised)
             if request.latest_token < 0:
                 request.first_token = now
             else:

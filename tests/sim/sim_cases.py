@@ -21,6 +21,7 @@ from kvsim.requests import UNSCHEDULED, RequestTable
 from kvsim.scenario import Scenario
 from kvsim.sim.run import RunResult, run_requests
 from kvsim.specs.engine import EngineSpec
+from kvsim.specs.routing import Routing
 from kvsim.units import TICKS_PER_SECOND
 
 MS = TICKS_PER_SECOND // 1000
@@ -93,7 +94,7 @@ class Case:
     requests: RequestTable
     plan: MemoryPlan
     max_model_len: int
-    routing: Literal["round_robin", "least_loaded"] = "round_robin"
+    routing: Routing = "round_robin"
 
     def play(self, *, coalesce: bool = True) -> RunResult:
         return run_requests(
@@ -130,7 +131,7 @@ def build_case(
     requests: RequestTable,
     *,
     spare_blocks: int = 10_000,
-    routing: Literal["round_robin", "least_loaded"] = "round_robin",
+    routing: Routing = "round_robin",
     reject_longest: bool = False,
 ) -> Case:
     """Give a replica just the blocks that its longest request needs, and ``spare_blocks`` more."""
@@ -253,7 +254,7 @@ def cases(
         deployment,
         draw(tables),
         spare_blocks=draw(SPARE_BLOCKS),
-        routing=draw(st.sampled_from(("round_robin", "least_loaded"))),
+        routing=draw(st.sampled_from(("round_robin", "least_loaded", "prefix_aware"))),
         reject_longest=draw(st.sampled_from((False, False, False, True))),
     )
 
@@ -273,7 +274,7 @@ def tight_cases(
     deployment = deploy(
         strategy=draw(strategies), max_num_batched_tokens=draw(st.sampled_from((8, 10, 20, 24, 40))),
         max_num_seqs=draw(st.sampled_from((3, 5, 8))), block_size=draw(st.sampled_from((8, 16))),
-        async_scheduling=draw(AHEAD),
+        enable_prefix_caching=draw(st.booleans()), async_scheduling=draw(AHEAD),
     )  # fmt: skip
     return build_case(deployment, draw(tables), spare_blocks=draw(st.integers(0, 8)))
 

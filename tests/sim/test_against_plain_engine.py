@@ -66,11 +66,12 @@ def assert_equals_plain(case: Case) -> None:
             blocks=case.plan.num_blocks, block_size=engine.block_size, max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens, max_model_len=case.max_model_len,
             chunked=engine.enable_chunked_prefill, price=price, ahead=engine.schedules_ahead,
+            caching=engine.enable_prefix_caching,
         )
         for _ in range(case.deployment.replicas)
     ]  # fmt: skip
     parents, delays = given_requests.parent.tolist(), given_requests.delay_ticks.tolist()
-    play(requests, parents, delays, replicas, least_loaded=case.routing == "least_loaded")
+    play(requests, parents, delays, replicas, least_loaded=case.routing != "round_robin")
     result = case.play()
     log = result.log
     for request in requests:

@@ -3,7 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
+from kvsim.errors import InvalidSpec
 from kvsim.scenario import Scenario
+from kvsim.scenario_file import load_scenario
 from kvsim.simulate import prepare
 from kvsim.specs.engine import EngineSpec
 from kvsim.specs.engine_options import DEFAULTS, NO_OVERLAP, OWN_NAMES, OWNERS
@@ -28,6 +30,17 @@ def test_an_engine_s_own_name_is_the_shared_option(kind):
             EngineSpec(**{own: value})
 
 
+def test_own_names_work_on_the_command_line_and_in_sweeps(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("model: llama-3.1-8b\ndevice: h100-sxm\nworkload: chat\nengine: {kind: sglang}\n")
+    engine = load_scenario(path, ("engine.max_running_requests=12", "engine.disable_overlap_schedule=true")).engine
+    assert (engine.max_num_seqs, engine.async_scheduling) == (12, False)
+    with pytest.raises(
+        InvalidSpec, match=r"max_batch_size is tensorrt_llm's name, .* there it is max_running_requests"
+    ):
+        load_scenario(path, ("engine.max_batch_size=12",))
+
+
 @pytest.mark.parametrize("kind", ["vllm", *DEFAULTS])
 def test_specs_survive_a_round_trip(kind):
     engine = EngineSpec(kind=kind)
@@ -38,10 +51,10 @@ def test_specs_survive_a_round_trip(kind):
 
 CHANGED = {
     "scheduling_policy": "priority", "long_prefill_token_threshold": 5, "kv_offloading_size": "1 GiB",
-    "compression_stream": "side", "max_prefill_tokens": 5, "enable_mixed_chunk": True,
-    "schedule_conservativeness": 0.5, "schedule_policy": "lpm", "capacity_scheduler_policy": "max_utilization",
-    "scheduler_recv_interval": 5, "batch_wait_timeout_iters": 5, "batch_wait_max_tokens_ratio": 0.5,
-    "n_ubatch": 5, "ctx_size": 4096,
+    "kv_tiers": ({"kind": "host", "size": "1 GiB"},), "compression_stream": "side", "max_prefill_tokens": 5,
+    "enable_mixed_chunk": True, "schedule_conservativeness": 0.5, "schedule_policy": "lpm",
+    "capacity_scheduler_policy": "max_utilization", "scheduler_recv_interval": 5,
+    "batch_wait_timeout_iters": 5, "batch_wait_max_tokens_ratio": 0.5, "n_ubatch": 5, "ctx_size": 4096,
     "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "acceptance_rate": 0.5},
 }  # fmt: skip
 

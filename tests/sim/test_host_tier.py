@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from kvsim.errors import IncompatibleScenario
 from kvsim.report import Report
 from kvsim.scenario import Scenario
-from kvsim.sim.host_tier import HostTier, HostTierLimits
 from kvsim.sim.resources import Demand, SharedDevice
+from kvsim.sim.tiers.build import TierBuilder
+from kvsim.sim.tiers.hierarchy import KvTiers
 from kvsim.simulate import simulate
 from kvsim.specs.engine import EngineSpec
 from kvsim.specs.workload import (
@@ -21,15 +22,36 @@ from kvsim.specs.workload import (
     SyntheticWorkload,
     UniformLengths,
 )
+from kvsim.tiers import Coding, TierPlan, TiersPlan
 
 UNIT_BYTES = 1000
-LIMITS = HostTierLimits(capacity_bytes=4 * UNIT_BYTES, link_bytes_per_s=1e9, hbm_bytes_per_s=1e10)
+PLAIN = Coding("none", UNIT_BYTES)
+HOST = TierPlan("host", "host", "on_compute", 4 * UNIT_BYTES, PLAIN)
+PLAN = TiersPlan((HOST,), PLAIN, remembers=False, reload="always", link_bytes_per_s=1e9, hbm_bytes_per_s=1e10)
 UNIT_TICKS = 10**6
 """1,000 bytes at 1 GB/s, in picoseconds."""
 
 
-def tier(env: simpy.Environment) -> HostTier:
-    return HostTier(SharedDevice(env), LIMITS, UNIT_BYTES)
+class OneTier:
+    """A host tier alone, asked as a scheduler asks."""
+
+    def __init__(self, env: simpy.Environment, device: SharedDevice | None = None) -> None:
+        self.tiers: KvTiers = TierBuilder(env, PLAN, 16, None).build(device or SharedDevice(env))
+
+    def store(self, values: list[int]) -> None:
+        self.tiers.computed(values)
+
+    def match(self, values: list[int], start: int, most: int) -> int:
+        return len(self.tiers.plan(values, start, most, 1, 0).values)
+
+    def load(self, values: list[int]) -> simpy.Event:
+        reload = self.tiers.plan(values, 0, len(values), 1, 0)
+        self.tiers.commit(reload)
+        return self.tiers.load(reload)
+
+
+def tier(env: simpy.Environment) -> OneTier:
+    return OneTier(env)
 
 
 def test_units_are_found_once_their_copy_has_ended() -> None:
@@ -37,13 +59,13 @@ def test_units_are_found_once_their_copy_has_ended() -> None:
     host = tier(env)
     host.store([1, 2, 3])
     assert host.match([1, 2, 3], 0, 3) == 0
-    assert host.copies == 1
+    assert host.tiers.copies == 1
     env.run(until=3 * UNIT_TICKS + 1)
     assert host.match([1, 2, 3, 4], 0, 4) == 3
     assert host.match([1, 2, 3], 1, 2) == 1
     assert host.match([9, 2, 3], 0, 3) == 0
-    assert host.copies == 0
-    assert host.stored_bytes == 3 * UNIT_BYTES
+    assert host.tiers.copies == 0
+    assert host.tiers.tallies[0].stored_bytes == 3 * UNIT_BYTES
 
 
 def test_a_load_takes_the_link_time_and_keeps_the_units() -> None:
@@ -55,7 +77,7 @@ def test_a_load_takes_the_link_time_and_keeps_the_units() -> None:
     env.run(until=done)
     assert env.now == 12 * UNIT_TICKS
     assert host.match([1, 2], 0, 2) == 2
-    assert host.loaded_bytes == 2 * UNIT_BYTES
+    assert host.tiers.tallies[0].loaded_bytes == 2 * UNIT_BYTES
 
 
 def ended(env: simpy.Environment, event: simpy.Event) -> list[int]:
@@ -82,7 +104,7 @@ def test_both_directions_run_side_by_side_and_one_direction_is_shared() -> None:
 def test_copies_slow_a_step_that_needs_the_memory() -> None:
     env = simpy.Environment(initial_time=0)
     device = SharedDevice(env)
-    host = HostTier(device, LIMITS, UNIT_BYTES)
+    host = OneTier(env, device)
     host.store([1, 2, 3, 4])
     step = device.start(UNIT_TICKS, Demand(hbm=1.0), "step")
     env.run(until=step.done)

@@ -18,6 +18,7 @@ from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
 from kvsim.deployment import Deployment
 from kvsim.errors import IncompatibleScenario
+from kvsim.explain import explain_deployment
 from kvsim.memory import plan_memory, rank_weight_bytes
 from kvsim.parallelism import LANE_GRAIN, Parallelism
 from kvsim.pool import block_bytes
@@ -25,6 +26,7 @@ from kvsim.requests import RequestTable
 from kvsim.scenario import Scenario
 from kvsim.sim.lanes import Piece, deal, fill
 from kvsim.sim.run import RunResult
+from kvsim.simulate import estimate, simulate
 from kvsim.units import TICKS_PER_SECOND
 
 MOE, DENSE = "qwen3-30b-a3b", "llama-3.1-8b"
@@ -212,16 +214,19 @@ def test_pipelines_fill_micro_batches_in_order_and_ranks_get_whole_prompts():
     assert [piece.context_tokens for lane in filled for piece in lane] == [0, 60, 10, 30, 0]
     assert [piece.compress_ticks for lane in filled for piece in lane] == [0, 5, 0, 0, 0]
     assert sum(piece.ends for lane in filled for piece in lane) == 2
-    dealt = deal(pieces, 2)
+    dealt = deal(pieces, 2, 8)
     assert [[piece.tokens for piece in lane] for lane in dealt] == [[100], [30, 20]]
-    assert deal(pieces[:1], 8) == [pieces[:1]]
+    assert deal(pieces[:1], 8, 1) == [pieces[:1]]
+    assert [len(lane) for lane in deal([Piece(90, 0, ends=True), *[Piece(1, 0, ends=True)] * 5], 2, 3)] == [3, 3]
 
 
 @settings(max_examples=60, deadline=None)
 @given(tokens=st.lists(st.integers(1, 200), min_size=1, max_size=9), lanes=st.integers(2, 8), room=st.integers(1, 90))
 def test_dealing_loses_no_token(tokens, lanes, room):
     pieces = [Piece(count, 0, ends=True) for count in tokens]
-    for dealt in (deal(pieces, lanes), fill(pieces, lanes, room)):
+    seats = -(-len(tokens) // lanes)
+    assert max(len(lane) for lane in deal(pieces, lanes, seats)) <= seats
+    for dealt in (deal(pieces, lanes, seats), deal(pieces, lanes, 0), fill(pieces, lanes, room)):
         assert len(dealt) <= lanes
         assert sum(piece.tokens for lane in dealt for piece in lane) == sum(tokens)
         assert sum(piece.ends for lane in dealt for piece in lane) == len(tokens)
@@ -244,6 +249,7 @@ def test_an_exchange_grows_with_ranks_across_nodes():
         (MOE, {"data_parallel_size": 256, "enable_expert_parallel": True}, "256 ranks .* more than the 128 experts"),
         (MOE, {"data_parallel_size": 2, "pipeline_parallel_size": 2}, "not modelled together"),
         (MOE, {"data_parallel_size": 2, "engine": {"kv_offloading_size": "8 GiB"}}, "engine.kv_offloading_size"),
+        (MOE, {"data_parallel_size": 2, "engine": {"kv_tiers": [{"kind": "recompute"}]}}, "engine.kv_tiers"),
         (MOE, {"pipeline_parallel_size": 2, "engine": {"kind": "llamacpp"}}, "engine.kind: llamacpp"),
         (MOE, {"pipeline_parallel_size": 2, "device": "apple-m4-max"}, "needs a link between devices"),
     ],
@@ -258,3 +264,35 @@ def test_a_turn_of_a_pipeline_takes_its_largest_stage_as_often_as_it_has_stages(
     assert Parallelism(pipeline=3).turn_stretch(32) == pytest.approx(33 / 32)
     assert Parallelism(pipeline=3).stage_share(32) == pytest.approx(11 / 32)
     assert TICKS_PER_SECOND == 10**12
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("batch", [1, 5, 30])
+def test_what_is_explained_adds_up_to_the_turn(way, batch):
+    deployment = deployed(**way, engine={"max_num_batched_tokens": 2048, "max_num_seqs": 32})
+    plan = plan_memory(deployment, block_bytes(deployment))
+    terms = explain_deployment(deployment, plan, 5000, 100, batch).terms
+    step = step_of(deployment)
+    for phase, split in (("decode", decode_split(step, batch, 5000, 100)), ("prefill", prefill_split(step, 5000))):
+        told = sum(term.value for term in terms if term.phase == phase)
+        assert told == pytest.approx(total_seconds(split), rel=1e-9)
+    held = sum(term.value for term in terms if term.phase == "memory")
+    assert held == pytest.approx(deployment.device.capacity_bytes, rel=1e-12)
+
+
+@pytest.mark.parametrize("way", [{}, *WAYS])
+def test_the_closed_form_is_near_the_simulation(way):
+    arrivals = {"kind": "poisson", "request_rate": 3.0}
+    lengths = {"input_len": {"kind": "constant", "tokens": 1000}, "output_len": {"kind": "constant", "tokens": 200}}
+    scenario = Scenario.model_validate(
+        {
+            "model": MOE, "device": "h100-sxm", "bands": False, **way,
+            "workload": {"kind": "synthetic", "num_prompts": 300, "arrivals": arrivals, **lengths},
+        }
+    )  # fmt: skip
+    played, told = simulate(scenario), estimate(scenario)
+    assert told.latency.tpot.mean_s.value == pytest.approx(played.latency.tpot.mean_s.value, rel=0.15)
+    assert told.latency.ttft.mean_s.value == pytest.approx(played.latency.ttft.mean_s.value, rel=0.35)
+    assert told.cost.usd_per_hour.value == played.cost.usd_per_hour.value
+    devices = scenario.num_devices
+    assert played.cost.usd_per_hour.value == pytest.approx(devices * played.cost.price.usd_per_device_hour)

@@ -11,13 +11,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvsim.errors import InvariantViolation
 from kvsim.sim.batch import DecodeBatch, SequenceState
-from kvsim.sim.host_tier import HostTier
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
+from kvsim.sim.tiers.hierarchy import KvTiers
+from kvsim.sim.tiers.reload import Reload
 
 Chunk = tuple[SequenceState, int]
 Leaving = tuple[int, SequenceState, int | None]
@@ -40,6 +41,19 @@ class SchedulerLimits:
     """Bytes per sequence whatever its length."""
     decode_tokens: int = 1
     """Tokens of a decoding sequence that a step computes: more than one where drafts are verified."""
+    keeps_preempted: bool = False
+    """Whether the blocks of a preempted sequence can be found again until they are used: prefix caching where every
+    layer keeps all tokens."""
+    plans_ahead: bool = False
+    """A step is planned while the one before it runs, whose tokens are not known yet."""
+
+
+class Kept(NamedTuple):
+    """Bytes of a preempted request in the queue of free blocks, which is used up from its front; full blocks."""
+
+    start: int
+    end: int
+    blocks: int
 
 
 @dataclass(frozen=True)
@@ -49,8 +63,8 @@ class PrefixSharing:
     cache: PrefixCache
     hashes: Sequence[tuple[int, ...]]
     unit_tokens: int
-    host: HostTier | None = None
-    """Where blocks go that the device forgets."""
+    tiers: KvTiers | None = None
+    """Where blocks go beside the device's pool."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +125,14 @@ class Scheduler(ABC):
         self.record = parts.record
         self.sharing = parts.sharing
         self.waiting: WaitingQueue = deque()
-        self.loads: list[tuple[SequenceState, Sequence[int]]] = []
-        """Prompts admitted since the engine last looked whose blocks must first come back from the host."""
+        self.loads: list[tuple[SequenceState, Reload]] = []
+        """Prompts admitted since the engine last looked whose blocks must first come back from a tier."""
         self.loaded: deque[SequenceState] = deque()
         """Prompts whose blocks are back, in the order to go on; all their blocks are reserved."""
+        self.remote: dict[int, int] = {}
+        """Waiting requests whose prompt was processed elsewhere, and the bytes that its KV takes here."""
+        self.incoming: list[SequenceState] = []
+        """Such requests admitted since the engine last looked; their KV can come."""
         self.prefilling: list[SequenceState] = []
         """Prompts in progress, in order of admission."""
         self._admissions = 0
@@ -124,9 +142,14 @@ class Scheduler(ABC):
         self.looked = False
         """Whether the latest step offered the waiting queue tokens, seats and blocks; one that preempted does not."""
         self.reusable_bytes = 0
-        """Cached and unused bytes that the head of the queue would take over, if it is held back by the pool."""
+        """Cached and unused bytes that the head of the queue would take over, if it is held back by the pool; above 0
+        what it needs may shrink as the pool does."""
         self.rejected: list[int] = []
         """Requests refused since the engine last looked."""
+        self._returned_bytes = 0
+        """All that ever came back to the pool; with ``free`` it says how far the queue of free blocks was used up."""
+        self._kept: dict[int, Kept] = {}
+        """Where blocks of preempted requests lie in that queue."""
         self.last_token: dict[int, int] = {}
         """When preempted requests got their latest token, in ticks."""
 
@@ -142,6 +165,7 @@ class Scheduler(ABC):
         """Return a sequence's own bytes, and let go of the units that it shares."""
         self._note_peak()
         self.free += held_bytes
+        self._returned_bytes += held_bytes
         if self.sharing is not None and sequence.pinned:
             cache = self.sharing.cache
             self.free += cache.unpin(sequence.pinned) * cache.unit_bytes
@@ -150,6 +174,11 @@ class Scheduler(ABC):
         """Return what a prompt held beyond what its selection keeps."""
         self._note_peak()
         self.free += sequence.held - kept_bytes
+        self._returned_bytes += sequence.held - kept_bytes
+
+    def note_returned(self, size_bytes: int) -> None:
+        """Bytes that came back while the engine kept the books itself."""
+        self._returned_bytes += size_bytes
 
     def _note_peak(self) -> None:
         """The pool is fullest just before something is returned."""
@@ -216,18 +245,55 @@ class Scheduler(ABC):
         if sequence in self.prefilling:
             self.prefilling.remove(sequence)
             self.record.recomputed_tokens += sequence.done
-            self.give_back(sequence, sequence.held)
+            self._give_up(sequence, sequence.held, sequence.done)
         else:
+            newest = batch.newest(sequence)
             self.generated[index] += batch.gained(sequence)
             self.last_token[index] = start_ticks
-            self.record.recomputed_tokens += self.prompt[index] + self.generated[index] - 1
-            self.give_back(sequence, batch.remove(sequence))
+            computed = self.prompt[index] + self.generated[index] - 1
+            self.record.recomputed_tokens += computed
+            # The newest tokens of a step planned ahead have no hash yet.
+            unknown = newest if self.limits.plans_ahead else 0
+            self._give_up(sequence, batch.remove(sequence), computed - unknown)
         self.record.preemptions += 1
         self.requeue(index)
 
     def requeue(self, index: int) -> None:
         """Let a preempted request wait again: before all others."""
         self.waiting.appendleft(index)
+
+    def _give_up(self, sequence: SequenceState, held_bytes: int, known_tokens: int) -> None:
+        """Return a preempted sequence's bytes; its full blocks join the queue of free ones, the last one first."""
+        start = self.limits.pool_bytes + self._returned_bytes
+        self.give_back(sequence, held_bytes)
+        if self.limits.keeps_preempted:
+            self._kept[sequence.index] = Kept(start, start + held_bytes, known_tokens // self.limits.block_size)
+
+    def find_again(self, sequence: SequenceState, reserved_bytes: int) -> None:
+        """Begin a preempted request after those of its blocks that nobody has used since.
+
+        ``reserved_bytes``, the next ones of decoding sequences, count as used. The last token is computed at any rate.
+        """
+        kept = self._kept.get(sequence.index)
+        if kept is None:
+            return
+        used = self.limits.pool_bytes + self._returned_bytes - self.free + reserved_bytes
+        left = max(0, kept.end - max(kept.start, used)) // self.limits.prefill_growths[0][1]
+        blocks = min(left, kept.blocks, (sequence.target - 1) // self.limits.block_size)
+        sequence.done = blocks * self.limits.block_size
+
+    def take_again(self, sequence: SequenceState) -> None:
+        """Take what was found out of the middle of the queue of free blocks: those behind it move up."""
+        kept = self._kept.pop(sequence.index, None)
+        if kept is None:
+            return
+        blocks = sequence.done // self.limits.block_size
+        size_bytes = blocks * self.limits.prefill_growths[0][1]
+        self._returned_bytes -= size_bytes
+        self.record.recomputed_tokens -= blocks * self.limits.block_size
+        for other, place in self._kept.items():
+            if place.start >= kept.end:
+                self._kept[other] = Kept(place.start - size_bytes, place.end - size_bytes, place.blocks)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -253,10 +319,19 @@ class Scheduler(ABC):
         return True
 
     def seat(
-        self, sequence: SequenceState, need_bytes: int, pinned_bytes: int, cached_tokens: int, now_ticks: int
+        self,
+        sequence: SequenceState,
+        need_bytes: int,
+        pinned_bytes: int,
+        cached_tokens: int,
+        now_ticks: int,
+        reload: Reload | None = None,
     ) -> None:
         """Take the head of the waiting queue in: its shared units, its own blocks, and the time, if it is its first."""
         index = self.waiting.popleft()
+        if reload is not None and self.sharing is not None and self.sharing.tiers is not None:
+            # Before blocks are evicted for it: what it loads must not make way for them.
+            self.sharing.tiers.commit(reload)
         if sequence.pinned:
             self._pin_prefix(sequence, pinned_bytes)
         self._admissions += 1
@@ -310,7 +385,7 @@ class Scheduler(ABC):
             if not sharing.cache.insert(value):
                 break
             pinned.append(value)
-        if sharing.host is not None:
-            sharing.host.store(pinned[len(sequence.pinned) :])
+        if sharing.tiers is not None:
+            sharing.tiers.computed(pinned[len(sequence.pinned) :])
         sequence.held -= (len(pinned) - len(sequence.pinned)) * sharing.cache.unit_bytes
         sequence.pinned = pinned

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvsim.sim.batch import SequenceState
-from kvsim.sim.host_tier import HostTier
 from kvsim.sim.scheduling.base import Chunk, PrefixSharing, Scheduler
+from kvsim.sim.tiers.reload import Reload
 
 
 class InFlightScheduler(Scheduler):
@@ -52,7 +52,7 @@ class InFlightScheduler(Scheduler):
             preempted |= self._continue_prompts(chunks, budget, start_ticks)
             budget = limits.max_num_batched_tokens - batch.size * limits.decode_tokens - total_tokens(chunks)
         running = batch.size + seats_taken + len(self.prefilling)
-        # Prompts back from the host hold all their blocks and a seat already.
+        # Prompts back from a tier hold all their blocks and a seat already.
         while self.loaded and budget > 0:
             sequence = self.loaded.popleft()
             tokens = min(sequence.target - sequence.done, budget)
@@ -105,22 +105,30 @@ class InFlightScheduler(Scheduler):
             if self.reject_too_long(index):
                 continue
             sequence = SequenceState(index, self.prompt[index] + self.generated[index])
+            self.find_again(sequence, reserved)
             pinned_bytes = self.match_prefix(sequence)
-            if self.sharing is not None and self.sharing.host is not None:
-                back = self._match_host(self.sharing, self.sharing.host, sequence)
-                if back:
-                    if not self._reserve_load(sequence, back, reserved, pinned_bytes, now_ticks):
-                        break
-                    running += 1
-                    continue
+            if index in self.remote:
+                if not self._reserve_arrival(sequence, reserved, pinned_bytes, now_ticks):
+                    break
+                running += 1
+                continue
+            reload = self._plan_reload(self.sharing, sequence) if self.sharing is not None else None
+            if reload is not None and reload.segments:
+                if not self._reserve_load(sequence, reload, reserved, pinned_bytes, now_ticks):
+                    break
+                running += 1
+                continue
             chunk = self.chunk_tokens(sequence.target - sequence.done, budget)
             if not chunk:
                 break
             need = self.prefill_bytes(sequence.done + chunk) - self.shared_bytes(sequence)
             if not self.fits(sequence, need, pinned_bytes, reserved):
-                self.reusable_bytes = pinned_bytes
+                # A cut prompt that finds less of itself also needs less.
+                cut = chunk < sequence.target - sequence.done
+                self.reusable_bytes = pinned_bytes or (sequence.done if cut else 0)
                 break
-            self.seat(sequence, need, pinned_bytes, sequence.done, now_ticks)
+            self.take_again(sequence)
+            self.seat(sequence, need, pinned_bytes, sequence.done, now_ticks, reload)
             chunks.append((sequence, chunk))
             budget -= chunk
             running += 1
@@ -128,17 +136,18 @@ class InFlightScheduler(Scheduler):
                 self.prefilling.append(sequence)
         record.max_running = max(record.max_running, running)
 
-    @staticmethod
-    def _match_host(sharing: PrefixSharing, host: HostTier, sequence: SequenceState) -> Sequence[int]:
-        """Units right after the device's that the host holds."""
-        own, present = sharing.hashes[sequence.index], len(sequence.pinned)
-        units = host.match(own, present, (sequence.target - 1) // sharing.unit_tokens)
-        return own[present : present + units]
+    def _plan_reload(self, sharing: PrefixSharing, sequence: SequenceState) -> Reload | None:
+        """What the tiers have of a prompt right after the device's own units; None without tiers."""
+        if sharing.tiers is None:
+            return None
+        own, units = sharing.hashes[sequence.index], (sequence.target - 1) // sharing.unit_tokens
+        waiting = len(self.waiting) - 1
+        return sharing.tiers.plan(own, len(sequence.pinned), units, sequence.target, self.batch.size, waiting)
 
     def _reserve_load(
-        self, sequence: SequenceState, back: Sequence[int], reserved: int, pinned_bytes: int, now_ticks: int
+        self, sequence: SequenceState, reload: Reload, reserved: int, pinned_bytes: int, now_ticks: int
     ) -> bool:
-        """Admit a prompt whose blocks come back from the host, with blocks for the whole of it; False if too few.
+        """Admit a prompt whose blocks come back from a tier, with blocks for the whole of it; False if too few.
 
         It holds blocks while it waits, so it must never need more to go on: two such prompts could block each other.
         """
@@ -147,8 +156,20 @@ class InFlightScheduler(Scheduler):
             self.reusable_bytes = pinned_bytes
             return False
         unit_tokens = self.sharing.unit_tokens if self.sharing is not None else 0
-        self.seat(sequence, need, pinned_bytes, sequence.done + len(back) * unit_tokens, now_ticks)
-        self.loads.append((sequence, back))
+        cached = sequence.done + len(reload.values) * unit_tokens
+        self.seat(sequence, need, pinned_bytes, cached, now_ticks, reload)
+        self.loads.append((sequence, reload))
+        return True
+
+    def _reserve_arrival(self, sequence: SequenceState, reserved: int, pinned_bytes: int, now_ticks: int) -> bool:
+        """Admit a sequence whose KV comes from elsewhere, with blocks for all of it; False if too few."""
+        need = self.remote[sequence.index] - self.shared_bytes(sequence)
+        if need + pinned_bytes + reserved > self.free:
+            self.reusable_bytes = pinned_bytes
+            return False
+        del self.remote[sequence.index]
+        self.seat(sequence, need, pinned_bytes, sequence.done, now_ticks)
+        self.incoming.append(sequence)
         return True
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from kvsim.sim.batch import SequenceState
 from kvsim.sim.scheduling.base import Chunk, SchedulerParts
 from kvsim.sim.scheduling.in_flight import InFlightScheduler
+from kvsim.sim.tiers.reload import Reload
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,16 @@ class GuaranteedNoEvictScheduler(MaxUtilizationScheduler):
         return whole + self._promised_bytes() <= self.free
 
     def seat(
-        self, sequence: SequenceState, need_bytes: int, pinned_bytes: int, cached_tokens: int, now_ticks: int
+        self,
+        sequence: SequenceState,
+        need_bytes: int,
+        pinned_bytes: int,
+        cached_tokens: int,
+        now_ticks: int,
+        reload: Reload | None = None,
     ) -> None:
         """Promise a request all that it will ever hold."""
-        super().seat(sequence, need_bytes, pinned_bytes, cached_tokens, now_ticks)
+        super().seat(sequence, need_bytes, pinned_bytes, cached_tokens, now_ticks, reload)
         self._ends[sequence.index] = self._end_bytes(sequence.index)
         self._ends_total += self._ends[sequence.index]
 

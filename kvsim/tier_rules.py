@@ -1,0 +1,75 @@
+"""Which lists of tiers make sense, and which KV encoding a tier's name stands for."""
+
+from __future__ import annotations
+
+from kvsim.compression import ENCODINGS, AnyEncoding, parse_compression
+from kvsim.compression.selection.keep_all import KeepAll
+from kvsim.cost.coders import load_coders
+from kvsim.errors import IncompatibleScenario, InvalidSpec, UnknownName
+from kvsim.link_catalog import load_link
+from kvsim.specs.device import DeviceSpec
+from kvsim.specs.engine import EngineSpec
+from kvsim.specs.tier import KvTier, RecomputeTier, RemoteTier
+
+
+def check_tiers(engine: EngineSpec, device: DeviceSpec) -> None:
+    """Refuse tiers that cannot be priced or that nothing could reach; raise naming the field."""
+    tiers = engine.all_kv_tiers
+    if engine.kv_offloading_size is not None and engine.kv_tiers:
+        msg = (
+            "engine.kv_offloading_size: it is short for one host tier, and engine.kv_tiers lists tiers already; "
+            "write {kind: host, size: ...} there instead"
+        )
+        raise InvalidSpec(msg)
+    storing = [tier for tier in tiers if not isinstance(tier, RecomputeTier)]
+    if storing and device.host_link is None:
+        field = "engine.kv_offloading_size" if engine.kv_offloading_size is not None else "engine.kv_tiers"
+        msg = (
+            f"{field}: {device.name} has no figure for a host link (or shares the host's memory), so "
+            "copies cannot be priced; leave it out"
+        )
+        raise IncompatibleScenario(msg)
+    for index, tier in enumerate(tiers):
+        if isinstance(tier, RecomputeTier) and index < len(tiers) - 1:
+            msg = (
+                f"engine.kv_tiers[{index}]: recompute has every block that was ever computed, so the tiers after it "
+                "would never be asked; put it last"
+            )
+            raise InvalidSpec(msg)
+        if isinstance(tier, RemoteTier) and isinstance(tier.link, str):
+            _check_link(index, tier.link)
+
+
+def _check_link(index: int, name: str) -> None:
+    try:
+        load_link(name)
+    except UnknownName as error:
+        error.locate(f"engine.kv_tiers[{index}].link")
+        raise
+
+
+def tier_encoding(index: int, tier: KvTier) -> AnyEncoding | None:
+    """Give the KV encoding that a tier stores; None for KV as in the pool and for coders with published figures.
+
+    Raises
+    ------
+    UnknownName
+        No encoding or coder has that name.
+    InvalidSpec
+        The name selects tokens: a tier keeps every token of a prefix.
+    """
+    if isinstance(tier, RecomputeTier):
+        return None
+    coders = load_coders().coders
+    if tier.encoding == "none" or tier.encoding in coders:
+        return None
+    where = f"engine.kv_tiers[{index}].encoding"
+    try:
+        compression = parse_compression(tier.encoding)
+    except UnknownName as error:
+        known = (*coders, "none", *(name for part in ENCODINGS for name in part.names))
+        raise UnknownName(kind="encoding of a tier", name=error.name, known=known, where=where) from None
+    if not isinstance(compression.selection, KeepAll):
+        msg = f"{where}: {tier.encoding!r} drops or selects tokens, and a tier keeps all of a prefix; name an encoding"
+        raise InvalidSpec(msg)
+    return compression.encoding
