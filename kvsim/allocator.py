@@ -16,12 +16,12 @@ layers count in full, 6.09 GiB if they count by window.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from kvsim.errors import IncompatibleScenario
+from kvsim.specs.engine import EngineKind
 from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
 
-Engine = Literal["vllm", "sglang", "tensorrt_llm", "llamacpp"]
+Engine = EngineKind
 
 NATIVE_ELEMENT_BYTES = 2.0
 LLAMACPP_PAD_TOKENS = 256
@@ -194,10 +194,10 @@ def pool_bytes_per_token(
     """
     exact = kv_bytes_per_token(model, engine, element_bytes=element_bytes, tensor_parallel_size=tensor_parallel_size)
     layers_by_type = _layers_by_cache_type(model, element_bytes, tensor_parallel_size)
-    if engine == "llamacpp" or len(layers_by_type) <= 1:
+    if engine != "vllm" or len(layers_by_type) <= 1:
         return exact
     counts = list(layers_by_type.values())
-    group_size = max(counts) if max(counts) < GROUP_SIZE_TOLERANCE * min(counts) else min(counts)
+    group_size = _group_size(counts)
     num_groups = sum(math.ceil(count / group_size) for count in counts)
     largest = max(
         layer_bytes_per_token(group, element_bytes=element_bytes, tensor_parallel_size=tensor_parallel_size)
@@ -206,25 +206,57 @@ def pool_bytes_per_token(
     return math.ceil(num_groups * group_size * largest)
 
 
+def padded_layer_shares(
+    model: ModelSpec, *, tensor_parallel_size: int = 1
+) -> dict[tuple[LayerKind, int | None], float]:
+    """Layers that vLLM allocates for each that a kind has, by kind and window: padding of the last group.
+
+    A group whose layers run out takes whole pages all the same: Gemma 3 27B has 52 sliding layers in 6 groups of 10,
+    so each pays for 60 / 52 layers. One kind of layer alone is one group, without padding.
+    """
+    by_type = _layers_by_cache_type(model, NATIVE_ELEMENT_BYTES, tensor_parallel_size)
+    if len(by_type) <= 1:
+        return {}
+    group_size = _group_size(list(by_type.values()))
+    shares: dict[tuple[LayerKind, int | None], float] = {}
+    for group in model.groups:
+        key = _cache_type(group, model, NATIVE_ELEMENT_BYTES, tensor_parallel_size)
+        if key is not None:
+            count = by_type[key]
+            shares[group.kind, group.window_tokens] = math.ceil(count / group_size) * group_size / count
+    return shares
+
+
+def _group_size(counts: list[int]) -> int:
+    """Layers of one group: the larger kind's where kinds are near in number, else the smaller's."""
+    return max(counts) if max(counts) < GROUP_SIZE_TOLERANCE * min(counts) else min(counts)
+
+
 def _layers_by_cache_type(
     model: ModelSpec, element_bytes: float, tensor_parallel_size: int
 ) -> dict[tuple[str, float, int | None], int]:
     """Layers per cache type as vLLM tells them apart: manager, bytes per token, window."""
     counts: dict[tuple[str, float, int | None], int] = {}
-    latent = any(group.is_latent for group in model.groups)
     for group in model.groups:
-        per_token = layer_bytes_per_token(group, element_bytes=element_bytes, tensor_parallel_size=tensor_parallel_size)
-        if group.kind is LayerKind.LINEAR and group.state_bytes:
-            key: tuple[str, float, int | None] = ("state", 0.0, None)
-        elif per_token == 0:
-            continue
-        elif group.kind is LayerKind.SLIDING:
-            key = ("sliding", per_token, group.window_tokens)
-        else:
-            # Latent layers of unlike size (indexer or none) are one type: all are full attention.
-            key = ("full", 0.0 if latent else per_token, None)
-        counts[key] = counts.get(key, 0) + group.num_layers
+        key = _cache_type(group, model, element_bytes, tensor_parallel_size)
+        if key is not None:
+            counts[key] = counts.get(key, 0) + group.num_layers
     return counts
+
+
+def _cache_type(
+    group: LayerGroup, model: ModelSpec, element_bytes: float, tensor_parallel_size: int
+) -> tuple[str, float, int | None] | None:
+    """Manager, bytes per token and window of a group's layers; None where they store nothing."""
+    per_token = layer_bytes_per_token(group, element_bytes=element_bytes, tensor_parallel_size=tensor_parallel_size)
+    if group.kind is LayerKind.LINEAR and group.state_bytes:
+        return "state", 0.0, None
+    if per_token == 0:
+        return None
+    if group.kind is LayerKind.SLIDING:
+        return "sliding", per_token, group.window_tokens
+    # Latent layers of unlike size (indexer or none) are one type: all are full attention.
+    return "full", 0.0 if any(one.is_latent for one in model.groups) else per_token, None
 
 
 def _llamacpp_window_cells(window_tokens: int, max_num_batched_tokens: int) -> int:

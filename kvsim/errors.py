@@ -68,6 +68,12 @@ class SloMissed(InfeasibleScenario):
     """The scenario ran and misses the service-level objectives that it names."""
 
 
+class LogMismatch(KvsimError):
+    """A server's log and the prediction for it differ by more than the tolerance."""
+
+    exit_code = 3
+
+
 class CalibrationError(KvsimError):
     """Someone must measure first, or a calibration file is not to be trusted."""
 

@@ -15,7 +15,7 @@ from kvsim.cost.projection import DecodeKernel, attention_kernels
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
 from kvsim.deployment import Deployment
-from kvsim.memory import MemoryPlan, plan_or, runtime_prior, waterfall
+from kvsim.memory import MemoryPlan, plan_or, waterfall
 from kvsim.ops import Component
 from kvsim.specs.base import Basis
 from kvsim.units import TICKS_PER_SECOND
@@ -72,8 +72,7 @@ def _memory_terms(deployment: Deployment, plan: MemoryPlan) -> list[Term]:
     edges = [{term.name: term.size_bytes for term in waterfall(priced, deployment)} for priced in plans]
     sources = {
         "system": _source(deployment, deployment.priors.usable_memory_fraction),
-        "weights": deployment.model.source,
-        "engine": runtime_prior(deployment).source,
+        **{term.name: term.source for term in plan.terms},
         "kv_pool": "difference of the terms above",
         "free": "difference of the terms above",
     }

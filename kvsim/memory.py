@@ -1,22 +1,32 @@
 """Where a device's memory goes: weights, the engine's own, and the KV pool, with each engine's meaning of the fraction.
 
-Sources: vLLM 0.15.1 ``determine_available_memory`` (utilisation x total - weights - profiled peak - non-torch memory);
-llama.cpp takes what it needs and has no fraction.
+vLLM (0.15.1 ``determine_available_memory``)
+    pool = ``gpu_memory_utilization`` x total - weights - profiled peak - non-torch memory (- CUDA graphs since 0.21).
+SGLang (docs, hyperparameter tuning)
+    ``mem_fraction_static`` = (weights + pool) / capacity; activations and graphs take from the rest.
+TensorRT-LLM (docs, ``KvCacheConfig``)
+    pool = ``free_gpu_memory_fraction`` x what weights and buffers leave free.
+llama.cpp (``llama-context.cpp``)
+    ``ctx_size`` cells, divided among slots (``max_num_seqs``); no fraction. Without ``ctx_size``: all that is left.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvsim.cost.priors import Edge, Prior, look_up
-from kvsim.cost.sequence import draft_weight_bytes
+from kvsim.cost.priors import Edge, look_up
 from kvsim.deployment import Deployment
+from kvsim.engine_memory import EngineTerm, engine_terms, rank_weight_bytes
 from kvsim.errors import InfeasibleScenario, WeightsDoNotFit
-from kvsim.parallelism import Parallelism
+from kvsim.pool import prompt_bytes
 from kvsim.report import MemoryTerm
 from kvsim.specs.base import Basis
-from kvsim.specs.model import ModelSpec
 from kvsim.units import format_bytes
+
+SGLANG_FRACTION = 0.88
+"""SGLang's fallback; on a GPU that it knows it derives a share near this one from chunk and graph sizes."""
+TENSORRT_LLM_FRACTION = 0.9
+ROUNDING = 1.0001
 
 
 @dataclass(frozen=True)
@@ -27,52 +37,61 @@ class MemoryPlan:
     usable_bytes: float
     budget_bytes: float
     """What the engine may use, by its own rule."""
-    weight_bytes: float
-    runtime_bytes: float
+    terms: tuple[EngineTerm, ...]
+    """Weights first, then what the engine takes for itself."""
     pool_bytes: float
     block_bytes: int
     """One block of ``block_size`` tokens of a growing sequence, all layers."""
     num_blocks: int
+
+    @property
+    def weight_bytes(self) -> float:
+        """Weights of one rank."""
+        return self.terms[0].size_bytes
+
+    @property
+    def runtime_bytes(self) -> float:
+        """Everything of the engine's that is neither weights nor KV."""
+        return sum(term.size_bytes for term in self.terms[1:])
 
 
 def plan_memory(deployment: Deployment, block_bytes: int, edge: Edge = Edge.CENTRAL) -> MemoryPlan:
     """Divide a device's memory; raise WeightsDoNotFit where no block is left."""
     device, engine = deployment.device, deployment.engine
     usable = device.capacity_bytes * look_up(deployment.priors.usable_memory_fraction, device).efficiency(edge)
-    weights = rank_weight_bytes(deployment.model, deployment.parallelism) + draft_weight_bytes(deployment)
-    runtime = runtime_prior(deployment).cost(edge)
-    budget = usable * engine.gpu_memory_utilization if engine.kind != "llamacpp" else usable
-    pool = float(engine.kv_cache_memory_bytes or budget - weights - runtime)
+    terms = engine_terms(deployment, edge)
+    taken = sum(term.size_bytes for term in terms)
+    budget, pool = _budget_and_pool(deployment, usable, terms)
+    blocks = int(pool // block_bytes) if pool > 0 else 0
     if engine.num_gpu_blocks_override is not None:
         blocks = engine.num_gpu_blocks_override
         pool = float(blocks * block_bytes)
-    else:
-        blocks = int(pool // block_bytes) if pool > 0 else 0
-    if weights + runtime + pool > usable * 1.0001 and pool > 0:
-        msg = (
-            f"{deployment.model.name} on {device.name}: a KV pool of {format_bytes(pool)} beside "
-            f"{format_bytes(weights)} of weights exceeds the usable {format_bytes(usable)}; lower "
-            "engine.num_gpu_blocks_override or engine.kv_cache_memory_bytes"
-        )
-        raise InfeasibleScenario(msg)
+    if taken + pool > usable * ROUNDING and pool > 0:
+        raise InfeasibleScenario(_too_large(deployment, usable, terms, pool))
     if blocks < 1:
-        raise WeightsDoNotFit(_no_room(deployment, usable, weights, runtime, budget))
-    return MemoryPlan(device.capacity_bytes, usable, budget, weights, runtime, pool, block_bytes, blocks)
+        raise WeightsDoNotFit(_no_room(deployment, usable, terms, budget))
+    return MemoryPlan(device.capacity_bytes, usable, budget, terms, pool, block_bytes, blocks)
 
 
-def rank_weight_bytes(model: ModelSpec, parallel: Parallelism) -> float:
-    """Weights of one rank of the largest stage.
-
-    Tensor parallel ranks slice everything. Experts are sliced over data parallel ranks as well, or whole on as many
-    ranks; everything else is whole on each data parallel rank. Stages share embedding and LM head as they do layers.
-    """
-    share = parallel.stage_share(model.num_layers) / parallel.tensor
-    if model.moe is None or (parallel.expert_ranks == parallel.tensor and not parallel.expert):
-        return model.weight_bytes * share
-    rest = (model.weight_bytes - model.expert_bytes) * share
-    ranks = parallel.expert_ranks
-    held = -(-model.moe.num_experts // ranks) / model.moe.num_experts if parallel.expert else 1.0 / ranks
-    return rest + model.expert_bytes * held * parallel.stage_share(model.num_layers)
+def _budget_and_pool(deployment: Deployment, usable: float, terms: tuple[EngineTerm, ...]) -> tuple[float, float]:
+    """What the engine may use and what is left of it for KV, by the engine's own rule."""
+    engine = deployment.engine
+    weights, taken = terms[0].size_bytes, sum(term.size_bytes for term in terms)
+    if engine.kind == "vllm":
+        budget = usable * engine.gpu_memory_utilization
+        if engine.kv_cache_memory_bytes is not None:
+            return budget, float(engine.kv_cache_memory_bytes)
+        return budget, budget - taken
+    if engine.kind == "sglang":
+        budget = usable * (engine.mem_fraction_static or SGLANG_FRACTION)
+        return budget, budget - weights
+    if engine.kind == "tensorrt_llm":
+        fraction = engine.free_gpu_memory_fraction or TENSORRT_LLM_FRACTION
+        return usable, fraction * (usable - taken)
+    if engine.ctx_size is not None:
+        slots = engine.max_num_seqs
+        return usable, float(slots * prompt_bytes(deployment, engine.ctx_size // slots))
+    return usable, usable - taken
 
 
 def plan_or(central: MemoryPlan, deployment: Deployment, edge: Edge) -> MemoryPlan:
@@ -83,16 +102,29 @@ def plan_or(central: MemoryPlan, deployment: Deployment, edge: Edge) -> MemoryPl
         return central
 
 
-def runtime_prior(deployment: Deployment) -> Prior:
-    """Memory of the engine itself, by engine and model kind."""
-    table = deployment.priors.runtime_memory_bytes
-    if deployment.engine.kind == "llamacpp":
-        return table["single_stream"]
-    return table["moe" if deployment.model.moe else "dense"]
+def slot_tokens(deployment: Deployment) -> int | None:
+    """Longest sequence that one slot of llama.cpp holds; None where slots do not limit."""
+    engine = deployment.engine
+    return None if engine.ctx_size is None else engine.ctx_size // engine.max_num_seqs
 
 
-def _no_room(deployment: Deployment, usable: float, weights: float, runtime: float, budget: float) -> str:
-    needed = weights + runtime
+def _too_large(deployment: Deployment, usable: float, terms: tuple[EngineTerm, ...], pool: float) -> str:
+    advice = {
+        "vllm": "lower engine.num_gpu_blocks_override or engine.kv_cache_memory_bytes",
+        "sglang": "lower engine.mem_fraction_static, which leaves activations what it does not take",
+        "tensorrt_llm": "lower engine.free_gpu_memory_fraction",
+        "llamacpp": "lower engine.ctx_size",
+    }[deployment.engine.kind]
+    taken = " + ".join(f"{term.name} {format_bytes(term.size_bytes)}" for term in terms)
+    return (
+        f"{deployment.model.name} on {deployment.device.name}: a KV pool of {format_bytes(pool)} beside {taken} "
+        f"exceeds the usable {format_bytes(usable)}; {advice}"
+    )
+
+
+def _no_room(deployment: Deployment, usable: float, terms: tuple[EngineTerm, ...], budget: float) -> str:
+    weights, taken = terms[0].size_bytes, sum(term.size_bytes for term in terms)
+    runtime = taken - weights
     parallel, ranks = deployment.parallelism, deployment.tensor_parallel_size
     enough = parallel
     while rank_weight_bytes(deployment.model, enough) + runtime > budget * 0.95 and enough.tensor < 1024:
@@ -101,53 +133,43 @@ def _no_room(deployment: Deployment, usable: float, weights: float, runtime: flo
     hint = f"tensor_parallel_size: {enough.tensor} would hold the weights" if more else "choose a smaller model"
     return (
         f"{deployment.model.name} does not fit on {parallel.num_devices} x {deployment.device.name}: weights "
-        f"{format_bytes(weights)} + engine {format_bytes(runtime)} = {format_bytes(needed)} per device, and the engine "
+        f"{format_bytes(weights)} + engine {format_bytes(runtime)} = {format_bytes(taken)} per device, and the engine "
         f"may use {format_bytes(budget)} of {format_bytes(usable)}, so no KV block is left; {hint}, "
         "or quantised weights"
     )
 
 
-def _weights_formula(deployment: Deployment) -> str:
-    parallel, model = deployment.parallelism, deployment.model
-    formula = f"parameters x bits / 8 / tensor_parallel_size ({parallel.tensor})"
-    if parallel.pipeline > 1:
-        formula += f" x {parallel.stage_layers(model.num_layers)} of {model.num_layers} layers"
-    if model.moe is not None and parallel.expert:
-        held = -(-model.moe.num_experts // parallel.expert_ranks)
-        formula += f"; {held} of {model.moe.num_experts} experts, whole"
-    elif parallel.data > 1:
-        formula += f"; experts / {parallel.expert_ranks}"
-    return formula
-
-
 def waterfall(plan: MemoryPlan, deployment: Deployment) -> tuple[MemoryTerm, ...]:
     """Terms that add up to the device's memory."""
-    fraction = deployment.engine.gpu_memory_utilization if deployment.engine.kind != "llamacpp" else 1.0
     spare = plan.usable_bytes - plan.weight_bytes - plan.runtime_bytes - plan.pool_bytes
-    return (
-        MemoryTerm(
-            name="system",
-            size_bytes=plan.total_bytes - plan.usable_bytes,
-            basis=Basis.LITERATURE,
-            formula="capacity x (1 - usable fraction of the device class)",
-        ),
-        MemoryTerm(
-            name="weights",
-            size_bytes=plan.weight_bytes,
-            basis=Basis.DATASHEET,
-            formula=_weights_formula(deployment),
-        ),
-        MemoryTerm(
-            name="engine",
-            size_bytes=plan.runtime_bytes,
-            basis=Basis.LITERATURE,
-            formula="activations at the profiling peak + non-torch memory",
-        ),
-        MemoryTerm(
-            name="kv_pool",
-            size_bytes=plan.pool_bytes,
-            basis=Basis.LITERATURE,
-            formula=f"{fraction:g} x usable - weights - engine",
-        ),
-        MemoryTerm(name="free", size_bytes=spare, basis=Basis.LITERATURE, formula="usable - all of the above"),
+    system = MemoryTerm(
+        name="system",
+        size_bytes=plan.total_bytes - plan.usable_bytes,
+        basis=Basis.LITERATURE,
+        formula="capacity x (1 - usable fraction of the device or its class)",
     )
+    engine = [
+        MemoryTerm(name=term.name, size_bytes=term.size_bytes, basis=term.basis, formula=term.formula)
+        for term in plan.terms
+    ]
+    pool = MemoryTerm(
+        name="kv_pool", size_bytes=plan.pool_bytes, basis=Basis.LITERATURE, formula=_pool_formula(deployment)
+    )
+    free = MemoryTerm(name="free", size_bytes=spare, basis=Basis.LITERATURE, formula="usable - all of the above")
+    return system, *engine, pool, free
+
+
+def _pool_formula(deployment: Deployment) -> str:
+    engine = deployment.engine
+    if engine.num_gpu_blocks_override is not None:
+        return f"num_gpu_blocks_override ({engine.num_gpu_blocks_override}) x block"
+    if engine.kv_cache_memory_bytes is not None:
+        return "kv_cache_memory_bytes"
+    slots = engine.max_num_seqs
+    return {
+        "vllm": f"gpu_memory_utilization ({engine.gpu_memory_utilization:g}) x usable - weights - engine's terms",
+        "sglang": f"mem_fraction_static ({engine.mem_fraction_static or SGLANG_FRACTION:g}) x usable - weights",
+        "tensorrt_llm": f"free_gpu_memory_fraction ({engine.free_gpu_memory_fraction or TENSORRT_LLM_FRACTION:g}) "
+        "x (usable - weights - engine's terms)",
+        "llamacpp": f"{slots} slots of {engine.ctx_size // slots} tokens" if engine.ctx_size else "all that is left",
+    }[engine.kind]

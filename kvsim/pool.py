@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
+from kvsim.allocator import padded_layer_shares, pool_bytes_per_token
 from kvsim.compression.base import LayerView
 from kvsim.cost.sequence import draft_bytes_per_token, layer_bytes_per_token, residual_bytes
 from kvsim.deployment import Deployment, LayerClass
+from kvsim.specs.model import LayerKind
 
 _PROBE_TOKENS = 2**40
 """A length no prompt reaches: whatever a layer still holds of it is its cap."""
@@ -19,11 +21,13 @@ def prefill_growths(deployment: Deployment) -> tuple[tuple[tuple[int | None, int
     Layers with the same cap share one block table entry. Bytes are those of one rank of the largest stage.
     """
     per_token: defaultdict[int | None, float] = defaultdict(float)
-    fixed = float(deployment.state_bytes_per_sequence)
+    padding = _page_padding(deployment)
+    fixed = deployment.state_bytes_per_sequence * padding.get((LayerKind.LINEAR, None), 1.0)
     for layer_class in deployment.layer_classes:
+        share = padding.get((layer_class.group.kind, layer_class.group.window_tokens), 1.0)
         for view, layers in layer_class.bands:
             cap = _prefill_cap(layer_class, view)
-            per_token[cap] += layers * layer_bytes_per_token(layer_class, view, deployment.model)
+            per_token[cap] += share * layers * layer_bytes_per_token(layer_class, view, deployment.model)
             fixed += layers * residual_bytes(layer_class, deployment.model)
     per_token[None] += draft_bytes_per_token(deployment)
     block_size = deployment.engine.block_size
@@ -34,6 +38,39 @@ def prefill_growths(deployment: Deployment) -> tuple[tuple[tuple[int | None, int
         if size_bytes > 0
     )
     return growths, math.ceil(fixed * share)
+
+
+def _page_padding(deployment: Deployment) -> dict[tuple[LayerKind, int | None], float]:
+    """Layers paid for each layer, by kind and window: vLLM allocates hybrid models in groups of equal count."""
+    if deployment.engine.kind != "vllm":
+        return {}
+    return padded_layer_shares(deployment.model, tensor_parallel_size=deployment.tensor_parallel_size)
+
+
+def logged_tokens(deployment: Deployment, pool_bytes: float) -> int:
+    """Tokens that vLLM logs as ``GPU KV cache size``: blocks over the number of layer groups.
+
+    Of a model with one kind of layer these are the tokens that fit. Of a hybrid one they are those of a sequence that
+    keeps every layer whole, so more fit than the log says.
+    """
+    block_size = deployment.engine.block_size
+    size = block_bytes(deployment)
+    if _page_padding(deployment):
+        size = block_size * pool_bytes_per_token(
+            deployment.model,
+            deployment.engine.kind,
+            element_bytes=_stored_element_bytes(deployment),
+            tensor_parallel_size=deployment.tensor_parallel_size,
+        )
+    return int(pool_bytes // size) * block_size
+
+
+def _stored_element_bytes(deployment: Deployment) -> float:
+    """Bytes of one stored element, scales included, in the layer that stores most."""
+    return max(
+        one.encoding.bytes_per_token(one.group, deployment.model.dtype).total_bytes / one.group.kv_elements_per_token
+        for one in deployment.layer_classes
+    )
 
 
 def _prefill_cap(layer_class: LayerClass, view: LayerView) -> int | None:
@@ -74,10 +111,7 @@ def longest_sequence(deployment: Deployment, pool_bytes: int, limit_tokens: int)
     engine = deployment.engine
     if engine.kind != "llamacpp":
         return longest_prompt(deployment, pool_bytes, limit_tokens)
-    slots = engine.max_num_seqs
-    if engine.ctx_size is not None:
-        limit_tokens = min(limit_tokens, engine.ctx_size // slots)
-    return longest_prompt(deployment, pool_bytes // slots, limit_tokens)
+    return longest_prompt(deployment, pool_bytes // engine.max_num_seqs, limit_tokens)
 
 
 def _held_bytes(growths: tuple[tuple[int | None, int], ...], fixed_bytes: int, tokens: int, block_size: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from kvsim import __version__
 from kvsim.analysis import EdgeModels, LoadShape, capacity, effects, load_shape, price_edges
@@ -19,7 +19,7 @@ from kvsim.disaggregation import SplitDeployment, pool_scenario, resolve_split
 from kvsim.errors import IncompatibleScenario, KvsimError, RequestDoesNotFit
 from kvsim.explain import Explanation, Term, explain_deployment
 from kvsim.explain_split import explain_split
-from kvsim.memory import MemoryPlan, plan_memory, plan_or, waterfall
+from kvsim.memory import MemoryPlan, plan_memory, plan_or, slot_tokens, waterfall
 from kvsim.pool import block_bytes, longest_sequence
 from kvsim.pool_summary import disaggregation
 from kvsim.quality import published_quality
@@ -47,6 +47,9 @@ from kvsim.tier_use import tiers_use, with_tiers
 from kvsim.tiers import tier_notes
 from kvsim.workload_catalog import load_workload
 from kvsim.workloads import build_requests
+
+if TYPE_CHECKING:
+    from kvsim.sim.observer import RunObserver
 
 Progress = Callable[[float], None]
 
@@ -81,17 +84,24 @@ class Prepared:
         return load_shape(self.requests)
 
 
-def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Progress | None = None) -> Report:
+def simulate(
+    scenario: Scenario,
+    *,
+    base_dir: Path | None = None,
+    progress: Progress | None = None,
+    observer: RunObserver | None = None,
+) -> Report:
     """Play ``scenario`` request by request.
 
     Raises a ScenarioError for wrong input and an InfeasibleScenario where nothing fits. ``progress`` is called with
-    the share done, from 0 to 1.
+    the share done, from 0 to 1; ``observer`` watches the central estimate's run.
     """
     prepared = prepare(scenario, base_dir=base_dir)
     results = []
     edges = _edges(scenario)
     for position, edge in enumerate(edges):
-        result = _play(prepared, edge, _part(progress, position, len(edges)))
+        watched = observer if edge is Edge.CENTRAL else None
+        result = _play(prepared, edge, _part(progress, position, len(edges)), watched)
         results.append((result, outcome(result, prepared.requests, scenario.slo, edge)))
     central = results[0][0]
     outcomes = tuple(one for _, one in results)
@@ -113,7 +123,7 @@ def simulate(scenario: Scenario, *, base_dir: Path | None = None, progress: Prog
     return _with_pools(report, prepared, prepared.split, central, outcomes, batch)
 
 
-def _play(prepared: Prepared, edge: Edge, progress: Progress | None) -> RunResult:
+def _play(prepared: Prepared, edge: Edge, progress: Progress | None, observer: RunObserver | None) -> RunResult:
     from kvsim.sim.run import run_requests
 
     scenario, split = prepared.scenario, prepared.split
@@ -128,6 +138,7 @@ def _play(prepared: Prepared, edge: Edge, progress: Progress | None) -> RunResul
             edge=edge,
             seed=scenario.seed,
             progress=progress,
+            observer=observer,
         )
     from kvsim.sim.disaggregated import Pool, run_disaggregated
 
@@ -142,6 +153,7 @@ def _play(prepared: Prepared, edge: Edge, progress: Progress | None) -> RunResul
         thresholds=scenario.router,
         edge=edge,
         progress=progress,
+        observer=observer,
     )
 
 
@@ -316,6 +328,7 @@ def _prepare_pool(scenario: Scenario, deployment: Deployment, base_dir: Path | N
     requests = _load_requests(scenario, base_dir)
     plan = plan_memory(deployment, block_bytes(deployment))
     limit = scenario.engine.max_model_len or deployment.model.max_position_embeddings
+    limit = min(limit, slot_tokens(deployment) or limit)
     fits = longest_sequence(deployment, plan.num_blocks * plan.block_bytes, limit)
     notes = [*deployment.notes, *kernel_notes(deployment), *requests.notes]
     if scenario.routing == "prefix_aware" and (requests.prefix_hashes is None or not deployment.prefix_caching):

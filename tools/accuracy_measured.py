@@ -50,7 +50,9 @@ class Row:
 def pool_rows(shared: Path) -> Iterator[Row]:
     """KV blocks that vLLM 0.15.1 logged, gpu_memory_utilization 0.9."""
     for run in _vllm_runs(shared):
-        deployment = deploy(VLLM_RUNS[run["id"]], "h100-sxm", "native", run["tp"])
+        limits = {key: run[key] for key in ("max_num_seqs", "max_num_batched_tokens")}
+        options = (("version", "0.15.1"), *limits.items())
+        deployment = deploy(VLLM_RUNS[run["id"]], "h100-sxm", "native", run["tp"], options=options)
         yield Row(
             f"run {run['id']}, {deployment.model.name}, {run['tp']} x H100",
             tuple(float(kv_blocks(deployment, edge)) for edge in EDGES),

@@ -22,9 +22,16 @@ BREAK_EVEN_LIMIT_TOKENS = 200_000
 
 @lru_cache(maxsize=256)
 def deploy(
-    model: str, device: str, strategy: str, ranks: int = 1, engine: str = "vllm", gpu_memory_utilization: float = 0.9
+    model: str,
+    device: str,
+    strategy: str,
+    ranks: int = 1,
+    engine: str = "vllm",
+    gpu_memory_utilization: float = 0.9,
+    options: tuple[tuple[str, int | str], ...] = (),
 ) -> Deployment:
-    """Resolve a deployment of one replica."""
+    """Resolve a deployment of one replica; the utilisation is vLLM's alone."""
+    share = {"gpu_memory_utilization": gpu_memory_utilization} if engine == "vllm" else {}
     return resolve(
         Scenario.model_validate(
             {
@@ -34,11 +41,7 @@ def deploy(
                 "compression": strategy,
                 "tensor_parallel_size": ranks,
                 # vllm bench serve asks for greedy decoding where it is not told otherwise.
-                "engine": {
-                    "kind": engine,
-                    "gpu_memory_utilization": gpu_memory_utilization,
-                    "sampling": {"temperature": 0.0},
-                },
+                "engine": {"kind": engine, **share, "sampling": {"temperature": 0.0}, **dict(options)},
                 "calibration": "datasheet",
             }
         )

@@ -23,8 +23,8 @@ PAGE = HERE.parent / "docs" / "accuracy-datasheet.md"
 ROW_SECTIONS: tuple[tuple[str, str, Callable[[Path], Iterator[Row]]], ...] = (
     (
         "KV blocks that vLLM logged",
-        "vLLM 0.15.1, H100 80 GB, gpu_memory_utilization 0.9. The engine's own memory is a "
-        "prior read off these runs and one on an RTX 4090.",
+        "vLLM 0.15.1, H100 80 GB, gpu_memory_utilization 0.9. Two constants of the engine's own memory were fitted on "
+        "runs 60 and 65; 63 and 66 were not used ([serving-memory.md](serving-memory.md)).",
         pool_rows,
     ),
     (

@@ -12,6 +12,7 @@ import typer
 from kvsim.cli.boundary import BoundaryGroup
 from kvsim.cli.calibrate import calibrate_command
 from kvsim.cli.calibrations import list_calibrations_command
+from kvsim.cli.check import check_command
 from kvsim.cli.compare import compare_command
 from kvsim.cli.dashboard import dashboard_command
 from kvsim.cli.explain import explain_command
@@ -22,8 +23,8 @@ from kvsim.cli.sweep import sweep_command
 from kvsim.cli.validate import validate_command
 
 EPILOG = (
-    "Exit status: 0 done, 2 wrong input, 3 infeasible (or an SLO missed, with --fail-on-slo), "
-    "4 a calibration is missing or not to be trusted, 130 interrupted."
+    "Exit status: 0 done, 2 wrong input, 3 infeasible (or an SLO missed, with --fail-on-slo; or a log that differs, "
+    "with check), 4 a calibration is missing or not to be trusted, 130 interrupted."
 )
 
 
@@ -55,6 +56,7 @@ def build_app() -> typer.Typer:
     app.command("compare", cls=ScenarioCommand)(compare_command)
     app.command("sweep")(sweep_command)
     app.command("explain", cls=ScenarioCommand)(explain_command)
+    app.command("check", cls=ScenarioCommand)(check_command)
     app.command("validate")(validate_command)
     app.command("calibrate")(calibrate_command)
     app.command("dashboard")(dashboard_command)

@@ -128,10 +128,17 @@ def takes_scenario(command: Callable[..., None]) -> Callable[..., None]:
 
 def read_scenario(flags: ScenarioFlags) -> Scenario:
     """Build the scenario: file first, then flags, then --set; raise InvalidSpec where something is wrong."""
-    from kvsim.scenario_file import build_scenario, load_document, parse_override
+    from kvsim.scenario_file import load_document
 
     document = load_document(flags.file) if flags.file is not None else {}
     where = str(flags.file) if flags.file is not None else "command line"
+    return read_scenario_over(flags, document, where)
+
+
+def read_scenario_over(flags: ScenarioFlags, document: dict[str, Any], where: str) -> Scenario:
+    """Build the scenario of a document that is there already, changed by flags and --set."""
+    from kvsim.scenario_file import build_scenario, parse_override
+
     require_units = flags.file is None or flags.file.suffix != ".json"
     overrides = [parse_override(text) for text in flags.set_ or ()]
     assignments = [*_assignments(flags, document), *overrides]

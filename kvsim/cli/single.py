@@ -10,6 +10,7 @@ import typer
 from kvsim.cli.boundary import naming_file
 from kvsim.cli.console import print_json, print_notes, print_result, progress_bar, timed
 from kvsim.cli.flags import ScenarioFlags, read_scenario, takes_scenario
+from kvsim.cli.watched import check_watch_outputs, observer_for, write_watched
 from kvsim.errors import InvalidSpec, SloMissed
 
 if TYPE_CHECKING:
@@ -35,6 +36,13 @@ def simulate_command(
     min_attainment: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of requests that --fail-on-slo asks for.")
     ] = 0.99,
+    trace_out: Annotated[
+        Path | None,
+        typer.Option("--trace-out", help="Also write the run's timeline: .json of trace events, for Perfetto."),
+    ] = None,
+    metrics_out: Annotated[
+        Path | None, typer.Option("--metrics-out", help="Also write series as OpenMetrics text: .txt or .prom.")
+    ] = None,
 ) -> None:
     """Play a workload through the engine, request by request, and report what comes out."""
     scenario = read_scenario(flags)
@@ -42,10 +50,14 @@ def simulate_command(
     if fail_on_slo and not scenario.slo.is_set:
         msg = "--fail-on-slo needs an SLO: --goodput ttft:500, or slo.ttft_s in the scenario"
         raise InvalidSpec(msg)
+    check_watch_outputs(trace_out, metrics_out, out)
     from kvsim.simulate import simulate
 
+    observer = observer_for(trace_out, metrics_out)
     with naming_file(flags.file), timed("simulated"), progress_bar("simulating") as progress:
-        report = simulate(scenario, base_dir=flags.base_dir, progress=progress)
+        report = simulate(scenario, base_dir=flags.base_dir, progress=progress, observer=observer)
+    if observer is not None:
+        write_watched(observer, report.provenance.model, trace_out, metrics_out)
     _deliver(report, out, as_json=as_json, vllm_bench=vllm_bench)
     attainment = report.throughput.slo_attainment.value
     if fail_on_slo and (attainment is None or attainment < min_attainment):

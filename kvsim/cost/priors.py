@@ -109,9 +109,9 @@ def device_class(device: DeviceSpec) -> str:
     return device.kind
 
 
-def prior_keys(device: DeviceSpec) -> tuple[str, str, str]:
+def prior_keys(device: DeviceSpec) -> tuple[str, ...]:
     """Keys under which a prior of ``device`` may stand, the most specific first."""
-    return device.architecture, device_class(device), "default"
+    return device.name, device.architecture, device_class(device), "default"
 
 
 def first_of(table: PriorTable, keys: tuple[str, ...]) -> Prior:

@@ -15,6 +15,7 @@ from kvsim.hf_config.parameters import ParameterCounts, Widths, count_parameters
 from kvsim.hf_config.quantization import read_weight_format
 from kvsim.hf_config.reader import MAX_LAYERS, ConfigReader
 from kvsim.hf_config.traits import Traits, traits_of
+from kvsim.hf_config.vision import rotary_fraction, vision_parameters
 from kvsim.specs.base import Dtype
 from kvsim.specs.model import LayerKind, LinearShape, MlaShape, ModelSpec
 
@@ -111,6 +112,8 @@ def _document(
         "num_parameters": counts.total,
         "num_active_parameters": counts.active,
         "num_embedding_parameters": counts.embedding,
+        "num_encoder_parameters": vision_parameters(reader),
+        "rotary_fraction": rotary_fraction(reader),
     }
 
 

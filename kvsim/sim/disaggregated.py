@@ -24,6 +24,7 @@ from kvsim.sim.batch import SequenceState
 from kvsim.sim.engine import PromptOut, ReplicaEngine
 from kvsim.sim.fabric import Fabric
 from kvsim.sim.handover import Handover, HandoverSource, TransferRules, Transfers, expected_handovers
+from kvsim.sim.observer import RunObserver
 from kvsim.sim.recorder import RequestLog
 from kvsim.sim.resources import SharedDevice
 from kvsim.sim.run import (
@@ -178,6 +179,7 @@ def run_disaggregated(
     edge: Edge = Edge.CENTRAL,
     coalesce: bool = True,
     progress: Callable[[float], None] | None = None,
+    observer: RunObserver | None = None,
 ) -> RunResult:
     """Simulate every request to its end; raise InvariantViolation if anything is lost on the way."""
     env = simpy.Environment(initial_time=0)
@@ -197,14 +199,18 @@ def run_disaggregated(
     givers = builder.build(prefill, PrefillEngine, [arrivals] * prefill.deployment.replicas)
     sources = [HandoverSource(env, arrivals) for _ in range(decode.deployment.replicas)]
     takers = builder.build(decode, DecodeEngine, sources)
+    fabric = Fabric(env, crossing.send_bytes_per_s, crossing.receive_bytes_per_s)
     transfers = Transfers(
         env,
-        Fabric(env, crossing.send_bytes_per_s, crossing.receive_bytes_per_s),
+        fabric,
         crossing.rules,
         build_router(requests, crossing.decode_routing, thresholds),
         sources,
         takers.replicas,
     )
+    replicas = (*givers.replicas, *takers.replicas)
+    if observer is not None:
+        observer.watch_pools(givers.replicas, takers.replicas, fabric)
     for place, giver in enumerate(givers.replicas):
         giver.start(place, transfers)
     for taker, source in zip(takers.replicas, sources, strict=True):
@@ -217,16 +223,18 @@ def run_disaggregated(
     takers.settle()
     check_requests(log, requests)
     _check_transfers(transfers, expected_handovers(requests, log.rejected))
-    records = tuple(replica.record for replica in (*givers.replicas, *takers.replicas))
-    return RunResult(
+    result = RunResult(
         log,
-        records,
+        tuple(replica.record for replica in replicas),
         int(env.now),
         takers.pool_bytes,
         prefill_replicas=len(givers.replicas),
         prefill_pool_bytes=givers.pool_bytes,
         transfers=transfers.record,
     )
+    if observer is not None:
+        observer.finish(replicas, result, requests)
+    return result
 
 
 EngineT = TypeVar("EngineT", bound=ReplicaEngine)

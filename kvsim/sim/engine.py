@@ -27,6 +27,7 @@ from kvsim.errors import InvariantViolation
 from kvsim.sim.arrivals import NEVER, ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.lanes import LanePricing, Piece
+from kvsim.sim.observer import ReplicaWatch, prompts_of
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import ReplicaRecord, RequestLog
 from kvsim.sim.resources import Demand, SharedDevice
@@ -149,6 +150,7 @@ class ReplicaEngine:
         self._prompts_out: list[PromptOut] = []
         """Prompts that end with the step planned last."""
         self._flight: Flight | None = None
+        self.observer: ReplicaWatch | None = None
         self.load = 0
         """Requests routed here that have not left; counted by the router, and only where it has a choice."""
 
@@ -178,8 +180,8 @@ class ReplicaEngine:
         overlaps, runs_ahead, waits, sleep = self.overlaps, self._runs_ahead, self.waits, self.sleep
         # Nobody else looks at the clock of a replica that is alone; it still moves now and then, to show progress.
         clock_from = LONE_STRIDE_TICKS if runs_ahead and len(source.replicas) == 1 else 0
-        # The loop that knows nothing but prompts and decoding takes over where it may.
-        sprints = self._plain and clock_from > 0 and not source.is_dynamic
+        # The loop that knows nothing but prompts and decoding takes over where it may, and nobody watches.
+        sprints = self._plain and clock_from > 0 and not source.is_dynamic and self.observer is None
         while True:
             if sprints and not (scheduler.waiting or scheduler.prefilling or self._prompts_out):
                 sprint(self, clock_from)
@@ -238,10 +240,15 @@ class ReplicaEngine:
                             yield from self._run_dry()
                         continue
                     steps, ticks, last = self._plan_run()
+                if self.observer is not None:
+                    self.observer.step(self, ticks, steps=steps)
             # The next plan counts the step's tokens; what ends with it comes out once the clock is there.
             prompts, leaving, ended = self._prompts_out, scheduler.leaving, self.now
             self._prompts_out, scheduler.leaving = [], []
             self.now += ticks
+            if self._tiers is not None:
+                # They hear at its end what a step computed and whom it pushed out.
+                yield sleep(self.now - int(env.now))
             if steps:
                 self._advance(steps)
             elif lone:
@@ -291,6 +298,8 @@ class ReplicaEngine:
     def _idle(self) -> ClockedAnswer:
         """Wait for what a sequence waits for, an arrival or a release; False where none can come."""
         source = self.source
+        if self.observer is not None:
+            self.observer.idle(self)
         if self.waits:
             yield self.env.any_of(self._wake_events())
         elif self.scheduler.waiting:
@@ -481,7 +490,10 @@ class ReplicaEngine:
         ticks = self._prefill_ticks(chunks, tokens, len(ending), 0 if self._side_stream else compress)
         if size:
             ticks += self._count_decode_step()
-        return self._add_host_work(ticks, size + len(chunks)), ending
+        ticks = self._add_host_work(ticks, size + len(chunks))
+        if self.observer is not None:
+            self.observer.step(self, ticks, prompt_tokens=tokens, prompts=prompts_of(chunks))
+        return ticks, ending
 
     def _count_decode_step(self) -> int:
         """Write down one decode step of the whole batch; its ticks."""
@@ -600,7 +612,11 @@ class ReplicaEngine:
         record.prompts.append((size, target, 1, attention, compression))
         ticks += attention + compression
         work = self.host_work[size + 1]
-        return ticks if self.overlaps and ticks >= work else self._add_host_work(ticks, size + 1)
+        if not self.overlaps or ticks < work:
+            ticks = self._add_host_work(ticks, size + 1)
+        if self.observer is not None:
+            self.observer.step(self, ticks, prompt_tokens=target, prompts=(index,))
+        return ticks
 
     def _end_lone_prompt(self, ticks: int) -> None:
         batch, scheduler, sequence = self.batch, self.scheduler, self._lone
@@ -702,7 +718,10 @@ class ReplicaEngine:
 
     def _begin_decode_step(self) -> int:
         """Write down one step of all decoding sequences, which may share the device; its ticks alone."""
-        return self._add_host_work(self._count_decode_step(), self.batch.size)
+        ticks = self._add_host_work(self._count_decode_step(), self.batch.size)
+        if self.observer is not None:
+            self.observer.step(self, ticks)
+        return ticks
 
     def _step_in_company(self, chunks: list[Chunk]) -> Clocked:
         """Plan a step behind the running one, whose end is known when it comes, and start it then."""
@@ -729,6 +748,8 @@ class ReplicaEngine:
             yield from self._land()
         self._come_out(prompts, leaving, self.now)
         self.seen = self.now
+        if self.observer is not None:
+            self.observer.begins(self.now)
         done = self._start_step(ticks, demand)
         if self._tiers is not None:
             self._tiers.compute_with(done)

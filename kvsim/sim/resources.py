@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import simpy
 from simpy.events import NORMAL, EventPriority
 
 from kvsim.errors import InvariantViolation
+
+if TYPE_CHECKING:
+    from kvsim.sim.observer import ActivityWatch
 
 SPEED_UNITS: Final = 144_403_552_893_600
 """Units in full speed: lcm(1..32), so that halves, thirds, 5/6 or 20/21 of full speed are whole numbers of units."""
@@ -174,6 +177,7 @@ class SharedDevice:
         self._wake_up: _WakeUp | None = None
         self._wake_up_ticks = -1
         self._ending = False
+        self.observer: ActivityWatch | None = None
         self._finished_busy_ticks = [0.0] * len(_INDEX)
 
     def fair_speeds(self, demands: Sequence[Demand]) -> list[int]:
@@ -274,6 +278,8 @@ class SharedDevice:
         for activity in due:
             activity.finished_ticks = now
             self._account(activity)
+            if self.observer is not None:
+                self.observer.finished(activity)
         self._ending = True
         for activity in due:
             activity.done.fire(activity)

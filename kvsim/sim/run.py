@@ -25,6 +25,7 @@ from kvsim.requests import RequestTable
 from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
 from kvsim.sim.engine import ReplicaEngine
 from kvsim.sim.handover import TransferRecord
+from kvsim.sim.observer import RunObserver
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.resources import SharedDevice
@@ -70,6 +71,7 @@ def run_requests(
     seed: int = 0,
     coalesce: bool = True,
     progress: Callable[[float], None] | None = None,
+    observer: RunObserver | None = None,
 ) -> RunResult:
     """Simulate every request to its end; raise InvariantViolation if anything is lost on the way."""
     env = simpy.Environment(initial_time=0)
@@ -113,6 +115,8 @@ def run_requests(
             host_work=host_work_ticks(step),
         )
         replicas.append(replica)
+        if observer is not None:
+            observer.watch(replica)
         env.process(replica.run())
     source.replicas.extend(replicas)
     play_clock(env, requests, progress)
@@ -121,8 +125,12 @@ def run_requests(
     check_requests(log, requests)
     # Copies may outlast the last token.
     end_ticks = int(env.now) if tiers is None else max(max(log.finished, default=0), max(log.arrived, default=0))
-    result = tiers.result() if tiers is not None else None
-    return RunResult(log, tuple(replica.record for replica in replicas), end_ticks, limits.pool_bytes, tiers=result)
+    used = tiers.result() if tiers is not None else None
+    records = tuple(replica.record for replica in replicas)
+    result = RunResult(log, records, end_ticks, limits.pool_bytes, tiers=used)
+    if observer is not None:
+        observer.finish(replicas, result, requests)
+    return result
 
 
 def build_router(requests: RequestTable, routing: Routing, thresholds: RouterThresholds | None) -> Router:

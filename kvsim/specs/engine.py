@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from kvsim.specs.base import Spec
-from kvsim.specs.engine_options import MAX_PREFILL_TOKENS, OTHER_NAMES, Kind, refuse_foreign, with_engine_names
+from kvsim.specs.engine_options import MAX_PREFILL_TOKENS, OTHER_NAMES, refuse_foreign, with_engine_names
 from kvsim.specs.speculation import SpeculativeConfig
 from kvsim.specs.tier import HostTier, KvReload, KvTier
 from kvsim.units import Bytes, Seconds
 
 Count = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+EngineKind = Literal["vllm", "sglang", "tensorrt_llm", "llamacpp"]
+DEFAULT_UTILIZATION: Final = 0.92
+MEMORY_OPTIONS: Final = {
+    "vllm": (
+        "gpu_memory_utilization", "num_gpu_blocks_override", "kv_cache_memory_bytes", "cuda_graph_memory_bytes",
+        "version",
+    ),
+    "sglang": ("mem_fraction_static",),
+    "tensorrt_llm": ("free_gpu_memory_fraction",),
+    "llamacpp": ("ctx_size",),
+}  # fmt: skip
+"""Options that only one engine has; they mean different things, so none is read for another engine."""
 
 
 class SamplingSpec(Spec):
@@ -44,18 +57,29 @@ class SamplingSpec(Spec):
 class EngineSpec(Spec):
     """Options of one engine instance; spelling and defaults follow ``vllm serve``, as of late 2026."""
 
-    kind: Kind = "vllm"
-    """Decides the scheduler, the allocator's rules and what ``gpu_memory_utilization`` is a fraction of."""
+    kind: EngineKind = "vllm"
+    """Decides the scheduler, the allocator's rules, and which option says how much memory the engine may take."""
+    version: Annotated[str, StringConstraints(pattern=r"^\d{1,3}\.\d{1,3}(\.\d{1,3})?$")] | None = None
+    """Release of vLLM whose memory rules apply, such as 0.15.1; None takes the latest that kvsim knows."""
     block_size: Literal[1, 8, 16, 32, 64, 128] = 16
     max_num_seqs: Count = 256
     max_num_batched_tokens: Count = 8192
     max_model_len: Count | None = None
     """Longest prompt plus output; None takes the model's own limit, or what the KV pool can hold if less."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.92
+    gpu_memory_utilization: Share = DEFAULT_UTILIZATION
+    """vLLM: the engine's share of the whole device, weights and activations included."""
+    mem_fraction_static: Share | None = None
+    """SGLang: weights and KV pool as a share of the device; None takes its fallback of 0.88."""
+    free_gpu_memory_fraction: Share | None = None
+    """TensorRT-LLM: the KV pool's share of what weights and buffers leave free; None takes its default of 0.9."""
+    ctx_size: Count | None = None
+    """llama.cpp: KV cells in tokens, cut equally among ``max_num_seqs`` slots; None takes all memory that is left."""
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     num_gpu_blocks_override: Count | None = None
     kv_cache_memory_bytes: Bytes | None = None
+    cuda_graph_memory_bytes: Bytes | None = None
+    """vLLM from 0.21: what its log calls ``Estimated CUDA graph memory`` and takes off the pool."""
     kv_cache_dtype_skip_layers: tuple[int | Literal["sliding_window"], ...] = ()
     kv_offloading_size: Bytes | None = None
     """Host memory for KV blocks, over all tensor-parallel ranks of a replica; None offloads nothing. Blocks are copied
@@ -113,8 +137,6 @@ class EngineSpec(Spec):
     """TensorRT-LLM. Share of ``max_num_tokens`` with which a step waits no longer; 0 never waits."""
     n_ubatch: Count = 512
     """llama.cpp. Tokens computed at once: a larger batch is cut into such parts."""
-    ctx_size: Count | None = None
-    """llama.cpp. Cells of KV cache over all slots; None takes what the model allows per slot and the memory holds."""
     speculative_config: SpeculativeConfig | None = None
     """vLLM. Draft tokens that one step verifies; None decodes one token a step."""
 
@@ -142,8 +164,30 @@ class EngineSpec(Spec):
                 "prompts are cut to whole blocks"
             )
             raise ValueError(msg)
+        return self
+
+    @property
+    def release(self) -> tuple[int, int] | None:
+        """Major and minor number of ``version``."""
+        if self.version is None:
+            return None
+        major, minor = self.version.split(".")[:2]
+        return int(major), int(minor)
+
+    @model_validator(mode="after")
+    def _options_of_its_own_kind(self) -> Self:
+        for kind, names in MEMORY_OPTIONS.items():
+            if kind == self.kind:
+                continue
+            for name in names:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    msg = (
+                        f"{name} is an option of {kind}, and engine.kind is {self.kind}; memory options of "
+                        f"{self.kind}: {', '.join(MEMORY_OPTIONS[self.kind])}"
+                    )
+                    raise ValueError(msg)
         if self.ctx_size is not None and self.ctx_size < self.max_num_seqs:
-            msg = f"ctx_size {self.ctx_size} leaves no token for each of parallel {self.max_num_seqs} slots"
+            msg = f"ctx_size {self.ctx_size} leaves no token for each of max_num_seqs {self.max_num_seqs} slots"
             raise ValueError(msg)
         return self
 

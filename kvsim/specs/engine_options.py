@@ -9,9 +9,7 @@ where a device has 60 GiB or more; ``max_running_requests`` is derived from the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal
-
-Kind = Literal["vllm", "sglang", "tensorrt_llm", "llamacpp"]
+from typing import Any, Final
 
 OWN_NAMES: Final[Mapping[str, Mapping[str, str]]] = {
     "sglang": {
@@ -53,7 +51,6 @@ OWNERS: Final[Mapping[str, tuple[str, ...]]] = {
     "batch_wait_timeout_iters": ("tensorrt_llm",),
     "batch_wait_max_tokens_ratio": ("tensorrt_llm",),
     "n_ubatch": ("llamacpp",),
-    "ctx_size": ("llamacpp",),
 }
 """Engines under which an option may differ from its default."""
 

@@ -126,6 +126,10 @@ class ModelSpec(Spec):
     """Default sampling parameters as the model's publisher states them; None where its source has none."""
     num_embedding_parameters: Count
     """Input embedding and LM head, kept in ``dtype``."""
+    num_encoder_parameters: CountOrZero = 0
+    """Encoders of other modalities beside the language model (vision), where the config describes them."""
+    rotary_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of a head that rotary embedding turns (``partial_rotary_factor``)."""
 
     @model_validator(mode="after")
     def _every_layer_once(self) -> Self:

@@ -15,7 +15,7 @@ KvReload = Literal["always", "by_cost", "by_total_cost"]
 
 
 class StoringTier(Spec):
-    """What every tier that keeps KV has in common. Sizes and rates are those of one replica, over all its ranks."""
+    """What every tier that keeps KV has in common. Sizes and rates are those of one replica, over all its devices."""
 
     encoding: str = "none"
     """How KV lies in the tier: ``none`` (as in the pool), a KV encoding, ``lossless``, ``cachegen`` or ``kvtc``."""

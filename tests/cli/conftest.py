@@ -23,7 +23,7 @@ def fake_simulate(monkeypatch, make_report):
     module.error = None
     module.impossible = {"nvfp4"}
 
-    def run(scenario, *, base_dir=None, progress=None):
+    def run(scenario, *, base_dir=None, progress=None, observer=None):
         module.scenarios.append(scenario)
         module.base_dir = base_dir
         if module.error is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from kvsim.documents import validate
 from kvsim.errors import IncompatibleScenario, InvalidSpec, KvsimError, UnknownName
 from kvsim.report import Report
 from kvsim.scenario import Scenario
-from kvsim.scenario_file import build_scenario
+from kvsim.scenario_file import build_scenario, load_scenario
 from kvsim.simulate import compare, estimate, explain, simulate
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "disaggregated-h100.yaml"
 BASE: dict[str, Any] = {
     "model": "llama-3.1-8b",
     "device": "h100-sxm",
@@ -155,13 +157,16 @@ def test_strategies_compare_over_two_pools() -> None:
     assert moved[0] > moved[2]
 
 
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 1, "acceptance_rate": 0.5}
 REFUSED = [
     ({}, {"replicas": 2}, InvalidSpec, "disaggregation.prefill.replicas"),
     ({"link": "infiniband"}, {}, UnknownName, "disaggregation.link: unknown link 'infiniband'"),
     ({"decode": {"engine": {"block_size": 32}}}, {}, IncompatibleScenario, "blocks of 16 tokens"),
     ({"prefill": {"engine": {"kv_offloading_size": 2**34}}}, {}, IncompatibleScenario, "prefill.engine.kv_offloading"),
     ({}, {"engine": {"compression_stream": "side"}}, IncompatibleScenario, "compression_stream: side"),
-    ({}, {"engine": {"kind": "llamacpp"}}, IncompatibleScenario, "hands no KV over"),
+    ({}, {"engine": {"kind": "llamacpp"}}, IncompatibleScenario, "handing KV over is modelled for vllm"),
+    ({}, {"engine": {"scheduling_policy": "priority"}}, IncompatibleScenario, "scheduling_policy: not modelled"),
+    ({}, {"engine": {"speculative_config": DRAFTS}}, IncompatibleScenario, "speculative_config: not modelled"),
     ({}, {"pipeline_parallel_size": 2}, IncompatibleScenario, "pipeline stages"),
     ({"decode": {"engine": {"request_overhead_s": 0.1}}}, {}, IncompatibleScenario, "one front end"),
     ({"prefill": {"device": "h1000"}}, {}, UnknownName, "disaggregation.prefill"),
@@ -180,3 +185,23 @@ def test_what_cannot_be_is_refused_with_its_reason(split, changes, error: type[K
 def test_a_link_in_a_file_needs_units() -> None:
     with pytest.raises(InvalidSpec, match="has no unit"):
         validate(Scenario, {**BASE, "disaggregation": {"link": {"bandwidth": 5}}}, "x.yaml", require_units=True)
+
+
+def test_the_reading_of_the_example_holds() -> None:
+    """What docs/serving-disaggregation.md says of two devices both ways."""
+
+    def played(*changes: str) -> Report:
+        return simulate(load_scenario(EXAMPLE, ["bands=false", *changes]))
+
+    split, layered = played(), played("disaggregation.transfer=layerwise")
+    whole = played("disaggregation=null", "replicas=2")
+    assert split.latency.itl.p99_s.value * 5 < whole.latency.itl.p99_s.value
+    assert split.latency.ttft.mean_s.value > whole.latency.ttft.mean_s.value
+    assert split.throughput.slo_attainment.value > whole.throughput.slo_attainment.value
+    exposed = [one.disaggregation.transfer.exposed_mean_s.value for one in (split, layered)]
+    assert exposed[1] * 20 < exposed[0]
+    busy = ["workload.arrivals.request_rate=18"]
+    split, whole = played(*busy), played(*busy, "disaggregation=null", "replicas=2")
+    assert 0.8 < split.disaggregation.pools[0].utilization.value < 0.95
+    assert split.latency.ttft.mean_s.value > 1 > whole.latency.ttft.p99_s.value
+    assert whole.latency.tpot.mean_s.value > 0.02 > split.latency.tpot.p99_s.value

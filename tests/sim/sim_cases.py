@@ -19,6 +19,7 @@ from kvsim.memory import MemoryPlan, plan_memory
 from kvsim.pool import block_bytes, longest_prompt, prompt_bytes
 from kvsim.requests import UNSCHEDULED, RequestTable
 from kvsim.scenario import Scenario
+from kvsim.sim.observer import RunObserver
 from kvsim.sim.run import RunResult, run_requests
 from kvsim.specs.engine import EngineSpec
 from kvsim.specs.routing import Routing
@@ -96,10 +97,11 @@ class Case:
     max_model_len: int
     routing: Routing = "round_robin"
 
-    def play(self, *, coalesce: bool = True) -> RunResult:
+    def play(self, *, coalesce: bool = True, observer: RunObserver | None = None) -> RunResult:
         return run_requests(
-            self.deployment, self.requests, self.plan, self.max_model_len, routing=self.routing, coalesce=coalesce
-        )
+            self.deployment, self.requests, self.plan, self.max_model_len, routing=self.routing, coalesce=coalesce,
+            observer=observer,
+        )  # fmt: skip
 
     @property
     def is_dynamic(self) -> bool:
@@ -119,6 +121,7 @@ class Case:
             f"Case({self.deployment.model.name}, {self.deployment.compression.name}, x{self.deployment.replicas} "
             f"{self.routing}, blocks={self.plan.num_blocks}, seqs={e.max_num_seqs}, "
             f"batched={e.max_num_batched_tokens}, async={e.schedules_ahead}, "
+            f"tiers={e.all_kv_tiers}, {e.kv_reload}, "
             f"chunked={e.enable_chunked_prefill}, stream={e.compression_stream}, len={self.max_model_len}, "
             f"arrivals={r.arrival_ticks.tolist()}, prompts={r.prompt_tokens.tolist()}, "
             f"outputs={r.output_tokens.tolist()}, parents={r.parent.tolist()}, delays={r.delay_ticks.tolist()}, "

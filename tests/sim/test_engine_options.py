@@ -54,7 +54,7 @@ CHANGED = {
     "kv_tiers": ({"kind": "host", "size": "1 GiB"},), "compression_stream": "side", "max_prefill_tokens": 5,
     "enable_mixed_chunk": True, "schedule_conservativeness": 0.5, "schedule_policy": "lpm",
     "capacity_scheduler_policy": "max_utilization", "scheduler_recv_interval": 5,
-    "batch_wait_timeout_iters": 5, "batch_wait_max_tokens_ratio": 0.5, "n_ubatch": 5, "ctx_size": 4096,
+    "batch_wait_timeout_iters": 5, "batch_wait_max_tokens_ratio": 0.5, "n_ubatch": 5,
     "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "acceptance_rate": 0.5},
 }  # fmt: skip
 
@@ -88,7 +88,7 @@ def test_sglang_without_chunking_is_bounded_by_max_prefill_tokens():
     ("options", "message"),
     [
         ({"block_size": 1}, "block_size 1 is SGLang's page size"),
-        ({"kind": "llamacpp", "ctx_size": 3, "parallel": 4}, "leaves no token for each of parallel 4"),
+        ({"kind": "llamacpp", "ctx_size": 3, "parallel": 4}, "leaves no token for each of"),
         (
             {"kind": "tensorrt_llm", "max_num_tokens": 16, "enable_chunked_prefill": True, "max_batch_size": 4},
             "max_num_tokens 16 is less than tokens_per_block 32",

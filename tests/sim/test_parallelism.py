@@ -17,9 +17,10 @@ from kvsim.cost.priors import Edge
 from kvsim.cost.rates import build_rates
 from kvsim.cost.step import StepModel
 from kvsim.deployment import Deployment
+from kvsim.engine_memory import rank_weight_bytes, replicated_bytes
 from kvsim.errors import IncompatibleScenario
 from kvsim.explain import explain_deployment
-from kvsim.memory import plan_memory, rank_weight_bytes
+from kvsim.memory import plan_memory
 from kvsim.parallelism import LANE_GRAIN, Parallelism
 from kvsim.pool import block_bytes
 from kvsim.requests import RequestTable
@@ -137,7 +138,8 @@ def test_ranks_hold_the_whole_model_between_them(expert):
         parallel = Parallelism(tensor, stages, data, expert)
         held = rank_weight_bytes(model, parallel) * parallel.num_devices
         shared_by_data_ranks = (model.weight_bytes - model.expert_bytes) * (data - 1)
-        assert held == pytest.approx(model.weight_bytes + shared_by_data_ranks, rel=1e-9)
+        whole_on_each = replicated_bytes(model, tensor) * (tensor - 1) * data
+        assert held == pytest.approx(model.weight_bytes + shared_by_data_ranks + whole_on_each, rel=1e-9)
 
 
 @given(tensor=st.sampled_from((1, 2, 4, 8)), stages=st.integers(1, 8), data=st.integers(1, 16), expert=st.booleans())

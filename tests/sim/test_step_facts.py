@@ -14,6 +14,7 @@ from kvsim.catalog import resolve
 from kvsim.closed_form import decode_split, prefill_split, total_seconds
 from kvsim.deployment import Deployment
 from kvsim.device_catalog import load_device
+from kvsim.engine_memory import replicated_bytes
 from kvsim.memory import plan_memory
 from kvsim.ops import Component
 from kvsim.pool import block_bytes, longest_prompt, prefill_growths, prompt_bytes
@@ -182,7 +183,9 @@ def test_tensor_parallelism_shards_weights_and_kv(ranks: int) -> None:
     one, many = deploy(), deploy(ranks=ranks)
     assert block_bytes(many) * ranks == block_bytes(one)
     plans = [plan_memory(d, block_bytes(d)) for d in (one, many)]
-    assert plans[1].weight_bytes * ranks == pytest.approx(plans[0].weight_bytes)
+    whole = replicated_bytes(one.model, ranks)
+    assert 0 < whole < 1e-4 * plans[0].weight_bytes, "norms"
+    assert plans[1].weight_bytes * ranks == pytest.approx(plans[0].weight_bytes + (ranks - 1) * whole, rel=1e-12)
     splits = [decode_split(step_model(d), 16, 4000, 10) for d in (one, many)]
     assert splits[1][Component.WEIGHTS] < splits[0][Component.WEIGHTS]
     assert splits[1][Component.ATTENTION] < splits[0][Component.ATTENTION]

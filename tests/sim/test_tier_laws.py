@@ -91,7 +91,8 @@ def tiered_cases(draw: st.DrawFn) -> Case:
         enable_chunked_prefill=draw(st.sampled_from((True, True, True, False))),
         async_scheduling=draw(st.booleans()),
     )
-    return build_case(deployment, draw(ANY_SHARED), spare_blocks=draw(st.integers(0, 12)))
+    routing = draw(st.sampled_from(("round_robin", "least_loaded", "prefix_aware")))
+    return build_case(deployment, draw(ANY_SHARED), spare_blocks=draw(st.integers(0, 12)), routing=routing)
 
 
 @st.composite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import simpy
@@ -279,3 +280,30 @@ def test_loads_from_host_memory_beat_disks_and_computing() -> None:
         log = build_case(deployment, requests, spare_blocks=4).play().log
         waits.append(log.first_token[2] - log.arrived[2])
     assert waits[0] < min(waits[1:])
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_blocks_are_stored_once_their_step_has_ended(ahead: bool) -> None:
+    """A store on the device's first step cannot begin before it ends, nor one of an answer before the answer's end."""
+    began: list[int] = []
+    requests = table(
+        [0], [64], [33], hashes=((1, 2, 3, 4),), output_hashes=((5, 6),),
+    )  # fmt: skip
+    deployment = deploy(kv_tiers=(HostTier(size=16 * 131072 * 40),), async_scheduling=ahead)
+    case = build_case(deployment, requests, spare_blocks=4)
+    original = TierStore.reserve
+
+    def spied(store: TierStore, values: list[int]) -> tuple[list[int], list[int]]:
+        began.append(int(seen[0].now))
+        return original(store, values)
+
+    seen: list[simpy.Environment] = []
+    build_mover = Mover.__init__
+
+    def noted(mover: Mover, env: simpy.Environment, *rest: object) -> None:
+        seen.append(env)
+        build_mover(mover, env, *rest)  # type: ignore[arg-type]
+
+    with mock.patch.object(TierStore, "reserve", spied), mock.patch.object(Mover, "__init__", noted):
+        log = case.play().log
+    assert began == [log.first_token[0], log.finished[0]]
