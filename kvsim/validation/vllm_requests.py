@@ -7,6 +7,7 @@ are taken as different from one another, so the prefix cache serves a preempted 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -183,7 +184,9 @@ def _simulated(job: tuple[Log, str, str | None]) -> Predicted | str:
 
 def setup_of(meta: Meta) -> Setup:
     """Deployment of a log."""
+    release = re.match(r"\d{1,3}\.\d{1,3}(\.\d{1,3})?(?!\d)", meta.vllm_version)
     options: dict[str, Any] = {
+        "version": release[0] if release else None,
         "max_num_seqs": meta.engine_kwargs.max_num_seqs,
         "max_num_batched_tokens": meta.engine_kwargs.max_num_batched_tokens,
         "max_model_len": meta.engine_kwargs.max_model_len,

@@ -26,6 +26,8 @@ from kvsim.validation.pool import predictions
 from kvsim.validation.suite import FloatArray, Options, Result, Tally, locate
 
 HASH_TOKENS: Final = 16
+VLLM_RELEASE: Final = "0.15.1"
+"""Release of all runs, by the data's own README; the files do not say."""
 METRIC: Final = re.compile(r"(ttft|tpot|itl|e2e)_(mean|p90|p99)")
 KV_BLOCKS: Final = "kv_blocks"
 LATENCIES: Final = tuple(f"{what}_{how}" for what in ("ttft", "tpot", "itl", "e2e") for how in ("mean", "p90", "p99"))
@@ -198,6 +200,7 @@ def _simulated(job: tuple[Run, str, str | None]) -> Predicted | str:
 def setup_of(run: Run, request_overhead_s: float | None = None) -> Setup:
     """Deployment of a run; the front end's latency is the prior's unless given."""
     engine = EngineSpec(
+        version=VLLM_RELEASE,
         max_num_seqs=run.max_num_seqs,
         max_num_batched_tokens=max(run.max_num_batched_tokens, run.max_num_seqs),
         gpu_memory_utilization=run.gpu_memory_utilization,

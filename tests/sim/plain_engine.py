@@ -127,31 +127,32 @@ class PlainReplica:
         victim.computed = 0
         return victim
 
-    def begin_step(self, now: int) -> list[Request]:
-        """Schedule and start steps; the requests rejected on the way. A step without tokens takes no time."""
-        rejected: list[Request] = []
+    def begin_step(self, now: int, hear: Callable[[list[Request]], None]) -> None:
+        """Schedule and start steps; ``hear`` learns at once of requests that a plan rejected.
+
+        A step without tokens takes no time.
+        """
         if self.step_ends is None and self.queued is not None:
             self._start(self.queued, now)
             self.queued = None
         while self.step_ends is None and self.load:
-            self._start(self._schedule(now, rejected), now)
+            self._start(self._schedule(now, hear), now)
         if self.ahead and self.step_ends is not None and self.queued is None:
-            self.queued = self._schedule(now, rejected)
-        return rejected
+            self.queued = self._schedule(now, hear)
 
     def _start(self, step: tuple[int, list[Request]], now: int) -> None:
         ticks, self.tokens_to = step
         if ticks:
             self.step_ends = now + ticks
 
-    def _schedule(self, now: int, rejected: list[Request]) -> tuple[int, list[Request]]:
-        preempted = self._schedule_running()
-        if not preempted:
+    def _schedule(self, now: int, hear: Callable[[list[Request]], None]) -> tuple[int, list[Request]]:
+        rejected: list[Request] = []
+        if not (preempted := self._schedule_running()):
             self._schedule_waiting(now, rejected)
-        if self.scheduled:
-            return self._count()
-        assert preempted or not self.load or self.step_ends is not None, "nothing runs although requests wait"
-        return 0, []
+        step = self._count() if self.scheduled else (0, [])
+        assert step[0] or preempted or not self.load or self.step_ends is not None, "nothing runs although some wait"
+        hear(rejected)
+        return step
 
     def _schedule_running(self) -> bool:
         budget, preempted, position = self.budget, False, 0
@@ -256,7 +257,7 @@ class _Arrivals:
             yield self.requests[heapq.heappop(self.queue)[2]]
 
 
-def play(
+def play(  # noqa: C901 - the whole loop in one place
     requests: list[Request],
     parents: Sequence[int],
     delays: Sequence[int],
@@ -273,6 +274,11 @@ def play(
             chosen = min(replicas, key=lambda r: r.load) if least_loaded else next(turns)
             chosen.waiting.append(request)
 
+    def hear(rejected: list[Request]) -> None:
+        if rejected:
+            arrivals.settle(rejected, now)
+            deliver(now)
+
     while True:
         times = [r.step_ends for r in replicas if r.step_ends is not None] + [a[0] for a in arrivals.queue[:1]]
         if not times:
@@ -285,4 +291,4 @@ def play(
         deliver(now)
         for replica in replicas:
             if replica.step_ends is None:
-                arrivals.settle(replica.begin_step(now), now)
+                replica.begin_step(now, hear)
