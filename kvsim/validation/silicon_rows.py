@@ -24,6 +24,7 @@ INFERENCEX_RANGE: Final = 0.8
 EQUAL: Final = 1.0
 OWN_RUNS: Final = "aic-auto-gap-analysis"
 MEMORY_FRACTION: Final = 0.9
+"""What InferenceX asks of vLLM, and its default at those versions."""
 FP8: Final = "fp8"
 NATIVE: Final = "native"
 
@@ -65,15 +66,15 @@ INFERENCEX: Final[tuple[tuple[Key, Recipe], ...]] = (
     (("vllm", "gpt-oss", "b200"), Recipe(FP8, "trtllm", {"max_num_seqs": 512, "async_scheduling": True})),
     (("vllm", "gpt-oss", ""), Recipe(options={"async_scheduling": True})),
     # benchmarks/gptoss_fp4_b200_trt_slurm.sh
-    (("trtllm", "gpt-oss", ""), Recipe(FP8, options={"max_num_tokens": 20000, "gpu_memory_utilization": 0.85})),
+    (("trtllm", "gpt-oss", ""), Recipe(FP8, options={"max_num_tokens": 20000, "free_gpu_memory_fraction": 0.85})),
     # benchmarks/dsr1_fp8_b200_trt_slurm.sh
-    (("trtllm", "", ""), Recipe(FP8, options={"gpu_memory_utilization": 0.8}, step_tokens=_one_prompt)),
+    (("trtllm", "", ""), Recipe(FP8, options={"free_gpu_memory_fraction": 0.8}, step_tokens=_one_prompt)),
     # benchmarks/dsr1_fp4_b200.sh, dsr1_fp8_b200.sh
-    (("sglang", "deepseek", ""), Recipe(FP8, options={"chunked_prefill_size": 16384, "gpu_memory_utilization": 0.85})),
+    (("sglang", "deepseek", ""), Recipe(FP8, options={"chunked_prefill_size": 16384, "mem_fraction_static": 0.85})),
     # benchmarks/single_node/qwen3.5_fp8_b200.sh
     (
         ("sglang", "qwen3.5", ""),
-        Recipe(FP8, None, {"chunked_prefill_size": 32768, "max_prefill_tokens": 32768, "gpu_memory_utilization": 0.82}),
+        Recipe(FP8, None, {"chunked_prefill_size": 32768, "max_prefill_tokens": 32768, "mem_fraction_static": 0.82}),
     ),
     # benchmarks/single_node/minimaxm2.5_fp8_b200.sh
     (("vllm", "minimax", ""), Recipe(options={"gpu_memory_utilization": 0.95})),
@@ -140,7 +141,9 @@ def engine_of(row: Row, clients: int) -> EngineSpec:
     """Engine options of a row's server."""
     recipe, backend = recipe_of(row), row["backend"].lower()
     isl, osl = whole(row, "isl") or 1, whole(row, "osl") or 1
-    options = {"kind": KINDS.get(backend, backend), "gpu_memory_utilization": MEMORY_FRACTION, **recipe.options}
+    options = {"kind": KINDS.get(backend, backend), **recipe.options}
+    if backend == "vllm":
+        options = {"gpu_memory_utilization": MEMORY_FRACTION, **options}
     if backend != "sglang":
         options["max_num_seqs"] = max(clients, options.get("max_num_seqs", 256))
     if recipe.step_tokens is not None:
