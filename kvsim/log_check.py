@@ -95,7 +95,7 @@ def log_scenario(log: VllmLog, device: str | None, model: str | None = None) -> 
         msg = f"{log.name}: pipeline_parallel_size is {stages}; only tensor parallelism is compared"
         raise InvalidSpec(msg)
     if log.options.get("speculative_config") or log.options.get("enable_lora"):
-        notes.append("memory of a draft model and of LoRA adapters is not predicted")
+        notes.append("a draft model and LoRA adapters in the log are left out of the prediction")
     document = {
         "model": str(name),
         "device": str(on),

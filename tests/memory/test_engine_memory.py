@@ -169,7 +169,7 @@ def test_stated_sizes_win() -> None:
         ({"kind": "sglang", "free_gpu_memory_fraction": 0.8}, "memory options of sglang: mem_fraction_static"),
         ({"kind": "tensorrt_llm", "num_gpu_blocks_override": 9}, "num_gpu_blocks_override is an option of vllm"),
         ({"kind": "vllm", "ctx_size": 4096}, "ctx_size is an option of llamacpp"),
-        ({"kind": "llamacpp", "ctx_size": 100}, "leaves no token for each of max_num_seqs 256 slots"),
+        ({"kind": "llamacpp", "ctx_size": 3, "parallel": 4}, "leaves no token for each of .* 4 slots"),
         ({"kind": "vllm", "version": "main"}, "version"),
     ],
 )
@@ -258,7 +258,7 @@ def test_vision_encoder_and_partial_rotation_are_read_from_a_config() -> None:
 
 def test_an_incomplete_group_of_layers_pays_for_whole_pages() -> None:
     """Gemma 3 27B: 10 full layers, 52 sliding ones in 6 groups of 10, so sliding layers cost 60 / 52."""
-    padded, exact = deploy("gemma-3-27b"), deploy("gemma-3-27b", kind="sglang")
+    padded, exact = deploy("gemma-3-27b"), deploy("gemma-3-27b", kind="sglang", block_size=16)
     per_layer = {group.kind: 16 * group.num_kv_heads * 2 * group.k_head_dim * 2 for group in padded.model.groups}
     growths = dict(prefill_growths(padded)[0])
     window = next(cap for cap in growths if cap is not None)
