@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from kvsim.adaptive import Adaptive
+from kvsim.adaptive_checks import check_levels
 from kvsim.allocator import kv_heads_per_rank, layer_token_cap, state_bytes_per_sequence
 from kvsim.calibration.engine_fits import engine_fit
 from kvsim.calibration.sets import AUTO, CalibrationSet, load_set
@@ -32,6 +35,8 @@ ATTENTION = ("decode_attention", "prefill_attention", "mla_decode", "mla_prefill
 
 def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
     """Replace every name of ``scenario``; raise UnknownName, InvalidSpec or IncompatibleScenario."""
+    if scenario.adaptive is not None:
+        return _resolve_adaptive(scenario, scenario.adaptive, base_dir)
     device, model = look_up(scenario, base_dir=base_dir)
     notes = [device.notice] if device.notice else []
     _check(scenario, model, device.spec)
@@ -63,6 +68,39 @@ def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
         engine_fit=engine_fit(device.spec.name) if calibration is None and scenario.calibration != DATASHEET else None,
         draft=_draft(scenario, base_dir),
     )
+
+
+def at_level(scenario: Scenario, level: int) -> Scenario:
+    """The scenario that serves every request at one level of its adaptive compression."""
+    if scenario.adaptive is None:
+        return scenario
+    chosen = scenario.adaptive.levels[level]
+    engine = scenario.engine
+    if chosen.kv_cache_dtype_skip_layers is not None:
+        engine = engine.model_copy(update={"kv_cache_dtype_skip_layers": chosen.kv_cache_dtype_skip_layers})
+    return scenario.model_copy(update={"compression": chosen.compression, "engine": engine, "adaptive": None})
+
+
+def _resolve_adaptive(scenario: Scenario, adaptive: Adaptive, base_dir: Path | None) -> Deployment:
+    """A deployment of several levels; the plain one where the policy leaves a single level to choose."""
+    if adaptive.only_level is not None:
+        plain = _resolve_level(scenario, adaptive.only_level, base_dir)
+        return replace(plain, notes=(*plain.notes, f"adaptive: every request is at level {adaptive.only_level}"))
+    levels = tuple(_resolve_level(scenario, level, base_dir) for level in range(len(adaptive.levels)))
+    first, notes = levels[0], list(levels[0].notes)
+    check_levels(scenario, first.model)
+    notes.append(f"KV figures and effects are those of level 0 ({adaptive.levels[0].name})")
+    prefix_caching = all(level.prefix_caching for level in levels)
+    return replace(first, adaptive=adaptive, levels=levels, prefix_caching=prefix_caching, notes=tuple(notes))
+
+
+def _resolve_level(scenario: Scenario, level: int, base_dir: Path | None) -> Deployment:
+    try:
+        return resolve(at_level(scenario, level), base_dir=base_dir)
+    except IncompatibleScenario as error:
+        if str(error).startswith("compression:"):
+            error.locate(f"adaptive.levels.{level}")
+        raise
 
 
 def _draft(scenario: Scenario, base_dir: Path | None) -> Deployment | None:

@@ -15,6 +15,7 @@ from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
 from kvsim.specs.price import Price
 
 if TYPE_CHECKING:
+    from kvsim.adaptive import Adaptive
     from kvsim.calibration.engine_fits import EngineFit
     from kvsim.calibration.sets import CalibrationSet
     from kvsim.cost.priors import Priors
@@ -106,6 +107,15 @@ class Deployment:
     """What engines reach on a device without fitted kernels; None where there is no such fit, or none is wanted."""
     draft: Deployment | None = None
     """The draft model of speculative decoding on the same ranks, with its own KV cache in its own dtype."""
+    adaptive: Adaptive | None = None
+    """What chooses among ``levels`` during the run; None where one compression serves every request."""
+    levels: tuple[Deployment, ...] = ()
+    """The deployment at each level of ``adaptive``, most precise first; the rest of this value is that of the first."""
+
+    @property
+    def variants(self) -> tuple[Deployment, ...]:
+        """Every deployment of one compression that this one may serve requests with."""
+        return self.levels or (self,)
 
     @property
     def tensor_parallel_size(self) -> int:

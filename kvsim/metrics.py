@@ -158,6 +158,12 @@ def _basis_share(basis: Basis) -> Callable[[Report], Figure]:
     return share
 
 
+def _adaptive(report: Report, field: str) -> Figure:
+    """A number of the adaptive section; unknown where nothing adapts."""
+    value = getattr(report.adaptive, field) if report.adaptive is not None else None
+    return value if isinstance(value, Figure) else Figure(value=None if value is None else float(value))
+
+
 def _weakest(bases: list[Basis]) -> Basis:
     order = list(Basis)
     return max(bases, key=order.index)
@@ -252,6 +258,16 @@ _COUNTS = (
     Metric("max_waiting_requests", "Max waiting", "requests", "lower", "counts.max_waiting_requests",
            "longest queue"),
 )  # fmt: skip
+_ADAPTIVE = (
+    Metric("adaptive_actions", "Policy acts", "events", None, lambda r: _adaptive(r, "total_actions"),
+           "times that an adaptive compression changed its level or encoded running sequences again"),
+    Metric("requantized_sequences", "Re-encoded sequences", "sequences", "lower",
+           lambda r: _adaptive(r, "requantized_sequences"), "running sequences that were encoded again"),
+    Metric("requantize_time", "Re-encoding time", "s", "lower", lambda r: _adaptive(r, "requantize_s"),
+           "time that steps took longer for encoding running sequences again"),
+    Metric("reduced_precision_share", "Reduced precision", "", "lower", lambda r: _adaptive(r, "reduced_share"),
+           "share of decoded tokens at a level after the first"),
+)  # fmt: skip
 _SPECULATION = (
     Metric("acceptance_length", "Acceptance length", "tokens", "higher", "speculation.acceptance_length",
            "mean tokens of one verification, the model's own included"),
@@ -342,7 +358,8 @@ _SHARES = (
 )
 
 METRICS: tuple[Metric, ...] = (
-    *_KV, *_latency_metrics(), *_THROUGHPUT, *_COUNTS, *_SPECULATION, *_TIERS, *_EFFECTS, *_COST, *_ENERGY, *_POOLS,
+    *_KV, *_latency_metrics(), *_THROUGHPUT, *_COUNTS, *_ADAPTIVE, *_SPECULATION, *_TIERS, *_EFFECTS, *_COST,
+    *_ENERGY, *_POOLS,
     *_SHARES,
 )  # fmt: skip
 METRIC_BY_TAG: dict[str, Metric] = {metric.tag: metric for metric in METRICS}

@@ -91,7 +91,14 @@ def prompt_bytes(deployment: Deployment, tokens: int) -> int:
 
 
 def longest_prompt(deployment: Deployment, pool_bytes: int, limit_tokens: int) -> int:
-    """Most tokens of one sequence that the pool holds uncompressed by selection, at most ``limit_tokens``."""
+    """Most tokens of one sequence that the pool holds uncompressed by selection, at most ``limit_tokens``.
+
+    Where a sequence may be stored at several levels, it must fit at each.
+    """
+    return min(_longest_prompt(variant, pool_bytes, limit_tokens) for variant in deployment.variants)
+
+
+def _longest_prompt(deployment: Deployment, pool_bytes: int, limit_tokens: int) -> int:
     growths, fixed = prefill_growths(deployment)
     block_size = deployment.engine.block_size
     if _held_bytes(growths, fixed, limit_tokens, block_size) <= pool_bytes:

@@ -32,6 +32,9 @@ class RequestTable:
     hash_block_tokens: int = 16
     priority: IntArray | None = None
     """Per request, lower is served first (vLLM's meaning); None where all are equal."""
+    request_class: IntArray | None = None
+    """Per request, index into ``class_names``; None where the workload has no classes."""
+    class_names: tuple[str, ...] = ()
     source: str = ""
     """Provenance: file and format, or the distributions and seed."""
     notes: tuple[str, ...] = field(default=())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field, model_validator
 
 from kvsim import __version__
-from kvsim.compression import Compression, parse_compression
+from kvsim.adaptive import Adaptive
+from kvsim.compression import Compression, NamedCompression, parse_compression
+from kvsim.errors import InvalidSpec, UnknownName
 from kvsim.specs.base import Spec
 from kvsim.specs.disaggregation import Disaggregation
 from kvsim.specs.engine import EngineSpec
@@ -17,10 +19,6 @@ from kvsim.specs.price import Price
 from kvsim.specs.routing import RouterThresholds, Routing
 from kvsim.specs.workload import WorkloadSpec
 from kvsim.units import Seconds
-
-
-def _compression_from_text(value: Any) -> Any:
-    return parse_compression(value) if isinstance(value, str) else value
 
 
 class Slo(Spec):
@@ -36,6 +34,12 @@ class Slo(Spec):
         return any(limit is not None for limit in (self.ttft_s, self.tpot_s, self.e2el_s))
 
 
+ADAPTIVE = "adaptive"
+"""Name of an adaptive scenario's own policy among strategies."""
+STATIC = "static:"
+"""``static:1`` is level 1 of an adaptive scenario, held throughout."""
+
+
 class Scenario(Spec):
     """Which model, on which device, under which load, with which KV compression.
 
@@ -48,8 +52,10 @@ class Scenario(Spec):
     """Name or alias of a device spec."""
     workload: str | WorkloadSpec
     """Name of a workload preset, or an inline workload."""
-    compression: Annotated[Compression, BeforeValidator(_compression_from_text)] = Compression()
+    compression: NamedCompression = Compression()
     """A strategy's name (``fp8``, ``snapkv+kivi-2``), or selection and encoding with their parameters."""
+    adaptive: Adaptive | None = None
+    """Several compressions between which a policy chooses during the run, instead of ``compression``."""
     engine: EngineSpec = EngineSpec()
     tensor_parallel_size: Annotated[int, Field(gt=0)] = 1
     pipeline_parallel_size: Annotated[int, Field(gt=0)] = 1
@@ -74,6 +80,43 @@ class Scenario(Spec):
     seed: Annotated[int, Field(ge=0)] = 0
     bands: bool = True
     """Also simulate the optimistic and the pessimistic edge of every estimate, for the report's bands."""
+
+    @model_validator(mode="after")
+    def _one_way_to_compress(self) -> Self:
+        if self.adaptive is not None and self.compression != Compression():
+            msg = "compression and adaptive exclude each other: name the compression as one of adaptive.levels"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def strategy(self) -> str:
+        """Name of what compresses: a strategy's, ``adaptive``, or the strategy of the only level that it may choose."""
+        if self.adaptive is None:
+            return self.compression.name
+        level = self.adaptive.only_level
+        return ADAPTIVE if level is None else self.adaptive.levels[level].name
+
+    def with_strategy(self, name: str) -> Scenario:
+        """The same question of another strategy: by its name, ``adaptive``, or ``static:`` and a level.
+
+        Raises
+        ------
+        UnknownName, InvalidSpec
+            There is no such strategy or level.
+        """
+        if name != ADAPTIVE and not name.startswith(STATIC):
+            return self.model_copy(update={"compression": parse_compression(name), "adaptive": None})
+        if self.adaptive is None:
+            msg = f"strategy {name!r} needs a scenario with adaptive levels"
+            raise InvalidSpec(msg)
+        if name == ADAPTIVE:
+            return self.model_copy(update={"adaptive": self.adaptive.model_copy(update={"baselines": False})})
+        known = [f"{STATIC}{level}" for level in range(len(self.adaptive.levels))]
+        if name not in known:
+            kind = "level"
+            raise UnknownName(kind, name, known)
+        held = self.adaptive.held_at(int(name.removeprefix(STATIC)))
+        return self.model_copy(update={"adaptive": held})
 
     @property
     def num_devices(self) -> int:

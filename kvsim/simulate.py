@@ -9,23 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kvsim import __version__
-from kvsim.analysis import EdgeModels, LoadShape, capacity, effects, load_shape, price_edges
-from kvsim.catalog import DATASHEET, at_field, look_up, resolve
-from kvsim.compression import parse_compression
+from kvsim.adaptation import adaptive_use, policy_outcome, reduced_share
+from kvsim.analysis import EdgeModels, LoadShape, capacity, effects, load_shape, price_edges, resident_bytes
+from kvsim.catalog import DATASHEET, at_field, at_level, look_up, resolve
 from kvsim.cost.basis import kernel_notes, pricings, weakest
 from kvsim.cost.priors import EDGES, Edge
+from kvsim.cost.rates import build_rates
+from kvsim.cost.step import StepModel
 from kvsim.deployment import Deployment
 from kvsim.disaggregation import SplitDeployment, pool_scenario, resolve_split
-from kvsim.errors import IncompatibleScenario, KvsimError, RequestDoesNotFit
+from kvsim.errors import IncompatibleScenario, InvalidSpec, KvsimError, RequestDoesNotFit, UnknownName
 from kvsim.explain import Explanation, Term, explain_deployment
 from kvsim.explain_split import explain_split
 from kvsim.memory import MemoryPlan, plan_memory, plan_or, slot_tokens, waterfall
 from kvsim.pool import block_bytes, longest_sequence
 from kvsim.pool_summary import disaggregation
 from kvsim.quality import published_quality
-from kvsim.report import Counts, Figure, KernelUsed, Provenance, Report
+from kvsim.report import Counts, Figure, KernelUsed, PolicyOutcome, Provenance, Quality, Report
 from kvsim.requests import RequestTable
-from kvsim.scenario import Scenario
+from kvsim.scenario import ADAPTIVE, STATIC, Scenario
 from kvsim.sim.run import RunResult
 from kvsim.specs.workload import WorkloadSpec
 from kvsim.summary import (
@@ -99,9 +101,11 @@ def simulate(
     prepared = prepare(scenario, base_dir=base_dir)
     results = []
     edges = _edges(scenario)
+    held = _held_levels(prepared)
+    parts = len(edges) + len(held)
     for position, edge in enumerate(edges):
         watched = observer if edge is Edge.CENTRAL else None
-        result = _play(prepared, edge, _part(progress, position, len(edges)), watched)
+        result = _play(prepared, edge, _part(progress, position, parts), watched)
         results.append((result, outcome(result, prepared.requests, scenario.slo, edge)))
     central = results[0][0]
     outcomes = tuple(one for _, one in results)
@@ -118,9 +122,40 @@ def simulate(
     report = report.model_copy(update={"speculation": speculation(central, scenario.engine.speculative_config)})
     if central.tiers is not None:
         return with_tiers(report, tiers_use(central.tiers, prepared.deployment))
-    if prepared.split is None:
+    if prepared.split is not None:
+        return _with_pools(report, prepared, prepared.split, central, outcomes, batch)
+    if prepared.deployment.adaptive is None:
         return report
-    return _with_pools(report, prepared, prepared.split, central, outcomes, batch)
+    basis = weakest_basis(report.time_split)
+    mine = policy_outcome(ADAPTIVE, "", central, outcomes[0], basis, reduced_share(central))
+    beside = [
+        _hold(scenario, level, base_dir, _part(progress, len(edges) + position, parts))
+        for position, level in enumerate(held)
+    ]
+    use = adaptive_use(central, prepared.deployment, prepared.requests, (mine, *beside), basis)
+    return report.model_copy(update={"adaptive": use})
+
+
+def _held_levels(prepared: Prepared) -> range:
+    """Levels to simulate beside an adaptive run."""
+    adaptive = prepared.deployment.adaptive
+    return range(len(adaptive.levels) if adaptive is not None and adaptive.baselines else 0)
+
+
+def _hold(scenario: Scenario, level: int, base_dir: Path | None, progress: Progress | None) -> PolicyOutcome:
+    """What one level gives if it serves every request, on the same requests; central edge."""
+    name = f"{STATIC}{level}"
+    one = scenario.with_strategy(name)
+    try:
+        prepared = prepare(one, base_dir=base_dir)
+    except KvsimError as error:
+        return PolicyOutcome(policy=name, compression=one.strategy, reason=str(error))
+    deployment, requests = prepared.deployment, prepared.requests
+    result = _play(prepared, Edge.CENTRAL, progress, None)
+    numbers = outcome(result, requests, scenario.slo, Edge.CENTRAL)
+    basis = weakest_basis(time_split(numbers, deployment))
+    reduced = Figure(value=1.0 if level else 0.0)
+    return policy_outcome(name, one.strategy, result, numbers, basis, reduced)
 
 
 def _play(prepared: Prepared, edge: Edge, progress: Progress | None, observer: RunObserver | None) -> RunResult:
@@ -210,6 +245,7 @@ def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
         msg = "engine.speculative_config: the closed form has no drafts; use simulate, or leave it out"
         raise IncompatibleScenario(msg)
     prepared = prepare(scenario, base_dir=base_dir)
+    _refuse_adaptive(prepared)
     if prepared.max_model_len < prepared.load.prompt_tokens + prepared.load.output_tokens:
         msg = (
             f"the mean request of {prepared.load.prompt_tokens} + {prepared.load.output_tokens} tokens exceeds the "
@@ -229,6 +265,16 @@ def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
     return report if split is None else _with_pools(report, prepared, split, None, outcomes, round(batch))
 
 
+def _refuse_adaptive(prepared: Prepared) -> None:
+    """A steady state has no bursts to adapt to, and one step explains one compression."""
+    if prepared.deployment.adaptive is not None:
+        msg = (
+            "adaptive: a closed form has no queue and no bursts, so it cannot say when a policy acts; use kvsim "
+            "simulate, or hold one level with --set 'adaptive.policy={kind: static, level: 0}'"
+        )
+        raise IncompatibleScenario(msg)
+
+
 def _edges(scenario: Scenario) -> tuple[Edge, ...]:
     return EDGES if scenario.bands else EDGES[:1]
 
@@ -245,13 +291,12 @@ def compare(
 
     With ``native`` among the strategies, the others' queueing effect is filled in.
     """
-    compressions = [parse_compression(name) for name in strategies]
+    variants = [scenario.with_strategy(name) for name in strategies]
     # What no strategy can mend is an error of the whole comparison, not a row.
     look_up(scenario, base_dir=base_dir)
     _load_requests(scenario, base_dir)
     rows: list[Comparison] = []
-    for position, (name, compression) in enumerate(zip(strategies, compressions, strict=True)):
-        one = scenario.model_copy(update={"compression": compression})
+    for position, (name, one) in enumerate(zip(strategies, variants, strict=True)):
         try:
             if method == "estimate":
                 report = estimate(one, base_dir=base_dir)
@@ -270,6 +315,7 @@ def explain(scenario: Scenario, *, base_dir: Path | None = None) -> Explanation:
     from kvsim.estimate_split import estimate_split_outcomes
 
     prepared = prepare(scenario, base_dir=base_dir)
+    _refuse_adaptive(prepared)
     load = prepared.load
     steps = price_edges(prepared.deployment, EDGES[:1]).mine
     if prepared.split is not None:
@@ -302,6 +348,14 @@ def _with_queueing_effect(rows: tuple[Comparison, ...]) -> tuple[Comparison, ...
 
 def prepare(scenario: Scenario, *, base_dir: Path | None = None) -> Prepared:
     """Resolve names, build the requests, divide the memory."""
+    if scenario.disaggregation is not None and scenario.adaptive is not None:
+        level = scenario.adaptive.only_level
+        if level is None:
+            msg = (
+                "adaptive: KV of several levels is not sent between pools; leave out disaggregation, or hold one level"
+            )
+            raise IncompatibleScenario(msg)
+        scenario = at_level(scenario, level)
     split = resolve_split(scenario, base_dir=base_dir)
     if split is not None:
         return _prepare_split(scenario, split, base_dir)
@@ -330,6 +384,7 @@ def _prepare_pool(scenario: Scenario, deployment: Deployment, base_dir: Path | N
     limit = scenario.engine.max_model_len or deployment.model.max_position_embeddings
     limit = min(limit, slot_tokens(deployment) or limit)
     fits = longest_sequence(deployment, plan.num_blocks * plan.block_bytes, limit)
+    _check_classes(scenario, requests)
     notes = [*deployment.notes, *kernel_notes(deployment), *requests.notes]
     if scenario.routing == "prefix_aware" and (requests.prefix_hashes is None or not deployment.prefix_caching):
         notes.append("prefix_aware routing goes by load alone: no prefix can be cached here")
@@ -338,8 +393,9 @@ def _prepare_pool(scenario: Scenario, deployment: Deployment, base_dir: Path | N
     elif deployment.calibration is None and scenario.calibration != DATASHEET:
         notes.append(f"no kernel of {deployment.device.name} is calibrated: priced from its datasheet and priors")
     if requests.prefix_hashes is not None and scenario.engine.enable_prefix_caching and not deployment.prefix_caching:
+        evicting = next(one for one in deployment.variants if one.compression.selection.evicts)
         notes.append(
-            f"prefix caching is off: {scenario.compression.name} evicts tokens, so a cached prompt cannot be reused"
+            f"prefix caching is off: {evicting.compression.name} evicts tokens, so a cached prompt cannot be reused"
         )
     notes += tier_notes(deployment, shares_prefixes=requests.prefix_hashes is not None)
     config = scenario.engine.speculative_config
@@ -358,10 +414,36 @@ def _prepare_pool(scenario: Scenario, deployment: Deployment, base_dir: Path | N
         notes.append(f"the KV pool holds one sequence of {fits} tokens, less than the model's {limit}")
     if not scenario.engine.enable_chunked_prefill:
         fits = min(fits, scenario.engine.max_num_batched_tokens)
+    notes += _level_notes(deployment, requests)
     longest = int((requests.prompt_tokens + requests.output_tokens).max())
     if longest > fits:
         notes.append(f"requests longer than {fits} tokens (the longest has {longest}) are rejected, and counted")
     return Prepared(scenario, deployment, requests, plan, fits, tuple(notes))
+
+
+def _check_classes(scenario: Scenario, requests: RequestTable) -> None:
+    for name in scenario.adaptive.classes if scenario.adaptive is not None else ():
+        if name not in requests.class_names:
+            if not requests.class_names:
+                msg = f"adaptive.classes.{name}: the workload has no request classes; give workload.classes"
+                raise InvalidSpec(msg)
+            kind = "request class"
+            raise UnknownName(kind, name, requests.class_names, where="adaptive.classes")
+
+
+def _level_notes(deployment: Deployment, requests: RequestTable) -> list[str]:
+    """Levels that hold no less than the one before: pressure would not fall there."""
+    if deployment.adaptive is None:
+        return []
+    load = load_shape(requests)
+    rates = build_rates(deployment.device, deployment.priors, Edge.CENTRAL)
+    held = [resident_bytes(StepModel(variant, rates), load) for variant in deployment.levels]
+    return [
+        f"adaptive: level {level} ({deployment.adaptive.levels[level].name}) holds no less of a mean sequence than the "
+        "level before, so tightening to it frees nothing"
+        for level in range(1, len(held))
+        if held[level] >= held[level - 1]
+    ]
 
 
 def _load_requests(scenario: Scenario, base_dir: Path | None) -> RequestTable:
@@ -415,7 +497,7 @@ def assemble(
     basis = weakest_basis(shares)
     return Report(
         method=method,
-        strategy=prepared.scenario.compression.name,
+        strategy=prepared.scenario.strategy,
         scenario=prepared.scenario,
         kv=capacity(models, prepared.plan, load, peak_kv_utilization),
         memory=waterfall(prepared.plan, deployment),
@@ -430,7 +512,7 @@ def assemble(
         effects=effects(models, load, batch),
         cost=cost(deployment, outcomes, basis),
         energy=energy(deployment, outcomes),
-        quality=published_quality(prepared.scenario.compression),
+        quality=published_quality(deployment.compression) if deployment.adaptive is None else Quality(),
         coverage=coverage(shares),
         provenance=_provenance(prepared),
     )

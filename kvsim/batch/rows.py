@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from kvsim.compression import parse_compression
 from kvsim.errors import InfeasibleScenario, KvsimError
 from kvsim.metrics import METRICS, read
 from kvsim.report import SCHEMA_VERSION, Report
@@ -85,7 +84,7 @@ def failure_row(
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({PurePath(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
         reason = f"{error or type(error).__name__}{place}"
-    strategy = scenario.compression.name if scenario else None
+    strategy = scenario.strategy if scenario else None
     identity = _identity(status, reason, type(error).__name__, method, strategy, scenario, overrides, document)
     return (*identity, *_UNKNOWN_METRICS)
 
@@ -94,8 +93,7 @@ def comparison_rows(comparisons: Iterable[Comparison], scenario: Scenario, metho
     """Flatten a comparison: one row per strategy, those that cannot run included."""
     for comparison in comparisons:
         overrides = {"compression": comparison.strategy}
-        compression = parse_compression(comparison.strategy)
-        variant = scenario.model_copy(update={"compression": compression})
+        variant = scenario.with_strategy(comparison.strategy)
         if comparison.report is not None:
             yield report_row(comparison.report, variant, overrides)
         else:

@@ -44,8 +44,14 @@ def compare_command(
         typer.Option("--also", metavar="SCENARIO.yaml", help="A further scenario for the same strategies. Repeatable."),
     ] = None,
     strategies: Annotated[
-        str, typer.Option("--strategies", "-s", help="Names with commas between them, or all.")
-    ] = DEFAULT_STRATEGIES,
+        str | None,
+        typer.Option(
+            "--strategies",
+            "-s",
+            help="Names with commas between them, or all; adaptive and static:LEVEL of an adaptive scenario.",
+            show_default=DEFAULT_STRATEGIES,
+        ),
+    ] = None,
     use_estimate: Annotated[
         bool, typer.Option("--estimate", help="Closed form without a queue instead of a simulation.")
     ] = False,
@@ -60,7 +66,7 @@ def compare_command(
     """Compare strategies on the same requests; those that cannot run are listed with the reason."""
     asked = [flags, *(replace(flags, file=path) for path in also or ())]
     cases = [(one, read_scenario(one)) for one in asked]
-    names = parse_strategies(strategies)
+    names = parse_strategies(strategies) if strategies is not None else _default_strategies(cases[0][1])
     _check_outputs(out, html, png, as_json=as_json, as_markdown=as_markdown)
     method: Literal["simulation", "estimate"] = "estimate" if use_estimate else "simulation"
     results = _compare_all(cases, names, method)
@@ -91,9 +97,19 @@ def _advance(progress: Callable[[float], None], position: int, parts: int, share
     progress((position + share) / parts)
 
 
+def _default_strategies(scenario: Scenario) -> tuple[str, ...]:
+    """The policy and each of its levels held, of an adaptive scenario; else the best known strategies."""
+    from kvsim.scenario import ADAPTIVE, STATIC
+
+    if scenario.adaptive is None:
+        return parse_strategies(DEFAULT_STRATEGIES)
+    return (ADAPTIVE, *(f"{STATIC}{level}" for level in range(len(scenario.adaptive.levels))))
+
+
 def parse_strategies(text: str) -> tuple[str, ...]:
     """Split names at commas outside parentheses; raise UnknownName or InvalidSpec before any work is done."""
     from kvsim.compression import STRATEGIES, parse_compression
+    from kvsim.scenario import ADAPTIVE, STATIC
 
     names = tuple(name.strip() for name in _COMMA_OUTSIDE_PARENTHESES.split(text) if name.strip())
     if names == ("all",):
@@ -102,7 +118,8 @@ def parse_strategies(text: str) -> tuple[str, ...]:
         msg = "--strategies: no name given, such as native,fp8,kivi-2"
         raise InvalidSpec(msg)
     for name in names:
-        parse_compression(name)
+        if name != ADAPTIVE and not name.startswith(STATIC):
+            parse_compression(name)
     return tuple(dict.fromkeys(names))
 
 

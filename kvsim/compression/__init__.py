@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvsim.compression.base import KvEncoding, TokenSelection
 from kvsim.compression.pair import ENCODINGS, SELECTIONS, AnyEncoding, AnySelection, Compression
-from kvsim.compression.parse import STRATEGIES, describe_strategy, parse_compression
+from kvsim.compression.parse import STRATEGIES, NamedCompression, describe_strategy, parse_compression
 from kvsim.compression.stored import stored_bytes
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "AnySelection",
     "Compression",
     "KvEncoding",
+    "NamedCompression",
     "TokenSelection",
     "describe_strategy",
     "parse_compression",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Annotated, Any, Final
+
+from pydantic import BeforeValidator
 
 from kvsim.compression.base import KvEncoding, StrategyPart
 from kvsim.compression.encoding.native import Native
@@ -52,6 +54,14 @@ def parse_compression(text: str) -> Compression:
         "encoding": encodings[0] if encodings else Native(),
     }
     return Compression.model_validate(data)
+
+
+def _from_text(value: Any) -> Any:
+    return parse_compression(value) if isinstance(value, str) else value
+
+
+NamedCompression = Annotated[Compression, BeforeValidator(_from_text)]
+"""A strategy as a person writes it: its name, or selection and encoding with their parameters."""
 
 
 def describe_strategy(name: str) -> str:

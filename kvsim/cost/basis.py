@@ -36,7 +36,8 @@ def pricings(deployment: Deployment) -> tuple[Pricing, ...]:
     """List what prices each operation, once for every distinct answer; nothing where no set is used."""
     if deployment.calibration is None:
         return ()
-    found = (*_linear(deployment), *_attention(deployment), *_collectives(deployment))
+    attention = (pricing for variant in deployment.variants for pricing in _attention(variant))
+    found = (*_linear(deployment), *attention, *_collectives(deployment))
     return tuple(dict.fromkeys(found))
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvsim.metrics import LATENCY_NAMES, METRIC_BY_TAG, STATISTIC_NAMES
+from kvsim.rendering.adaptive import adaptive_view
 from kvsim.rendering.cells import (
     COMPARISON_COLUMNS,
     UNKNOWN,
@@ -103,6 +104,7 @@ def report_view(report: Report) -> RenderableType:
         _memory(report),
         _latency(report),
         *(_section(report, title, tags) for title, tags in others),
+        *(adaptive_view(report.adaptive) if report.adaptive is not None else ()),
         *tier_tables(report),
         *(pools_view(report.disaggregation) if report.disaggregation is not None else ()),
         _time_split(report),

@@ -249,7 +249,7 @@ class _BuiltPool(Generic[EngineT]):
 
     def settle(self) -> None:
         for replica in self.replicas:
-            settle_replica(replica, self.tables, self.step)
+            settle_replica(replica, self.tables)
 
 
 @dataclass(frozen=True)

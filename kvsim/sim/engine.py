@@ -12,6 +12,7 @@ Source: vLLM 0.15.1 ``v1/engine/core.py`` ``step_with_batch_queue`` with two bat
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
@@ -35,6 +36,7 @@ from kvsim.sim.scheduling import (
     Chunk,
     Leaving,
     PrefixSharing,
+    Scheduler,
     SchedulerLimits,
     SchedulerParts,
     WaitingQueue,
@@ -111,12 +113,13 @@ class ReplicaEngine:
         self.coalesce = coalesce
         self.record = ReplicaRecord(min_free_bytes=limits.pool_bytes)
         self.generated = [0] * len(lengths[0])
-        sizes = (limits.block_size, limits.prefill_growths[0][1], token_ticks)
         self._speculation = speculation
+        sizes = (limits.block_size, limits.prefill_growths[0][1], token_ticks)
         self._drafted = SpeculativeBatch(*sizes, speculation.plan) if speculation is not None else None
-        self.batch = self._drafted or DecodeBatch(*sizes)
-        parts = SchedulerParts(limits, self.batch, lengths, self.generated, log, self.record, sharing, priority)
-        self.scheduler = build_scheduler(step.deployment.engine, parts)
+        self.batch = self._new_batch(limits, token_ticks)
+        self.scheduler = self._new_scheduler(
+            SchedulerParts(limits, self.batch, lengths, self.generated, log, self.record, sharing, priority)
+        )
         self.device = device
         self.decode_steps = [0] * (limits.max_num_seqs + 1)
         """Decode steps taken at each batch size."""
@@ -153,6 +156,12 @@ class ReplicaEngine:
         self.observer: ReplicaWatch | None = None
         self.load = 0
         """Requests routed here that have not left; counted by the router, and only where it has a choice."""
+
+    def _new_batch(self, limits: SchedulerLimits, token_ticks: int) -> DecodeBatch:
+        return self._drafted or DecodeBatch(limits.block_size, limits.prefill_growths[0][1], token_ticks)
+
+    def _new_scheduler(self, parts: SchedulerParts) -> Scheduler:
+        return build_scheduler(self.step.deployment.engine, parts)
 
     @property
     def waiting(self) -> WaitingQueue:
@@ -485,7 +494,7 @@ class ReplicaEngine:
             if sequence.done + chunk == sequence.target:
                 ending.append(sequence)
                 if not batch.token_ticks:
-                    profile = sequence.profile = self.step.sequences.profile(sequence.target)
+                    profile = sequence.profile = self._profile_of(sequence)
                     compress += profile.compress_ticks
         ticks = self._prefill_ticks(chunks, tokens, len(ending), 0 if self._side_stream else compress)
         if size:
@@ -557,6 +566,19 @@ class ReplicaEngine:
         base, head = tables.base, tables.head
         size *= tables.rows
         return base[size + tokens] - base[size] + head[size + ending] - head[size] + attention + compression
+
+    def _profile_of(self, sequence: SequenceState) -> SequenceProfile:
+        """The life of a sequence whose prompt is in."""
+        return self.step.sequences.profile(sequence.target)
+
+    def compression_ticks(self, drafting_ticks: int) -> int:
+        """Part of ``variable_total``, of which drafts took so much, that is due to compression."""
+        if self.batch.token_ticks:
+            return math.floor((self.variable_total - drafting_ticks) * self.step.sequences.unpack_share)
+        if self.tables.factors is None:
+            return self.batch.unpack_total
+        # The batch counts sixteenths of a lane's share; the steps were charged by the fullest lane.
+        return self.batch.unpack_total * self.variable_total // max(1, self.unscaled_total)
 
     def _lane_prefill_ticks(self, lanes: LanePricing, chunks: list[Chunk]) -> int:
         """The same where the chunks are dealt to lanes: what the fullest one takes longer."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from kvsim.sim.adaptive.record import AdaptiveRecord
 from kvsim.units import TICKS_PER_SECOND
 
 FloatArray = npt.NDArray[np.float64]
@@ -105,6 +106,8 @@ class ReplicaRecord:
     max_running: int = 0
     max_waiting: int = 0
     min_free_bytes: int = 0
+    adaptive: AdaptiveRecord | None = None
+    """What an adaptive compression did."""
 
     @property
     def steps(self) -> int:

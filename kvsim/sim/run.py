@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,8 @@ from kvsim.errors import InvariantViolation
 from kvsim.memory import MemoryPlan
 from kvsim.pool import prefill_growths
 from kvsim.requests import RequestTable
+from kvsim.sim.adaptive.build import LevelBuilder, SharedUnits
+from kvsim.sim.adaptive.prices import level_prices
 from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
 from kvsim.sim.engine import ReplicaEngine
 from kvsim.sim.handover import TransferRecord
@@ -93,26 +94,33 @@ def run_requests(
     )
     lengths = (requests.prompt_tokens.tolist(), requests.output_tokens.tolist())
     limits = scheduler_limits(deployment, plan, max_model_len)
+    foreseeable = coalesce and _foreseeable(deployment, source, routing)
+    host_work = host_work_ticks(step)
     sharing = Sharing.of(deployment, requests, limits)
     tiers = _tier_builder(env, deployment, sharing, PrefillEstimate(step, tables, engine.max_num_batched_tokens), edge)
-    replicas = []
+    levels = _level_builder(deployment, requests, limits, edge, (step, tables))
+    replicas: list[ReplicaEngine] = []
     for _ in range(deployment.replicas):
         device = SharedDevice(env)
-        replica = ReplicaEngine(
-            env,
-            device,
-            source,
-            lengths,
-            log,
-            step,
-            tables,
-            limits,
-            sharing.build(device, tiers) if sharing is not None else None,
-            token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
-            coalesce=coalesce and _foreseeable(deployment, source, routing),
-            speculation=speculation,
-            priority=requests.priority.tolist() if requests.priority is not None else None,
-            host_work=host_work_ticks(step),
+        replica = (
+            levels.engine(env, device, source, lengths, log, limits, coalesce=foreseeable, host_work=host_work)
+            if levels is not None
+            else ReplicaEngine(
+                env,
+                device,
+                source,
+                lengths,
+                log,
+                step,
+                tables,
+                limits,
+                sharing.build(device, tiers) if sharing is not None else None,
+                token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
+                coalesce=foreseeable,
+                speculation=speculation,
+                priority=requests.priority.tolist() if requests.priority is not None else None,
+                host_work=host_work,
+            )
         )
         replicas.append(replica)
         if observer is not None:
@@ -121,7 +129,7 @@ def run_requests(
     source.replicas.extend(replicas)
     play_clock(env, requests, progress)
     for replica in replicas:
-        settle_replica(replica, tables, step)
+        settle_replica(replica, tables)
     check_requests(log, requests)
     # Copies may outlast the last token.
     end_ticks = int(env.now) if tiers is None else max(max(log.finished, default=0), max(log.arrived, default=0))
@@ -189,6 +197,7 @@ def scheduler_limits(deployment: Deployment, plan: MemoryPlan, max_model_len: in
     """Limits of one replica of a deployment."""
     engine = deployment.engine
     growths, fixed_bytes = prefill_growths(deployment)
+    by_level = [prefill_growths(variant)[0] for variant in deployment.variants]
     return SchedulerLimits(
         max_num_seqs=deployment.max_running,
         max_num_batched_tokens=deployment.step_tokens,
@@ -202,8 +211,7 @@ def scheduler_limits(deployment: Deployment, plan: MemoryPlan, max_model_len: in
         # SGLang forgets what it retracts; of TensorRT-LLM it is not known.
         keeps_preempted=engine.kind == "vllm"
         and deployment.prefix_caching
-        and len(growths) == 1
-        and growths[0][0] is None,
+        and all(len(growths) == 1 and growths[0][0] is None for growths in by_level),
         plans_ahead=engine.schedules_ahead,
     )
 
@@ -243,6 +251,28 @@ class Sharing:
         return PrefixSharing(cache, self.hashes, self.unit_tokens, built)
 
 
+def _level_builder(
+    deployment: Deployment,
+    requests: RequestTable,
+    limits: SchedulerLimits,
+    edge: Edge,
+    first: tuple[StepModel, StepTables],
+) -> LevelBuilder | None:
+    """What builds engines of several levels; None where one compression serves every request."""
+    if deployment.adaptive is None:
+        return None
+    prices = level_prices(deployment, edge, first)
+    found = [
+        Sharing.of(deployment, requests, replace(limits, prefill_growths=prompt.growths)) for prompt in prices.prompts
+    ]
+    sharings = [sharing for sharing in found if sharing is not None]
+    shared = None
+    if len(sharings) == prices.count:
+        sizes = tuple(sharing.unit_bytes for sharing in sharings)
+        shared = SharedUnits(sizes, sharings[0].hashes, sharings[0].unit_tokens)
+    return LevelBuilder(deployment.adaptive, prices, requests, shared)
+
+
 def _tier_builder(
     env: simpy.Environment, deployment: Deployment, sharing: Sharing | None, prefill: PrefillEstimate, edge: Edge
 ) -> TierBuilder | None:
@@ -252,10 +282,10 @@ def _tier_builder(
     return TierBuilder(env, plan, sharing.unit_tokens, prefill) if plan is not None else None
 
 
-def settle_replica(replica: ReplicaEngine, tables: StepTables, step: StepModel) -> None:
+def settle_replica(replica: ReplicaEngine, tables: StepTables) -> None:
     """Divide a replica's busy time by component, and check that it has nothing left."""
     _split_prompt_time(replica.record, tables)
-    _split_decode_time(replica, tables, step)
+    _split_decode_time(replica, tables)
     _check_replica(replica)
 
 
@@ -283,10 +313,10 @@ def _split_prompt_time(record: ReplicaRecord, tables: StepTables) -> None:
     )
 
 
-def _split_decode_time(replica: ReplicaEngine, tables: StepTables, step: StepModel) -> None:
+def _split_decode_time(replica: ReplicaEngine, tables: StepTables) -> None:
     """Divide the decode steps' time by component from the counts per batch size."""
     decode = PhaseTicks()
-    parallel = step.deployment.parallelism
+    parallel = replica.step.deployment.parallelism
     for batch, steps in enumerate(replica.decode_steps):
         if steps:
             sequences = parallel.sequences_per_lane(batch)
@@ -298,13 +328,7 @@ def _split_decode_time(replica: ReplicaEngine, tables: StepTables, step: StepMod
             decode.attention += steps * tables.attention_fixed[sequences]
             decode.compression += steps * tables.compression_fixed[sequences]
     drafting = _split_drafting(replica, tables, decode)
-    if replica.batch.token_ticks:
-        unpack = math.floor((replica.variable_total - drafting) * step.sequences.unpack_share)
-    elif tables.factors is None:
-        unpack = replica.batch.unpack_total
-    else:
-        # The batch counts sixteenths of a lane's share; the steps were charged by the fullest lane.
-        unpack = replica.batch.unpack_total * replica.variable_total // max(1, replica.unscaled_total)
+    unpack = replica.compression_ticks(drafting)
     decode.compression += unpack
     decode.attention += replica.variable_total - unpack
     decode.overhead += replica.record.host_ticks

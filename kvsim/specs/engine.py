@@ -14,6 +14,7 @@ from kvsim.specs.tier import HostTier, KvReload, KvTier
 from kvsim.units import Bytes, Seconds
 
 Count = Annotated[int, Field(gt=0)]
+SkippedLayers = tuple[int | Literal["sliding_window"], ...]
 Share = Annotated[float, Field(gt=0, le=1)]
 EngineKind = Literal["vllm", "sglang", "tensorrt_llm", "llamacpp"]
 DEFAULT_UTILIZATION: Final = 0.92
@@ -80,7 +81,7 @@ class EngineSpec(Spec):
     kv_cache_memory_bytes: Bytes | None = None
     cuda_graph_memory_bytes: Bytes | None = None
     """vLLM from 0.21: what its log calls ``Estimated CUDA graph memory`` and takes off the pool."""
-    kv_cache_dtype_skip_layers: tuple[int | Literal["sliding_window"], ...] = ()
+    kv_cache_dtype_skip_layers: SkippedLayers = ()
     kv_offloading_size: Bytes | None = None
     """Host memory for KV blocks, over all tensor-parallel ranks of a replica; None offloads nothing. Blocks are copied
     out as they are computed and copied back on a prefix hit, beside the engine's steps. Short for one host tier."""

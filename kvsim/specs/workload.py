@@ -134,6 +134,20 @@ class Conversations(Spec):
     """A session ends before the turn whose prompt and answer would pass this."""
 
 
+class RequestClass(Spec):
+    """A kind of request: what an engine may treat differently from the others."""
+
+    name: Annotated[str, Field(min_length=1)]
+    share: PositiveFloat
+    """Part of the requests (of the sessions, in conversations), relative to the other classes' shares."""
+    priority: int = 0
+    """vLLM's: lower values are served first where the engine schedules by priority."""
+    input_len: Lengths | None = None
+    """Prompt tokens of this class; None draws them as the workload does."""
+    output_len: Lengths | None = None
+    """Output tokens of this class; None draws them as the workload does."""
+
+
 class SyntheticWorkload(Spec):
     """Lengths drawn from distributions."""
 
@@ -147,8 +161,21 @@ class SyntheticWorkload(Spec):
     """System prompt at the head of every request."""
     num_shared_prefixes: Count = 1
     conversations: Conversations | None = None
+    classes: tuple[RequestClass, ...] = ()
+    """Kinds of requests, drawn independently for each request (session, in conversations)."""
     fitted_from: str | None = None
     """Public trace that the length distributions were fitted from, with licence."""
+
+    @model_validator(mode="after")
+    def _classes_fit(self) -> Self:
+        names = [one.name for one in self.classes]
+        if len(set(names)) < len(names):
+            msg = "classes: every name must be there once"
+            raise ValueError(msg)
+        if self.conversations is not None and any(one.input_len or one.output_len for one in self.classes):
+            msg = "classes: lengths of their own are for single requests; conversations draw all turns alike"
+            raise ValueError(msg)
+        return self
 
 
 TraceFormat = Literal["azure", "mooncake", "burstgpt", "vllm_bench", "sharegpt", "columns"]
@@ -163,6 +190,8 @@ class TraceColumns(Spec):
     output_tokens_column: str = "output_tokens"
     hash_ids_column: str | None = None
     hash_id_block_size: Count = 512
+    class_column: str | None = None
+    """Name of each request's class (text or numbers)."""
     priority_column: str | None = None
     """Whole numbers, lower served first; used by ``engine.scheduling_policy: priority``."""
 

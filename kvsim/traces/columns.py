@@ -10,6 +10,7 @@ from kvsim.traces.files import json_lines, read_trace_bytes
 from kvsim.traces.json_rows import JsonFields, read_json_rows
 from kvsim.traces.rows import Origin, RawRows, TraceRows, check_rows
 from kvsim.traces.tables import (
+    class_labels,
     hash_lists,
     read_csv_table,
     read_parquet_table,
@@ -52,6 +53,7 @@ def _read_json(origin: Origin, columns: TraceColumns) -> RawRows:
         columns.hash_ids_column,
         columns.hash_id_block_size,
         columns.priority_column,
+        columns.class_column,
     )
     return read_json_rows(json_lines(read_trace_bytes(origin), origin), fields, origin)
 
@@ -61,7 +63,8 @@ def _read_table(origin: Origin, columns: TraceColumns, kind: str) -> RawRows:
     if kind == "csv" and hashes is not None:
         origin.fail("a CSV cannot hold hash ids; use JSON lines or Parquet", field=hashes)
     wanted = [columns.prompt_tokens_column, columns.output_tokens_column]
-    wanted += [name for name in (times, hashes, columns.priority_column) if name is not None]
+    named = (times, hashes, columns.priority_column, columns.class_column)
+    wanted += [name for name in named if name is not None]
     table = (read_csv_table if kind == "csv" else read_parquet_table)(origin, wanted)
     return RawRows(
         numbers=row_numbers(table),
@@ -70,5 +73,6 @@ def _read_table(origin: Origin, columns: TraceColumns, kind: str) -> RawRows:
         arrival_s=None if times is None else seconds_column(table, times, origin),
         hash_ids=None if hashes is None else hash_lists(table, hashes, origin),
         hash_block_tokens=columns.hash_id_block_size,
+        classes=None if columns.class_column is None else class_labels(table, columns.class_column, origin),
         priority=None if columns.priority_column is None else token_counts(table, columns.priority_column, origin),
     )

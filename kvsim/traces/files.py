@@ -147,6 +147,14 @@ def hash_id_list(row: Mapping[str, Any], field: str, origin: Origin, number: int
     return ids
 
 
+def class_label(row: Mapping[str, Any], field: str, origin: Origin, number: int) -> str:
+    """Name of a request's class ``row[field]``; raise TraceError unless it is text or a number."""
+    label = _required(row, field, origin, number)
+    if isinstance(label, bool) or not isinstance(label, (str, int, float)) or not str(label).strip():
+        origin.fail(f"{shown(label)} is not allowed; must name a class, as text or a number", row=number, field=field)
+    return str(label).strip()
+
+
 def fail_missing_column(
     field: str, present: Sequence[str], origin: Origin, *, row: int | None = None, hint: str = ""
 ) -> NoReturn:

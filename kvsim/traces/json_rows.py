@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvsim.traces.files import finite_number, hash_id_list, whole_number
+from kvsim.traces.files import class_label, finite_number, hash_id_list, whole_number
 from kvsim.traces.rows import Origin, RawRows
 
 
@@ -22,6 +22,7 @@ class JsonFields:
     hash_ids: str | None = None
     hash_block_tokens: int = 512
     priority: str | None = None
+    request_class: str | None = None
 
 
 def read_json_rows(
@@ -33,6 +34,7 @@ def read_json_rows(
     outputs: list[int] = []
     times: list[float] = []
     hash_ids: list[list[int]] = []
+    classes: list[str] = []
     priorities: list[int] = []
     for number, row in rows:
         numbers.append(number)
@@ -42,6 +44,8 @@ def read_json_rows(
             times.append(finite_number(row, fields.time, origin, number))
         if fields.hash_ids is not None:
             hash_ids.append(hash_id_list(row, fields.hash_ids, origin, number))
+        if fields.request_class is not None:
+            classes.append(class_label(row, fields.request_class, origin, number))
         if fields.priority is not None:
             priorities.append(whole_number(row, fields.priority, origin, number, least=0))
     return RawRows(
@@ -51,5 +55,6 @@ def read_json_rows(
         arrival_s=None if fields.time is None else np.array(times, dtype=np.float64) / times_per_second,
         hash_ids=None if fields.hash_ids is None else hash_ids,
         hash_block_tokens=fields.hash_block_tokens,
+        classes=None if fields.request_class is None else classes,
         priority=None if fields.priority is None else np.array(priorities, dtype=np.int64),
     )

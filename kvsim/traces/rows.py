@@ -39,6 +39,8 @@ class TraceRows:
     prefix_hashes: tuple[tuple[int, ...], ...] | None = None
     """Per request, the file's ids of the leading prompt chunks; the last id may stand for a partly filled chunk."""
     hash_block_tokens: int = 512
+    classes: tuple[str, ...] | None = None
+    """Per request, the name of its class."""
     priority: IntArray | None = None
     notes: tuple[str, ...] = ()
 
@@ -79,6 +81,7 @@ class RawRows:
     arrival_s: FloatArray | None = None
     hash_ids: HashIds | None = None
     hash_block_tokens: int = 512
+    classes: Sequence[str] | None = None
     priority: IntArray | None = None
 
     def take(self, rows: IntArray) -> RawRows:
@@ -90,6 +93,7 @@ class RawRows:
             arrival_s=None if self.arrival_s is None else self.arrival_s[rows],
             hash_ids=None if self.hash_ids is None else [self.hash_ids[row] for row in rows.tolist()],
             hash_block_tokens=self.hash_block_tokens,
+            classes=None if self.classes is None else [self.classes[row] for row in rows.tolist()],
             priority=None if self.priority is None else self.priority[rows],
         )
 
@@ -129,6 +133,7 @@ def check_rows(raw: RawRows, origin: Origin, *, zero_output_is_failure: bool, no
         arrival_s=_since_first(raw.arrival_s, origin),
         prefix_hashes=None if raw.hash_ids is None else tuple(tuple(ids) for ids in raw.hash_ids),
         hash_block_tokens=raw.hash_block_tokens,
+        classes=None if raw.classes is None else tuple(raw.classes),
         priority=raw.priority,
         notes=(*found, *note),
     )

@@ -130,6 +130,15 @@ def hash_lists(table: pl.DataFrame, column: str, origin: Origin) -> list[list[in
     return lists
 
 
+def class_labels(table: pl.DataFrame, column: str, origin: Origin) -> list[str]:
+    """Names of request classes as text, one per row."""
+    import polars as pl
+
+    labels = table[column].cast(pl.String, strict=False).str.strip_chars().replace("", None)
+    _refuse_nulls(labels, table, column, origin, "must name a class, as text or a number")
+    return labels.to_list()
+
+
 def _check_header(data: bytes, origin: Origin, columns: Sequence[str]) -> None:
     line = data[:_MAX_HEADER_BYTES].split(b"\n", 1)[0]
     hint = wrong_format_hint(data, origin)

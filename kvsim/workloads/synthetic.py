@@ -11,6 +11,7 @@ from kvsim.requests import UNSCHEDULED, IntArray, RequestTable
 from kvsim.specs.workload import Conversations, SyntheticWorkload
 from kvsim.traces.rows import MAX_REQUEST_TOKENS, MAX_TRACE_ROWS
 from kvsim.workloads.arrivals import Schedule, generate, to_ticks
+from kvsim.workloads.classes import draw_classes, own_lengths, priorities
 from kvsim.workloads.lengths import draw_lengths
 from kvsim.workloads.prefixes import session_hashes, shared_hashes
 from kvsim.workloads.streams import stream
@@ -33,15 +34,20 @@ def build_synthetic(workload: SyntheticWorkload, seed: int) -> RequestTable:
         raise InvalidSpec(msg)
     messages = draw_lengths(workload.input_len, count, stream(seed, "input_len"), "input_len")
     outputs = draw_lengths(workload.output_len, count, stream(seed, "output_len"), "output_len")
+    drawn = draw_classes(workload.classes, count, seed)
     if workload.shared_prefix_tokens > MAX_REQUEST_TOKENS:
         msg = f"workload: shared_prefix_tokens: {workload.shared_prefix_tokens} is not allowed; at most {2**31}"
         raise InvalidSpec(msg)
-    if workload.conversations is None:
-        return _single_requests(workload, seed, messages, outputs)
-    return _sessions(workload, workload.conversations, seed, messages, outputs)
+    if workload.conversations is not None:
+        return _sessions(workload, workload.conversations, seed, messages, outputs, drawn)
+    if drawn is not None:
+        messages, outputs = own_lengths(workload.classes, drawn, seed, messages, outputs)
+    return _single_requests(workload, seed, messages, outputs, drawn)
 
 
-def _single_requests(workload: SyntheticWorkload, seed: int, messages: IntArray, outputs: IntArray) -> RequestTable:
+def _single_requests(
+    workload: SyntheticWorkload, seed: int, messages: IntArray, outputs: IntArray, drawn: IntArray | None
+) -> RequestTable:
     count = len(messages)
     schedule = generate(workload.arrivals, count, stream(seed, "arrivals"), items_per_request=1.0)
     hashes = None
@@ -55,13 +61,21 @@ def _single_requests(workload: SyntheticWorkload, seed: int, messages: IntArray,
         delay_ticks=schedule.delay_ticks,
         parent=schedule.parent,
         prefix_hashes=hashes,
+        priority=priorities(workload.classes, drawn),
+        request_class=drawn,
+        class_names=tuple(one.name for one in workload.classes),
         source=_source(workload, seed),
         notes=_notes(workload),
     )
 
 
 def _sessions(
-    workload: SyntheticWorkload, talk: Conversations, seed: int, messages: IntArray, outputs: IntArray
+    workload: SyntheticWorkload,
+    talk: Conversations,
+    seed: int,
+    messages: IntArray,
+    outputs: IntArray,
+    drawn: IntArray | None,
 ) -> RequestTable:
     """Build a table of sessions: ``request_rate`` still counts requests, so sessions start at rate / mean turns."""
     count = len(messages)
@@ -82,6 +96,7 @@ def _sessions(
         workload.shared_prefix_tokens,
         workload.num_shared_prefixes,
     )
+    by_session = None if drawn is None else drawn[np.array(turns.session, dtype=np.int64)]
     mean_turns = f"{num_sessions} sessions of {count / num_sessions:.2f} turns in the mean"
     return RequestTable(
         arrival_ticks=arrival_ticks,
@@ -91,6 +106,9 @@ def _sessions(
         parent=parent,
         prefix_hashes=prefixes,
         output_hashes=answers,
+        priority=priorities(workload.classes, by_session),
+        request_class=by_session,
+        class_names=tuple(one.name for one in workload.classes),
         source=_source(workload, seed),
         notes=(*_notes(workload), mean_turns),
     )

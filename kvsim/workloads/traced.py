@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from kvsim.errors import TraceError
-from kvsim.requests import RequestTable
+from kvsim.requests import IntArray, RequestTable
 from kvsim.specs.workload import ReplayArrivals, TraceWorkload
 from kvsim.traces import TraceRows, read_trace
 from kvsim.workloads.arrivals import Schedule, generate, scheduled
@@ -23,6 +25,7 @@ def build_traced(workload: TraceWorkload, seed: int, base_dir: Path | None) -> R
     hashes = None
     if rows.prefix_hashes is not None:
         hashes = chained_hashes(rows.prefix_hashes[kept], prompts, rows.hash_block_tokens)
+    names, classes = _classes(rows, kept)
     return RequestTable(
         arrival_ticks=schedule.arrival_ticks,
         prompt_tokens=prompts,
@@ -31,10 +34,21 @@ def build_traced(workload: TraceWorkload, seed: int, base_dir: Path | None) -> R
         parent=schedule.parent,
         prefix_hashes=hashes,
         hash_block_tokens=rows.hash_block_tokens,
+        request_class=classes,
+        class_names=names,
         priority=None if rows.priority is None else rows.priority[kept],
         source=_source(workload, rows, len(prompts), seed),
         notes=rows.notes,
     )
+
+
+def _classes(rows: TraceRows, kept: slice) -> tuple[tuple[str, ...], IntArray | None]:
+    """(names in alphabetical order, index of each request's class)."""
+    if rows.classes is None:
+        return (), None
+    names = tuple(sorted(set(rows.classes)))
+    position = {name: index for index, name in enumerate(names)}
+    return names, np.array([position[name] for name in rows.classes[kept]], dtype=np.int64)
 
 
 def _schedule(workload: TraceWorkload, rows: TraceRows, count: int, seed: int, path: Path) -> Schedule:

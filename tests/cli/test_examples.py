@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-SCENARIOS = sorted(path.name for path in EXAMPLES.glob("*.yaml") if not path.name.startswith("sweep"))
+SIMULATED = {"adaptive-bursts.yaml"}
+"""What no closed form answers."""
+SCENARIOS = sorted({path.name for path in EXAMPLES.glob("*.yaml") if not path.name.startswith("sweep")} - SIMULATED)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -18,6 +20,23 @@ def test_scenario_examples_can_be_estimated_or_played(invoke, name):
     result = invoke(command, EXAMPLES / name, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["method"] == method
+
+
+@pytest.mark.parametrize("name", sorted(SIMULATED))
+def test_examples_without_a_closed_form_can_be_simulated(invoke, name):
+    result = invoke("simulate", EXAMPLES / name, "--num-prompts", 200, "--set", "bands=false", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["method"] == "simulation"
+    refused = invoke("estimate", EXAMPLES / name)
+    assert refused.exit_code == 2
+    assert "kvsim simulate" in refused.stderr
+
+
+def test_adaptive_example_compares_its_policy_with_its_levels(invoke):
+    small = ("--num-prompts", 120, "--set", "bands=false", "--json")
+    result = invoke("compare", EXAMPLES / "adaptive-bursts.yaml", *small)
+    assert result.exit_code == 0, result.stderr
+    assert [row["strategy"] for row in json.loads(result.stdout)] == ["adaptive", "static:0", "static:1", "static:2"]
 
 
 def test_sweep_example_runs(invoke, tmp_path):

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from kvsim import __version__
+from kvsim.adaptive import Adaptive, AdaptiveLevel
 from kvsim.batch import SweepSpec
 from kvsim.cli import build_app
 from kvsim.cli.compare import parse_strategies
@@ -25,6 +26,7 @@ from kvsim.scenario import Scenario, Slo
 from kvsim.scenario_file import load_scenario
 from kvsim.simulate import Comparison, compare, simulate
 from kvsim.specs import workload
+from kvsim.specs.adaptive import ClassLevels, Policy, Requantize
 from kvsim.specs.base import Basis
 from kvsim.specs.disaggregation import Disaggregation, PoolSpec
 from kvsim.specs.engine import EngineSpec, SamplingSpec
@@ -215,6 +217,11 @@ SECTIONS = [
     ("docs/workloads.md", "Columns", workload.TraceColumns),
     ("docs/workloads.md", "Synthetic loads", workload.SyntheticWorkload),
     ("docs/workloads.md", "Conversations", workload.Conversations),
+    ("docs/workloads.md", "Request classes", workload.RequestClass),
+    ("docs/serving-adaptive.md", "Adaptive", Adaptive),
+    ("docs/serving-adaptive.md", "Level", AdaptiveLevel),
+    ("docs/serving-adaptive.md", "Requantize", Requantize),
+    ("docs/serving-adaptive.md", "Class levels", ClassLevels),
 ]
 
 
@@ -228,9 +235,16 @@ def test_keys_and_defaults_are_documented(document, heading, spec):
         assert expected is None or documented[name].split()[0] == expected, name
 
 
-@pytest.mark.parametrize(("heading", "union"), [("Lengths", workload.Lengths), ("Arrivals", workload.TraceArrivals)])
-def test_kinds_are_documented_with_their_keys(heading, union):
-    text = section(text_of("docs/workloads.md"), heading)
+UNIONS = [
+    ("docs/workloads.md", "Lengths", workload.Lengths),
+    ("docs/workloads.md", "Arrivals", workload.TraceArrivals),
+    ("docs/serving-adaptive.md", "Policy", Policy),
+]
+
+
+@pytest.mark.parametrize(("document", "heading", "union"), UNIONS)
+def test_kinds_are_documented_with_their_keys(document, heading, union):
+    text = section(text_of(document), heading)
     for member in get_args(get_args(union)[0]):
         (row,) = [line for line in text.splitlines() if line.startswith(f"| `{kind_of(member)}` |")]
         for name in member.model_fields:

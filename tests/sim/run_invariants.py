@@ -32,9 +32,9 @@ class Audited(Scheduler):
         held = sum(self._own_bytes(sequence) for sequence in self.batch.active.values())
         held += sum(held_bytes or 0 for _, _, held_bytes in self.leaving)
         for prompt in self.prefilling:
-            held += self.prefill_bytes(prompt.done) - self._shared(prompt)
+            held += self.prompt_bytes(prompt, prompt.done) - self._shared(prompt)
         if self.sharing is not None:
-            held += self.sharing.cache.pinned_units * self.sharing.cache.unit_bytes
+            held += self._pinned_bytes()
             assert self.sharing.cache.evictable_bytes <= self.free
         assert self.free >= 0
         assert held + self.free == self.limits.pool_bytes
@@ -51,8 +51,13 @@ class Audited(Scheduler):
         blocks = -(-(sequence.target + steps) // size)
         return blocks * block_bytes + self.limits.fixed_bytes - self._shared(sequence)
 
+    def _pinned_bytes(self) -> int:
+        cache = self.sharing.cache
+        return cache.pinned_units * cache.unit_bytes
+
     def _shared(self, sequence: SequenceState) -> int:
-        return len(sequence.pinned) * self.sharing.cache.unit_bytes if self.sharing is not None else 0
+        sharing = self.sharing_of(sequence)
+        return len(sequence.pinned) * sharing.cache.unit_bytes if sharing is not None else 0
 
 
 @contextmanager
@@ -78,7 +83,7 @@ def check_schedulers(schedulers: list[Audited]) -> None:
         assert not scheduler.waiting
         assert not scheduler.prefilling
         assert not scheduler.batch.active
-        assert scheduler.sharing is None or scheduler.sharing.cache.pinned_units == 0
+        assert scheduler.sharing is None or scheduler._pinned_bytes() == 0
 
 
 def check_run(case: Case, result: RunResult, *, in_order: bool = True) -> None:

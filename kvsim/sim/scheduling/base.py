@@ -166,8 +166,8 @@ class Scheduler(ABC):
         self._note_peak()
         self.free += held_bytes
         self._returned_bytes += held_bytes
-        if self.sharing is not None and sequence.pinned:
-            cache = self.sharing.cache
+        if sequence.pinned and (sharing := self.sharing_of(sequence)) is not None:
+            cache = sharing.cache
             self.free += cache.unpin(sequence.pinned) * cache.unit_bytes
 
     def shrink(self, sequence: SequenceState, kept_bytes: int) -> None:
@@ -185,6 +185,14 @@ class Scheduler(ABC):
         if self.free < self.record.min_free_bytes:
             self.record.min_free_bytes = self.free
 
+    def new_sequence(self, index: int) -> SequenceState:
+        """A waiting request that may be let in."""
+        return SequenceState(index, self.prompt[index] + self.generated[index])
+
+    def prompt_bytes(self, sequence: SequenceState, tokens: int) -> int:
+        """Bytes that a sequence holds once ``tokens`` of its prompt are in; those of all are alike."""
+        return self.prefill_bytes(tokens)
+
     def prefill_bytes(self, tokens: int) -> int:
         """Bytes held once ``tokens`` of a prompt are in."""
         size, held = self.limits.block_size, self.limits.fixed_bytes
@@ -195,9 +203,8 @@ class Scheduler(ABC):
 
     def shared_bytes(self, sequence: SequenceState) -> int:
         """Bytes of the units that the sequence shares."""
-        if self.sharing is None:
-            return 0
-        return len(sequence.pinned) * self.sharing.cache.unit_bytes
+        sharing = self.sharing_of(sequence)
+        return 0 if sharing is None else len(sequence.pinned) * sharing.cache.unit_bytes
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
@@ -269,6 +276,10 @@ class Scheduler(ABC):
         if self.limits.keeps_preempted:
             self._kept[sequence.index] = Kept(start, start + held_bytes, known_tokens // self.limits.block_size)
 
+    def kept_block_bytes(self, index: int) -> int:
+        """Bytes of a block of a preempted request."""
+        return self.limits.prefill_growths[0][1]
+
     def find_again(self, sequence: SequenceState, reserved_bytes: int) -> None:
         """Begin a preempted request after those of its blocks that nobody has used since.
 
@@ -278,7 +289,7 @@ class Scheduler(ABC):
         if kept is None:
             return
         used = self.limits.pool_bytes + self._returned_bytes - self.free + reserved_bytes
-        left = max(0, kept.end - max(kept.start, used)) // self.limits.prefill_growths[0][1]
+        left = max(0, kept.end - max(kept.start, used)) // self.kept_block_bytes(sequence.index)
         blocks = min(left, kept.blocks, (sequence.target - 1) // self.limits.block_size)
         sequence.done = blocks * self.limits.block_size
 
@@ -288,7 +299,7 @@ class Scheduler(ABC):
         if kept is None:
             return
         blocks = sequence.done // self.limits.block_size
-        size_bytes = blocks * self.limits.prefill_growths[0][1]
+        size_bytes = blocks * self.kept_block_bytes(sequence.index)
         self._returned_bytes -= size_bytes
         self.record.recomputed_tokens -= blocks * self.limits.block_size
         for other, place in self._kept.items():
@@ -344,9 +355,13 @@ class Scheduler(ABC):
 
     # --- prefix sharing ---------------------------------------------------------------------------------------------
 
+    def sharing_of(self, sequence: SequenceState) -> PrefixSharing | None:
+        """Where a sequence's units are found: in one cache for all, or in none."""
+        return self.sharing
+
     def match_prefix(self, sequence: SequenceState) -> int:
         """Find the cached prefix; bytes that pinning it takes from the free ones."""
-        sharing = self.sharing
+        sharing = self.sharing_of(sequence)
         if sharing is None:
             return 0
         own = sharing.hashes[sequence.index]
@@ -357,13 +372,13 @@ class Scheduler(ABC):
         return sharing.cache.unused_among(sequence.pinned) * sharing.cache.unit_bytes
 
     def _pin_prefix(self, sequence: SequenceState, pinned_bytes: int) -> None:
-        if self.sharing is not None:
-            self.sharing.cache.pin(sequence.pinned)
+        if (sharing := self.sharing_of(sequence)) is not None:
+            sharing.cache.pin(sequence.pinned)
             self.free -= pinned_bytes
 
     def register_prompt(self, sequence: SequenceState) -> None:
         """Make a processed prompt's blocks findable; from a unit that another added first, they stay private."""
-        sharing = self.sharing
+        sharing = self.sharing_of(sequence)
         if sharing is None:
             return
         own = sharing.hashes[sequence.index]
@@ -371,7 +386,7 @@ class Scheduler(ABC):
 
     def register_output(self, sequence: SequenceState) -> None:
         """Blocks that an answer completed become findable too, for the conversation's next turn."""
-        sharing = self.sharing
+        sharing = self.sharing_of(sequence)
         if sharing is None:
             return
         known = self.prompt[sequence.index] // sharing.unit_tokens

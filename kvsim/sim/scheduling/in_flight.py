@@ -74,7 +74,9 @@ class InFlightScheduler(Scheduler):
             chunk = self.chunk_tokens(sequence.target - sequence.done, budget)
             if not chunk:
                 break
-            need = max(0, self.prefill_bytes(sequence.done + chunk) - sequence.held - self.shared_bytes(sequence))
+            need = max(
+                0, self.prompt_bytes(sequence, sequence.done + chunk) - sequence.held - self.shared_bytes(sequence)
+            )
             if need + self.batch.due_bytes() > self.free:
                 preempted = True
                 if not self._make_room_for(sequence, need, chunks, start_ticks):
@@ -104,7 +106,7 @@ class InFlightScheduler(Scheduler):
             index = waiting[0]
             if self.reject_too_long(index):
                 continue
-            sequence = SequenceState(index, self.prompt[index] + self.generated[index])
+            sequence = self.new_sequence(index)
             self.find_again(sequence, reserved)
             pinned_bytes = self.match_prefix(sequence)
             if index in self.remote:
@@ -121,7 +123,7 @@ class InFlightScheduler(Scheduler):
             chunk = self.chunk_tokens(sequence.target - sequence.done, budget)
             if not chunk:
                 break
-            need = self.prefill_bytes(sequence.done + chunk) - self.shared_bytes(sequence)
+            need = self.prompt_bytes(sequence, sequence.done + chunk) - self.shared_bytes(sequence)
             if not self.fits(sequence, need, pinned_bytes, reserved):
                 # A cut prompt that finds less of itself also needs less.
                 cut = chunk < sequence.target - sequence.done

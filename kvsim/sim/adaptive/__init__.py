@@ -1,0 +1,1 @@
+"""Compression that changes during the run: which level new sequences get, and which are encoded again."""
