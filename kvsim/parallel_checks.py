@@ -41,8 +41,8 @@ def _reasons(scenario: Scenario, model: ModelSpec, device: DeviceSpec) -> Iterat
             f"pipeline_parallel_size {stages}; use one of the two, or replicas"
         )
     engine = scenario.engine
-    if engine.kind != "vllm" and (stages > 1 or in_step > 1 or scenario.enable_expert_parallel):
-        yield f"engine.kind: {engine.kind} is modelled with tensor_parallel_size and replicas only"
+    if engine.kind != "vllm" and (stages > 1 or in_step > 1):
+        yield f"engine.kind: {engine.kind} is modelled with replicas and tensor_parallel_size, experts among them, only"
     if in_step > 1 and engine.all_kv_tiers:
         field = "kv_offloading_size" if engine.kv_offloading_size is not None else "kv_tiers"
         yield f"engine.{field}: not modelled for {data} data parallel ranks that share experts; leave it out"

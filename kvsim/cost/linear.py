@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from kvsim.cost.fused_input import with_fused_input
 from kvsim.cost.kernels import Kernel, find_kernel, kept_by_deployment, ready_kernel
 from kvsim.cost.mean_kernel import mean_of
 from kvsim.cost.shapes import Gemm
@@ -12,6 +13,8 @@ from kvsim.deployment import Deployment
 from kvsim.specs.base import Dtype
 
 GEMM: Final = "gemm"
+FUSED: Final = "fp8"
+"""Format of layers whose input other kernels can quantise: one scale for the whole tensor, known beforehand."""
 ROUTER: Final = "router"
 """Name of the routing layer in ``cost/shapes``."""
 SAME_CALL: Final = ("bf16", "fp16")
@@ -62,10 +65,11 @@ def linear_kernels(deployment: Deployment) -> LinearKernels:
     """Find the kernels of a deployment's linear layers."""
     model, device = deployment.model, deployment.device
     compute = model.weight_dtype if device.supports(model.weight_dtype) else Dtype.BF16
-    return LinearKernels(
-        gemm_kernel(deployment, weight_bits=model.weight_bits, weight_dtype=model.weight_dtype, compute=compute),
-        gemm_kernel(deployment, weight_bits=16.0, weight_dtype=Dtype.BF16, compute=Dtype.BF16),
-    )
+    layers = gemm_kernel(deployment, weight_bits=model.weight_bits, weight_dtype=model.weight_dtype, compute=compute)
+    plain = gemm_kernel(deployment, weight_bits=16.0, weight_dtype=Dtype.BF16, compute=Dtype.BF16)
+    if deployment.engine.fused_input_quantization and layers and plain and layers.artefact.dtype == FUSED:
+        return LinearKernels(with_fused_input(layers, plain), plain)
+    return LinearKernels(layers, plain)
 
 
 def _gemm_formats(weight_bits: float, weight_dtype: Dtype, compute: Dtype) -> tuple[str, ...]:

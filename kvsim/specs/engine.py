@@ -92,6 +92,9 @@ class EngineSpec(Spec):
     the prompt itself (``by_cost``), or for all who would wait for its prefill together (``by_total_cost``)."""
     compression_stream: Literal["inline", "side"] = "inline"
     """Where scoring and compaction after a prompt run: inside the step, or beside later steps, sharing the device."""
+    fused_input_quantization: bool = False
+    """Kernels before FP8 linear layers write their inputs in 8 bits, so that the layers quantise nothing themselves:
+    vLLM's ``pass_config`` for norms, activations and attention, TensorRT-LLM's Llama."""
     attention_kernel: str = "auto"
     """Attention kernel as calibration sets name it, such as ``vllm/flash_attn_fa3``, for the operations and formats
     that it has; ``auto`` takes the set's default."""
@@ -127,6 +130,12 @@ class EngineSpec(Spec):
     """SGLang. Order of the waiting queue: arrival, or longest cached prefix first."""
     capacity_scheduler_policy: Literal["guaranteed_no_evict", "max_utilization"] = "guaranteed_no_evict"
     """TensorRT-LLM. Admit a request only if all running ones can end beside it, or as soon as its prompt fits."""
+    scheduler_recv_interval: Count = 1
+    """SGLang. While it decodes, look for new requests once in this many steps; a prompt is followed by a look."""
+    batch_wait_timeout_iters: Annotated[int, Field(ge=0)] = 0
+    """TensorRT-LLM. Steps for which prompts wait, while others decode, for more prompts to share their step."""
+    batch_wait_max_tokens_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """TensorRT-LLM. Share of ``max_num_tokens`` with which a step waits no longer; 0 never waits."""
     n_ubatch: Count = 512
     """llama.cpp. Tokens computed at once: a larger batch is cut into such parts."""
     speculative_config: SpeculativeConfig | None = None

@@ -46,7 +46,10 @@ OWNERS: Final[Mapping[str, tuple[str, ...]]] = {
     "enable_mixed_chunk": ("sglang",),
     "schedule_conservativeness": ("sglang",),
     "schedule_policy": ("sglang",),
+    "scheduler_recv_interval": ("sglang",),
     "capacity_scheduler_policy": ("tensorrt_llm",),
+    "batch_wait_timeout_iters": ("tensorrt_llm",),
+    "batch_wait_max_tokens_ratio": ("tensorrt_llm",),
     "n_ubatch": ("llamacpp",),
 }
 """Engines under which an option may differ from its default."""

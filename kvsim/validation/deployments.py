@@ -11,6 +11,8 @@ from typing import Final
 import numpy as np
 
 from kvsim.calibration.engine_fits import used_rows
+from kvsim.calibration.frameworks import COLLECTIVES, preferring
+from kvsim.calibration.sets import CalibrationSet
 from kvsim.catalog import resolve
 from kvsim.closed_form import decode_split, prefill_split, total_seconds
 from kvsim.cost.priors import Edge
@@ -74,6 +76,14 @@ class Setup:
     greedy: bool = True
     """Whether requests ask for greedy decoding: ``vllm bench serve`` does unless told otherwise ("Default to greedy
     decoding"), and so does LLMServingSim's runner. Otherwise the server's default applies, the model's own."""
+    framework: str | None = None
+    """Engine whose kernels run, as their names begin; None takes the set's defaults."""
+    collectives: str | None = None
+    """The same for collectives alone, where an engine runs another's."""
+    stages: int = 1
+    """Pipeline parallel stages of so many ranks each."""
+    expert_parallel: bool = False
+    """Whether each rank holds whole experts rather than a slice of every one."""
 
 
 SAME_SHAPES: Final[Mapping[str, str]] = {
@@ -148,10 +158,13 @@ def deploy(setup: Setup, options: Options) -> Deployment:
         compression=setup.strategy,
         engine=_sampled(setup),
         tensor_parallel_size=setup.ranks,
+        pipeline_parallel_size=setup.stages,
+        enable_expert_parallel=setup.expert_parallel,
         bands=False,
         calibration=DATASHEET if setup.device == options.as_unseen else options.calibration,
     )
     deployment = resolve(scenario)
+    deployment = replace(deployment, calibration=_kernels(setup, deployment.calibration, deployment.device.name))
     if setup.weights is None:
         return deployment
     form = WEIGHT_FORMATS[setup.weights]
@@ -164,6 +177,17 @@ def _sampled(setup: Setup) -> EngineSpec:
     if not setup.greedy:
         return setup.engine
     return setup.engine.model_copy(update={"sampling": SamplingSpec(temperature=0.0)})
+
+
+def _kernels(setup: Setup, calibration: CalibrationSet | None, device: str) -> CalibrationSet | None:
+    """The set as the setup's engine uses it."""
+    if calibration is None:
+        return None
+    if setup.framework is not None:
+        calibration = preferring(calibration, device, setup.framework)
+    if setup.collectives is not None:
+        calibration = preferring(calibration, device, setup.collectives, COLLECTIVES)
+    return calibration
 
 
 def fitted_rows(options: Options) -> frozenset[tuple[str, int]]:

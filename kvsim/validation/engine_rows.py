@@ -1,20 +1,18 @@
 """Rows of published engine tables as cases: a deployment, its load, and what was measured.
 
-What a table does not state is set as its benchmark sets it: InferenceX draws lengths evenly from 0.8 to 1.0 of the
-nominal ones (``--random-range-ratio 0.8``) and keeps the stated number of requests in flight; TensorRT-LLM's table is
-offline, everything at once, with an fp8 KV cache beside FP8 and FP4 weights; no table of the silicon sample names the
-KV dtype, which is taken to be the model's own.
+What a table does not state is set as its benchmark sets it: for the silicon sample by `kvsim.validation.silicon_rows`;
+TensorRT-LLM's table is offline, everything at once, with an fp8 KV cache beside FP8 and FP4 weights.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from kvsim.specs.engine import EngineSpec
 from kvsim.validation.deployments import MAX_RANKS, Setup, find_device, find_preset
+from kvsim.validation.silicon_rows import engine_of, harness_of, is_own_run, range_ratio, recipe_of, stated_clients
 from kvsim.validation.suite import NO_FIGURE, Options
 from kvsim.validation.tables import Row, number, whole
 
@@ -25,7 +23,7 @@ OTHER_UNSEEN: Final = "device other than the one treated as unseen"
 DISAGGREGATED: Final = "disaggregated serving"
 PIPELINE: Final = "pipeline parallelism"
 DATA_PARALLEL: Final = "attention data parallelism"
-EXPERT_PARALLEL: Final = "expert parallelism"
+EXPERT_PARALLEL: Final = "expert parallelism over other ranks than those of a tensor parallel group"
 MANY_RANKS: Final = f"more than {MAX_RANKS} ranks"
 NO_LENGTHS: Final = "input or output length not stated"
 NO_CONCURRENCY: Final = "concurrency not stated"
@@ -34,7 +32,6 @@ SPECULATIVE: Final = "speculative decoding"
 UNCLEAR_TOKENS: Final = "throughput that does not say which tokens it counts"
 FITTED: Final = "row that an engine-level fit was made from"
 OTHER_TABLE: Final = "table of another suite"
-RANGE_RATIO: Final = 0.8
 OFFLINE_SEQS: Final = 2048
 """``trtllm-bench`` default of ``max_batch_size``."""
 
@@ -64,9 +61,8 @@ _PRECISIONS: Final[Mapping[str, str | None]] = {
 """Weight format by precision; None is the checkpoint's own."""
 _OWN_FORMAT: Final = "gpt-oss"
 """Its checkpoint is MXFP4, whatever a row calls it."""
-_STEP_TOKENS: Final[Mapping[str, int]] = {"vllm": 8192, "sglang": 16384, "trtllm": 8192}
-"""Default token budget of a step by engine."""
-_TABLE_NAMES: Final = ("silicon sample", "TensorRT-LLM overview", "MI300X batches", "TPU recipes")
+SILICON: Final = "silicon sample"
+_TABLE_NAMES: Final = (SILICON, "TensorRT-LLM overview", "MI300X batches", "TPU recipes")
 
 
 def _first(*reasons: tuple[bool, str]) -> str | None:
@@ -77,7 +73,8 @@ def _first(*reasons: tuple[bool, str]) -> str | None:
 def _case(
     row: Row, options: Options, model: str, device: str, *, engine: EngineSpec, ranks: int, weights: str | None,
     measured: Mapping[str, float | None], table: str, backend: str, strategy: str = "native",
-    concurrency: int | None = None, requests: int | None = None, spread: float = 1.0,
+    concurrency: int | None = None, requests: int | None = None, spread: float = 1.0, collectives: str | None = None,
+    harness: str = "", greedy: bool = True, stages: int = 1, expert_parallel: bool = False,
 ) -> Mapped:  # fmt: skip
     """Make a case, or say what it lacks."""
     found_device, preset = find_device(device), find_preset(model)
@@ -87,14 +84,18 @@ def _case(
         (found_device is None, UNKNOWN_DEVICE),
         (options.as_unseen not in (None, found_device), OTHER_UNSEEN),
         (preset is None, UNKNOWN_MODEL),
-        (ranks > MAX_RANKS, MANY_RANKS),
+        (ranks * stages > MAX_RANKS, MANY_RANKS),
         (not isl or not osl or isl < 1 or osl < 1, NO_LENGTHS),
         (not figures, NO_FIGURE),
     )
     if reason or not found_device or not preset or not isl or not osl:
         return reason or NO_FIGURE
-    setup = Setup(preset, found_device, strategy, weights, ranks, engine)
+    setup = Setup(
+        preset, found_device, strategy, weights, ranks, engine, greedy, framework=backend, collectives=collectives,
+        stages=stages, expert_parallel=expert_parallel,
+    )  # fmt: skip
     groups = {"table": table, "backend": backend, "concurrency": _decade(concurrency or requests)}
+    groups |= {"harness": harness} if harness else {}
     return Case(setup, isl, osl, figures, concurrency, requests, spread, groups)
 
 
@@ -110,36 +111,43 @@ def _scaled(value: float | None, factor: float) -> float | None:
 
 def _silicon(row: Row, options: Options) -> Mapped:
     precision, backend, model = row["precision"].lower(), row["backend"].lower(), row["model_path"]
-    found = re.search(r"silicon_concurrency=(\d+)", row.get("silicon_data_source", ""))
-    concurrency = int(found[1]) if found else whole(row, "batch_size")
+    clients = stated_clients(row)
     reason = _first(
         (row["mode"] != "agg", DISAGGREGATED),
         ((whole(row, "pp_size") or 1) > 1, PIPELINE),
         ((whole(row, "attention_dp_size") or 1) > 1, DATA_PARALLEL),
-        ((whole(row, "moe_ep_size") or 1) > 1, EXPERT_PARALLEL),
+        ((whole(row, "moe_ep_size") or 1) > 1 and not _whole_experts(row), EXPERT_PARALLEL),
         (precision not in _PRECISIONS, UNKNOWN_WEIGHTS),
-        (not concurrency or concurrency < 1, NO_CONCURRENCY),
+        (not clients or clients < 1, NO_CONCURRENCY),
     )
-    if reason or not concurrency:
+    if reason or not clients:
         return reason or NO_CONCURRENCY
-    budget = max(_STEP_TOKENS.get(backend, 8192), concurrency)
-    engine = EngineSpec(max_num_seqs=max(concurrency, 256), max_num_batched_tokens=budget, gpu_memory_utilization=0.9)
+    recipe = recipe_of(row)
     measured = {
         "ttft": _scaled(number(row, "silicon_ttft_ms"), 1e-3), "tpot": _scaled(number(row, "silicon_tpot_ms"), 1e-3),
     }  # fmt: skip
     return _case(
-        row, options, model, row["system"], engine=engine, ranks=whole(row, "tp_size") or 1,
-        weights=None if _OWN_FORMAT in model else _PRECISIONS[precision], measured=measured, table=_TABLE_NAMES[0],
-        backend=backend, concurrency=concurrency, spread=RANGE_RATIO,
+        row, options, model, row["system"], engine=engine_of(row, clients),
+        ranks=whole(row, "tp_size") or 1, weights=None if _OWN_FORMAT in model else _PRECISIONS[precision],
+        measured=measured, table=_TABLE_NAMES[0], backend=backend, strategy=recipe.kv, concurrency=clients,
+        spread=range_ratio(row), collectives=recipe.collectives, harness=harness_of(row),
+        greedy=not is_own_run(row) or backend == "trtllm", expert_parallel=_whole_experts(row),
     )  # fmt: skip
+
+
+def _whole_experts(row: Row) -> bool:
+    """Whether each rank of a tensor parallel group holds whole experts; other divisions are ambiguous in the sample."""
+    ranks, experts = whole(row, "tp_size") or 1, whole(row, "moe_ep_size") or 1
+    return experts > 1 and experts == ranks and (whole(row, "moe_tp_size") or 1) == 1
 
 
 def _trtllm(row: Row, options: Options) -> Mapped:
     weights = _PRECISIONS.get(row["weight_precision"].lower())
-    reason = _first(((whole(row, "pp") or 1) > 1, PIPELINE), (weights is None, UNKNOWN_WEIGHTS))
+    reason = UNKNOWN_WEIGHTS if weights is None else None
     engine = EngineSpec(max_num_seqs=OFFLINE_SEQS, max_num_batched_tokens=8192, gpu_memory_utilization=0.9)
     return reason or _case(
         row, options, row["model"].replace(" ", "-"), row["gpu"], engine=engine, ranks=whole(row, "tp") or 1,
+        stages=whole(row, "pp") or 1,
         weights=weights, measured={"output_tok_s": number(row, "output_tok_s")}, table=_TABLE_NAMES[1],
         backend="trtllm", strategy="fp8" if weights in ("fp8", "fp4") else "native",
     )  # fmt: skip

@@ -23,6 +23,17 @@ POLICIES: dict[str, dict[str, Any]] = {
         "kind": "tensorrt_llm", "tokens_per_block": 8, "enable_chunked_prefill": True,
         "capacity_scheduler_policy": "max_utilization",
     },
+    "sglang-deaf": {"kind": "sglang", "scheduler_recv_interval": 4},
+    "sglang-mixed-deaf": {"kind": "sglang", "enable_mixed_chunk": True, "page_size": 16, "scheduler_recv_interval": 3},
+    "trt-waiting": {
+        "kind": "tensorrt_llm", "tokens_per_block": 8, "batch_wait_timeout_iters": 3,
+        "batch_wait_max_tokens_ratio": 0.5,
+    },
+    "trt-waiting-max-utilization": {
+        "kind": "tensorrt_llm", "tokens_per_block": 8, "enable_chunked_prefill": True,
+        "capacity_scheduler_policy": "max_utilization", "batch_wait_timeout_iters": 5,
+        "batch_wait_max_tokens_ratio": 0.9,
+    },
     "llamacpp": {"kind": "llamacpp", "parallel": 1, "n_ubatch": 5},
     "llamacpp-slots": {"kind": "llamacpp", "parallel": 3, "n_ubatch": 512},
 }  # fmt: skip

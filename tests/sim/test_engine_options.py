@@ -53,7 +53,8 @@ CHANGED = {
     "scheduling_policy": "priority", "long_prefill_token_threshold": 5, "kv_offloading_size": "1 GiB",
     "kv_tiers": ({"kind": "host", "size": "1 GiB"},), "compression_stream": "side", "max_prefill_tokens": 5,
     "enable_mixed_chunk": True, "schedule_conservativeness": 0.5, "schedule_policy": "lpm",
-    "capacity_scheduler_policy": "max_utilization", "n_ubatch": 5,
+    "capacity_scheduler_policy": "max_utilization", "scheduler_recv_interval": 5,
+    "batch_wait_timeout_iters": 5, "batch_wait_max_tokens_ratio": 0.5, "n_ubatch": 5,
     "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "acceptance_rate": 0.5},
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from policy_cases import IN_ORDER, POLICIES, options, policy_cases, with_priorities
 from run_invariants import audited, check_run, check_schedulers
 from sim_cases import MS, Case, build_case, deploy, gap_counts, table
+
+from kvsim.requests import RequestTable
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -155,6 +158,51 @@ def test_sglang_is_bolder_with_less_conservativeness() -> None:
         for factor in (0.0, 1.0)
     ]  # fmt: skip
     assert running[0] > running[1]
+
+
+def test_sglang_looks_for_requests_once_in_so_many_decode_steps() -> None:
+    latecomer = table([0, 400 * MS], [30, 30], [2000, 5])
+    prompt, late = first_token_delays(latecomer, kind="sglang", changed={"scheduler_recv_interval": 50})
+    assert prompt == 0
+    assert 0 < late < 50
+
+
+def test_sglang_receives_at_once_where_it_is_idle() -> None:
+    burst = table([0, 0, 900 * MS], [30, 30, 30], [5, 5, 5])
+    assert first_token_delays(burst, kind="sglang", changed={"scheduler_recv_interval": 50}) == [0, 0, 0]
+
+
+# --- TensorRT-LLM's waiting -----------------------------------------------------------------------------------------
+
+
+def first_token_delays(requests: RequestTable, *, kind: str, changed: dict[str, Any]) -> list[float]:
+    """How much later first tokens come with some options, in steps of one decoding sequence."""
+    plain, other = (
+        build_case(deploy(kind=kind, max_num_seqs=8, **more), requests).play() for more in ({}, changed)
+    )  # fmt: skip
+    step = min(gap_counts(plain))
+    return [(late - early) / step for early, late in zip(plain.log.first_token, other.log.first_token, strict=True)]
+
+
+WAITS = {"batch_wait_timeout_iters": 20, "batch_wait_max_tokens_ratio": 0.9}
+
+
+def test_a_prompt_waits_for_company_for_so_many_steps() -> None:
+    latecomer = table([0, 400 * MS], [30, 30], [2000, 5])
+    first, late = first_token_delays(latecomer, kind="tensorrt_llm", changed=WAITS)
+    assert first == 0
+    assert late == pytest.approx(20, rel=0.02)
+
+
+@pytest.mark.parametrize("changed", [WAITS | {"batch_wait_max_tokens_ratio": 0.001}, {"batch_wait_timeout_iters": 20}])
+def test_enough_tokens_or_no_ratio_wait_for_nothing(changed: dict[str, Any]) -> None:
+    latecomer = table([0, 400 * MS], [30, 30], [2000, 5])
+    assert first_token_delays(latecomer, kind="tensorrt_llm", changed=changed) == [0, 0]
+
+
+def test_prompts_wait_only_beside_others_that_decode() -> None:
+    burst = table([0, 0, 900 * MS], [30, 30, 30], [5, 5, 5])
+    assert first_token_delays(burst, kind="tensorrt_llm", changed=WAITS) == [0, 0, 0]
 
 
 def test_longest_prefix_goes_first() -> None:

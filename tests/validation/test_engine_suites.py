@@ -35,7 +35,7 @@ def counts(result) -> dict[str, int]:
 
 
 def test_silicon_rows_score_ttft_and_tpot(run, tmp_path):
-    found = run("engine-tables", write_csv(tmp_path / "silicon.csv", [SILICON, SILICON | {"batch_size": 8}]))
+    found = run("engine-tables", write_csv(tmp_path / "silicon.csv", [SILICON, SILICON | {"isl": 512}]))
     assert found.rows == 2
     assert {metric: one.n for metric, one in found.overall.items()} == {"ttft": 2, "tpot": 2}
     assert {"device=h100-sxm", "model=qwen3-32b", "ranks=2", "backend=vllm"} <= set(found.groups)
@@ -86,11 +86,10 @@ def test_every_table_of_the_folder_is_read(run, tmp_path):
     write_csv(folder / "kv.csv", [KV_QUANT])
     write_csv(folder / "neuron.csv", [{"Scenario (all using BF16)": "Fused speculative decoding", "TTFT": 1}])
     found = run("engine-tables", tmp_path)
-    assert found.rows == 3
+    assert found.rows == 4
     assert set(found.overall) == {"ttft", "tpot", "output_tok_s"}
     assert counts(found) == {
-        engine_rows.PIPELINE: 1, engine_rows.NO_FIGURE: 1, engine_rows.UNCLEAR_TOKENS: 1, engine_rows.OTHER_TABLE: 1,
-        engine_rows.SPECULATIVE: 1,
+        engine_rows.NO_FIGURE: 1, engine_rows.UNCLEAR_TOKENS: 1, engine_rows.OTHER_TABLE: 1, engine_rows.SPECULATIVE: 1,
     }  # fmt: skip
 
 

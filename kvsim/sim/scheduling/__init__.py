@@ -11,7 +11,7 @@ from kvsim.sim.scheduling.base import (
 )
 from kvsim.sim.scheduling.llamacpp import LlamaCppScheduler
 from kvsim.sim.scheduling.sglang import SglangOptions, SglangScheduler
-from kvsim.sim.scheduling.tensorrt_llm import GuaranteedNoEvictScheduler, MaxUtilizationScheduler
+from kvsim.sim.scheduling.tensorrt_llm import BatchWait, GuaranteedNoEvictScheduler, MaxUtilizationScheduler
 from kvsim.sim.scheduling.vllm import PriorityScheduler, ThresholdScheduler, VllmScheduler
 from kvsim.specs.engine import EngineSpec
 
@@ -22,7 +22,7 @@ def build_scheduler(engine: EngineSpec, parts: SchedulerParts) -> Scheduler:
         return SglangScheduler(parts, _sglang_options(engine))
     if engine.kind == "tensorrt_llm":
         no_evict = engine.capacity_scheduler_policy == "guaranteed_no_evict"
-        return GuaranteedNoEvictScheduler(parts) if no_evict else MaxUtilizationScheduler(parts)
+        return (GuaranteedNoEvictScheduler if no_evict else MaxUtilizationScheduler)(parts, _batch_wait(engine))
     if engine.kind == "llamacpp":
         return LlamaCppScheduler(parts)
     if engine.scheduling_policy == "priority":
@@ -32,12 +32,18 @@ def build_scheduler(engine: EngineSpec, parts: SchedulerParts) -> Scheduler:
     return VllmScheduler(parts)
 
 
+def _batch_wait(engine: EngineSpec) -> BatchWait | None:
+    enough_tokens = engine.batch_wait_max_tokens_ratio * engine.max_num_batched_tokens
+    return BatchWait(engine.batch_wait_timeout_iters, enough_tokens) if enough_tokens else None
+
+
 def _sglang_options(engine: EngineSpec) -> SglangOptions:
     return SglangOptions(
         max_prefill_tokens=engine.max_prefill_tokens,
         enable_mixed_chunk=engine.enable_mixed_chunk,
         schedule_conservativeness=engine.schedule_conservativeness,
         longest_prefix_first=engine.schedule_policy == "lpm",
+        recv_interval=engine.scheduler_recv_interval,
     )
 
 

@@ -36,6 +36,7 @@ class SglangOptions:
     enable_mixed_chunk: bool
     schedule_conservativeness: float
     longest_prefix_first: bool
+    recv_interval: int = 1
 
 
 class NewTokenRatio:
@@ -75,6 +76,10 @@ class SglangScheduler(Scheduler):
         """A request was held back for want of tokens or seats: look again once one leaves (``batch_is_full``)."""
         self._left = False
         """Whether a request left since."""
+        self._received = 0
+        """Waiting requests that were received and could not start yet."""
+        self._heard = 0
+        """Decode steps until the latest prompt, after which requests are received at once."""
         self.mixes = options.enable_mixed_chunk
 
     # --- one step ---------------------------------------------------------------------------------------------------
@@ -82,6 +87,10 @@ class SglangScheduler(Scheduler):
     def schedule(self, now_ticks: int, seats_taken: int, start_ticks: int) -> list[Chunk]:
         """Prompt chunks of the next step, which decodes nothing unless ``enable_mixed_chunk``."""
         batch = self.batch
+        if self._is_deaf():
+            # Who arrived is not even received: the next step is planned anew.
+            self.looked = False
+            return []
         self.looked = True
         if self.mixes and batch.due_bytes() > self.free:
             self.make_room(start_ticks)
@@ -94,7 +103,16 @@ class SglangScheduler(Scheduler):
             budget -= self._continue_prompt(chunks, budget)
             if self.waiting:
                 self._admit(chunks, budget, decoding, now_ticks, seats_taken)
+        if chunks:
+            self._heard = batch.counter + (decoding > 0)
+        self._received = len(self.waiting)
         return chunks
+
+    def _is_deaf(self) -> bool:
+        """Whether this step is not one of those that receive requests (``SchedulerRecvSkipper``)."""
+        if self._options.recv_interval == 1 or not self.batch.size or self.prefilling or self._received:
+            return False
+        return (self.batch.counter - self._heard) % self._options.recv_interval != 0
 
     def _stays_full(self) -> bool:
         """Whether nobody may start yet; who left is noticed when the next decode step is prepared."""
