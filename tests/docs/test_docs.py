@@ -324,7 +324,7 @@ def test_readme_s_reading_of_the_table_holds():
     )
     assert turboquant.kv.fold > fp8.kv.fold
     assert turboquant.effects.decode_gain.value < 1 < fp8.effects.decode_gain.value
-    assert round(native.effects.reference_batch) == 9
+    assert round(native.effects.reference_batch) == 10
     assert max(native.time_split, key=lambda part: part.share).component == "weights"
     assert 0.08 < native.kv.peak_kv_utilization < 0.12
     assert quest.kv.fold < 1

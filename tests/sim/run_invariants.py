@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 from sim_cases import Case, busy_ticks, gap_counts
 
-from kvsim.sim import replica
+from kvsim.sim import replica as replica_module
 from kvsim.sim.batch import SequenceState
 from kvsim.sim.run import RunResult
 from kvsim.sim.scheduling import Chunk, Scheduler, SchedulerParts, build_scheduler
@@ -71,7 +71,7 @@ def audited(audit: type[Audited] = Audited) -> Iterator[list[Audited]]:
         ledger.append(scheduler)  # type: ignore[arg-type]
         return scheduler
 
-    with mock.patch.object(replica, "build_scheduler", build):
+    with mock.patch.object(replica_module, "build_scheduler", build):
         yield ledger
 
 
