@@ -127,6 +127,11 @@ def _is_union_noise(keys: tuple[str, ...], problem: ErrorDetails, others: list[t
         return any(other[: len(keys)] == keys and kind != "string_type" for other, kind in others)
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return (keys, "string_type") in others
+    if problem["type"] == "tuple_type":
+        return any(other == keys and kind != "tuple_type" for other, kind in others)
+    if problem["type"] == "too_short":
+        # Items that are wrong themselves are counted as missing.
+        return any(other[: len(keys)] == keys and len(other) > len(keys) for other, _ in others)
     return False
 
 
@@ -135,7 +140,7 @@ def _describe_problem(location: Location, problem: ErrorDetails, model: type[Bas
     field = ".".join(location.keys) or "(top level)"
     match kind:
         case "extra_forbidden":
-            message = f"unknown key; {key_hint(model, location.owners, str(problem['loc'][-1]))}"
+            message = f"unknown key; {key_hint(model, location.owners, str(problem['loc'][-1]), location.keys)}"
         case "missing":
             message = "required, but missing"
         case "union_tag_invalid":
@@ -145,6 +150,11 @@ def _describe_problem(location: Location, problem: ErrorDetails, model: type[Bas
             message = f"needs the key {context['discriminator']}, which says what sort it is (got {_shown(value)})"
         case "literal_error" | "enum":
             message = _not_allowed(value, context["expected"])
+        case "tuple_type":
+            message = f"must be a list (got {_shown(value)})"
+        case "too_short" | "too_long":
+            bound, least = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
+            message = f"must have {bound} {context[least]} items, and has {len(value)}"
         case "model_type" | "model_attributes_type" | "dict_type":
             message = f"must be a mapping of keys and values (got {_shown(value)})"
         case _:
