@@ -89,8 +89,8 @@ SUITE_TEXT: Mapping[str, str] = {
     ),
     "vllm-serving": (
         "vLLM 0.15.1 on H100 under inference-perf's load, stage by stage. Validation only, but for three constants: "
-        "the time of a request outside the engine and two terms of the engine's memory were fitted on half of the runs, "
-        "which are shown apart from those held out."
+        "the time of a request outside the engine and two terms of the engine's memory were fitted on half of the "
+        "runs, which are shown apart from those held out."
     ),
     "vllm-requests": "Log of 300 ShareGPT requests on an RTX 4090, replayed. Validation only.",
     "engine-tables": "Published TTFT, TPOT and throughput of engines, aggregated serving. Validation only.",

@@ -33,8 +33,8 @@ KV_BLOCKS: Final = "kv_blocks"
 LATENCIES: Final = tuple(f"{what}_{how}" for what in ("ttft", "tpot", "itl", "e2e") for how in ("mean", "p90", "p99"))
 METRICS: Final = (*LATENCIES, KV_BLOCKS)
 FITTED_RUNS: Final = frozenset({"20", "60", "65"})
-"""Runs that constants were fitted on: a request's time outside the engine (``tools/fit_front_end.py``) on all three, two
-terms of the engine's memory on the dense ones. Every second run in the order of the published file, beginning with
+"""Runs that constants were fitted on: a request's time outside the engine (``tools/fit_front_end.py``) on all three,
+two terms of the engine's memory on the dense ones. Every second run in the order of the published file, beginning with
 the first; they are scored apart from the others."""
 QUANTILES: Final = {"p90": 0.9, "p99": 0.99}
 UNKNOWN_MODEL: Final = "model without a preset"
