@@ -131,11 +131,12 @@ def _too_large(deployment: Deployment, usable: float, terms: tuple[EngineTerm, .
 def _no_room(deployment: Deployment, usable: float, terms: tuple[EngineTerm, ...], budget: float) -> str:
     weights, taken = terms[0].size_bytes, sum(term.size_bytes for term in terms)
     runtime = taken - weights
+    advice = _larger_share(deployment, taken, usable) or _more_ranks(deployment, runtime, budget)
     return (
         f"{deployment.model.name} does not fit on {deployment.parallelism.num_devices} x {deployment.device.name}: "
         f"weights {format_bytes(weights)} + engine {format_bytes(runtime)} = {format_bytes(taken)} per device, and the "
         f"engine may use {format_bytes(budget)} of {format_bytes(usable)}, so no KV block is left; "
-        f"{_larger_share(deployment, taken, usable) or _more_ranks(deployment, runtime, budget)}, or take quantised weights"
+        f"{advice}, or take quantised weights"
     )
 
 
