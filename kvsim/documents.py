@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -101,24 +102,39 @@ def validate(model: type[ModelT], data: Any, where: str, *, require_units: bool 
     try:
         return model.model_validate(data, context={"require_units": require_units})
     except ValidationError as error:
-        raise InvalidSpec(describe_validation_error(error, model, where)) from None
+        raise InvalidSpec(describe_validation_error(error, model, where, data)) from None
     except UnknownName as error:
         msg = f"{where}: {error}"
         raise InvalidSpec(msg) from error
 
 
-def describe_validation_error(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    """One line per problem: where: field: what is wrong; what is allowed. The noise of unions is left out."""
+def describe_validation_error(error: ValidationError, model: type[BaseModel], where: str, data: Any = None) -> str:
+    """One line per problem: where: field: what is wrong; what is allowed. The noise of unions is left out.
+
+    Fields are named as ``data`` has them, where it uses another name of one.
+    """
     located = [(locate(model, problem["loc"]), problem) for problem in error.errors(include_url=False)]
     lines: list[str] = []
     for location, problem in located:
         if _is_union_noise(location.keys, problem, [(other.keys, p["type"]) for other, p in located]):
             continue
-        line = f"{where}: {_describe_problem(location, problem, model)}"
+        line = f"{where}: {_describe_problem(_as_written(location, data), problem, model)}"
         if line not in lines:
             lines.append(line)
     hidden = len(lines) - MAX_SHOWN_ERRORS
     return "\n".join(lines[:MAX_SHOWN_ERRORS] + ([f"{where}: and {hidden} more problems"] if hidden > 0 else []))
+
+
+def _as_written(location: Location, data: Any) -> Location:
+    """The location with its last key as the document spells it: an engine's own name of an option stays that."""
+    parent = data
+    for key in location.keys[:-1]:
+        parent = parent.get(key) if isinstance(parent, dict) else None
+    if not isinstance(parent, dict) or not location.keys or location.keys[-1] in parent:
+        return location
+    names = {own: shared for owner in location.owners for own, shared in getattr(owner, "other_names", {}).items()}
+    own = next((name for name in parent if names.get(name) == location.keys[-1]), location.keys[-1])
+    return replace(location, keys=(*location.keys[:-1], own))
 
 
 def _is_union_noise(keys: tuple[str, ...], problem: ErrorDetails, others: list[tuple[tuple[str, ...], str]]) -> bool:

@@ -112,6 +112,14 @@ NVME = {"kind": "nvme", "size": "5 GiB", "read_bandwidth": "7 GB/s", "write_band
             {"engine": {"speculative_config": SPECULATIVE | {"method": "draft_model"}}},
             "s.yaml: engine.speculative_config: method draft_model needs model, the draft model's name, path or id",
         ),
+        (
+            {"engine": {"kind": "sglang", "page_size": 7}},
+            "s.yaml: engine.page_size: 7 is not allowed; allowed: 1, 8, 16, 32, 64, 128",
+        ),
+        (
+            {"engine": {"kind": "tensorrt_llm", "max_num_tokens": "x"}},
+            "s.yaml: engine.max_num_tokens: Input should be a valid integer",
+        ),
         ({"adaptive": {"levels": "fp8"}}, "s.yaml: adaptive.levels: must be a list (got 'fp8')"),
         ({"adaptive": {"levels": []}}, "s.yaml: adaptive.levels: must have at least 1 items, and has 0"),
         ({"adaptive": {"levels": ["fp8"] * 9}}, "s.yaml: adaptive.levels: must have at most 8 items, and has 9"),
