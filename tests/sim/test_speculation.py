@@ -284,7 +284,7 @@ def test_scenarios_that_cannot_work_are_refused(
         ({**EAGLE, "acceptance_rate": (0.5, 0.4)}, "has 2 positions, and num_speculative_tokens is 3"),
         ({**EAGLE, "acceptance_rate": None, "acceptance_length": 5.0}, "exceeds num_speculative_tokens"),
         ({**EAGLE, "model": "llama-3.2-1b"}, "model names the draft model of method draft_model"),
-        ({**SMALL, "model": None}, "model names the draft model of method draft_model"),
+        ({**SMALL, "model": None}, "method draft_model needs model"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(config: dict[str, Any], message: str) -> None:
