@@ -352,6 +352,10 @@ class Scheduler(ABC):
         if self.log.scheduled[index] < 0:
             self.log.scheduled[index] = now_ticks
             self.record.cached_prompt_tokens += cached_tokens
+        self.note_seated(sequence)
+
+    def note_seated(self, sequence: SequenceState) -> None:  # noqa: B027 - most engines keep no books of their own
+        """Do what an engine does besides when a request has got its seat and its blocks."""
 
     # --- prefix sharing ---------------------------------------------------------------------------------------------
 
