@@ -4,9 +4,9 @@ import pytest
 from pydantic import ValidationError
 
 from kvsim.errors import InvalidSpec
+from kvsim.prepare import prepare
 from kvsim.scenario import Scenario
 from kvsim.scenario_file import load_scenario
-from kvsim.simulate import prepare
 from kvsim.specs.engine import EngineSpec
 from kvsim.specs.engine_options import DEFAULTS, NO_OVERLAP, OWN_NAMES, OWNERS
 
