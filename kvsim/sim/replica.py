@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import simpy
 
-from kvsim.cost.sequence import SequenceProfile
+from kvsim.cost.profile import SequenceProfile
 from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.lanes import LanePricing
 from kvsim.sim.observer import ReplicaWatch

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kvsim.adaptive import Adaptive
-from kvsim.cost.sequence import SequenceProfile
+from kvsim.cost.profile import SequenceProfile
 from kvsim.sim.adaptive.batch import AdaptiveBatch, level_of
 from kvsim.sim.adaptive.control import LevelControl
 from kvsim.sim.adaptive.prices import LevelPrices
