@@ -88,8 +88,9 @@ SUITE_TEXT: Mapping[str, str] = {
         "back to back on data that stays in it, which no engine step does."
     ),
     "vllm-serving": (
-        "vLLM 0.15.1 on H100 under inference-perf's load, stage by stage. Validation only, but for one number: the "
-        "front end's latency per request was fitted on half of the runs, which are shown apart."
+        "vLLM 0.15.1 on H100 under inference-perf's load, stage by stage. Validation only, but for three constants: "
+        "the time of a request outside the engine and two terms of the engine's memory were fitted on half of the "
+        "runs, which are shown apart from those held out."
     ),
     "vllm-requests": "Log of 300 ShareGPT requests on an RTX 4090, replayed. Validation only.",
     "engine-tables": "Published TTFT, TPOT and throughput of engines, aggregated serving. Validation only.",
@@ -98,7 +99,7 @@ SUITE_TEXT: Mapping[str, str] = {
 }
 SHOWN_GROUPS: Mapping[str, tuple[str, ...]] = {
     "kernel-timings": ("domain", "device and domain", "format and domain", "predicted by"),
-    "vllm-serving": ("front end", "run"),
+    "vllm-serving": ("constants", "run"),
     "vllm-requests": (),
     "engine-tables": ("scope", "scope and backend", "table", "harness", "backend", "device", "concurrency"),
     "kv-quant": ("quantity", "scheme"),

@@ -33,8 +33,9 @@ KV_BLOCKS: Final = "kv_blocks"
 LATENCIES: Final = tuple(f"{what}_{how}" for what in ("ttft", "tpot", "itl", "e2e") for how in ("mean", "p90", "p99"))
 METRICS: Final = (*LATENCIES, KV_BLOCKS)
 FITTED_RUNS: Final = frozenset({"20", "60", "65"})
-"""Runs that the front end's latency was fitted on (``tools/fit_front_end.py``): every second one in the order of the
-published file, beginning with the first. They are scored apart from the others."""
+"""Runs that constants were fitted on: a request's time outside the engine (``tools/fit_front_end.py``) on all three,
+two terms of the engine's memory on the dense ones. Every second run in the order of the published file, beginning with
+the first; they are scored apart from the others."""
 QUANTILES: Final = {"p90": 0.9, "p99": 0.99}
 UNKNOWN_MODEL: Final = "model without a preset"
 UNKNOWN_DEVICE: Final = "device without a spec"
@@ -288,7 +289,7 @@ def _score(run: Run, answer: Predicted, tally: Tally) -> None:
     groups = {
         "run": f"{run.id} {find_preset(run.model)} tp{run.tp}", "model": find_preset(run.model) or "",
         "device": find_device(run.hardware) or "",
-        "front end": "fitted on these runs" if run.id in FITTED_RUNS else "fitted on other runs",
+        "constants": "fitted on these runs" if run.id in FITTED_RUNS else "held out",
     }  # fmt: skip
     score_blocks(tally, run.total_kv_blocks, answer.kv_blocks, groups)
     for index, found in enumerate(answer.stages):
