@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from kvsim.sim.batch import SequenceState
-from kvsim.sim.scheduling.base import SchedulerParts
 from kvsim.sim.scheduling.in_flight import InFlightScheduler
+from kvsim.sim.scheduling.parts import SchedulerParts
 
 SLOT_PROMPT_SIMILARITY: Final = 0.1
 """Share of a prompt that a slot must hold for the slot to be chosen for it (``--slot-prompt-similarity``)."""

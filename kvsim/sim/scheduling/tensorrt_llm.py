@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvsim.sim.batch import SequenceState
-from kvsim.sim.scheduling.base import Chunk, SchedulerParts
 from kvsim.sim.scheduling.in_flight import InFlightScheduler
+from kvsim.sim.scheduling.parts import Chunk, SchedulerParts
 
 
 @dataclass(frozen=True)
