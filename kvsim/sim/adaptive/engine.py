@@ -78,11 +78,11 @@ class AdaptiveEngine(ReplicaEngine):
         yield from super()._shared_step()
 
     def _idle(self) -> ClockedAnswer:
-        since = self.now
+        since, waiting = self.now, len(self.scheduler.waiting)
         self.control.look(since)
         goes_on = yield from super()._idle()
         if goes_on:
-            self.control.rest(since, self.now)
+            self.control.rest(since, self.now, waiting)
         return goes_on
 
     # --- prices of the sequence's own level -------------------------------------------------------------------------
