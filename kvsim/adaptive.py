@@ -7,7 +7,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from kvsim.compression import NamedCompression
+from kvsim.compression import NamedCompression, parse_compression
+from kvsim.errors import InvalidSpec, UnknownName
 from kvsim.specs.adaptive import ClassLevels, Policy, PressurePolicy, Requantize, StaticPolicy
 from kvsim.specs.base import Spec
 from kvsim.specs.engine import SkippedLayers
@@ -33,13 +34,28 @@ def _level_from_text(value: Any) -> Any:
     return {"compression": value} if isinstance(value, str) else value
 
 
+def _parse_named(levels: Any) -> Any:
+    """Levels with those that are names parsed; one that does not exist is named by its number."""
+    if not isinstance(levels, (list, tuple)):
+        return levels
+    return [_parse_at(index, level) for index, level in enumerate(levels)]
+
+
+def _parse_at(index: int, level: Any) -> Any:
+    try:
+        return {"compression": parse_compression(level)} if isinstance(level, str) else level
+    except (UnknownName, InvalidSpec) as error:
+        error.locate(f"adaptive.levels.{index}")
+        raise
+
+
 NamedLevel = Annotated[AdaptiveLevel, BeforeValidator(_level_from_text)]
 
 
 class Adaptive(Spec):
     """Levels and the policy that chooses among them while requests run."""
 
-    levels: Annotated[tuple[NamedLevel, ...], Field(min_length=1, max_length=MAX_LEVELS)]
+    levels: Annotated[tuple[NamedLevel, ...], BeforeValidator(_parse_named), Field(min_length=1, max_length=MAX_LEVELS)]
     """From most to least precise, each a strategy's name or a mapping."""
     policy: Policy = PressurePolicy()
     requantize: Requantize | None = None

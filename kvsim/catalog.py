@@ -25,6 +25,7 @@ from kvsim.parallelism import Parallelism
 from kvsim.price_list import default_price
 from kvsim.scenario import Scenario
 from kvsim.specs.device import DeviceSpec
+from kvsim.specs.engine import EngineSpec
 from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
 from kvsim.tier_rules import check_tiers, tier_encoding
 
@@ -97,9 +98,12 @@ def _resolve_adaptive(scenario: Scenario, adaptive: Adaptive, base_dir: Path | N
 def _resolve_level(scenario: Scenario, level: int, base_dir: Path | None) -> Deployment:
     try:
         return resolve(at_level(scenario, level), base_dir=base_dir)
-    except IncompatibleScenario as error:
+    except (IncompatibleScenario, InvalidSpec) as error:
+        has_own_layers = scenario.adaptive is not None and scenario.adaptive.levels[level].kv_cache_dtype_skip_layers
         if str(error).startswith("compression:"):
             error.locate(f"adaptive.levels.{level}")
+        elif has_own_layers and str(error).startswith("engine.kv_cache_dtype_skip_layers:"):
+            error.args = (f"adaptive.levels.{level}.{str(error).removeprefix('engine.')}",)
         raise
 
 
@@ -180,6 +184,7 @@ def _check(scenario: Scenario, model: ModelSpec, device: DeviceSpec) -> None:
             f"{engine.max_num_seqs}; every running sequence needs one token a step"
         )
         raise InvalidSpec(msg)
+    _check_skipped_layers(engine, model)
     _check_drafts(scenario, model)
     check_tiers(engine, device)
     check_parallelism(scenario, model, device)
@@ -189,6 +194,20 @@ def _check(scenario: Scenario, model: ModelSpec, device: DeviceSpec) -> None:
         raise IncompatibleScenario(msg)
     if scenario.price is not None and scenario.price.device not in (device.name, scenario.device):
         msg = f"price.device: {scenario.price.device!r} is not the scenario's device {device.name!r}"
+        raise InvalidSpec(msg)
+
+
+def _check_skipped_layers(engine: EngineSpec, model: ModelSpec) -> None:
+    outside = [
+        index
+        for index in engine.kv_cache_dtype_skip_layers
+        if isinstance(index, int) and not 0 <= index < model.num_layers
+    ]
+    if outside:
+        msg = (
+            f"engine.kv_cache_dtype_skip_layers: {outside[0]} is not a layer of {model.name}; allowed: 0 to "
+            f"{model.num_layers - 1}, sliding_window"
+        )
         raise InvalidSpec(msg)
 
 

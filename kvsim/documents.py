@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -101,24 +102,39 @@ def validate(model: type[ModelT], data: Any, where: str, *, require_units: bool 
     try:
         return model.model_validate(data, context={"require_units": require_units})
     except ValidationError as error:
-        raise InvalidSpec(describe_validation_error(error, model, where)) from None
+        raise InvalidSpec(describe_validation_error(error, model, where, data)) from None
     except UnknownName as error:
         msg = f"{where}: {error}"
         raise InvalidSpec(msg) from error
 
 
-def describe_validation_error(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    """One line per problem: where: field: what is wrong; what is allowed. The noise of unions is left out."""
+def describe_validation_error(error: ValidationError, model: type[BaseModel], where: str, data: Any = None) -> str:
+    """One line per problem: where: field: what is wrong; what is allowed. The noise of unions is left out.
+
+    Fields are named as ``data`` has them, where it uses another name of one.
+    """
     located = [(locate(model, problem["loc"]), problem) for problem in error.errors(include_url=False)]
     lines: list[str] = []
     for location, problem in located:
         if _is_union_noise(location.keys, problem, [(other.keys, p["type"]) for other, p in located]):
             continue
-        line = f"{where}: {_describe_problem(location, problem, model)}"
+        line = f"{where}: {_describe_problem(_as_written(location, data), problem, model)}"
         if line not in lines:
             lines.append(line)
     hidden = len(lines) - MAX_SHOWN_ERRORS
     return "\n".join(lines[:MAX_SHOWN_ERRORS] + ([f"{where}: and {hidden} more problems"] if hidden > 0 else []))
+
+
+def _as_written(location: Location, data: Any) -> Location:
+    """The location with its last key as the document spells it: an engine's own name of an option stays that."""
+    parent = data
+    for key in location.keys[:-1]:
+        parent = parent.get(key) if isinstance(parent, dict) else None
+    if not isinstance(parent, dict) or not location.keys or location.keys[-1] in parent:
+        return location
+    names = {own: shared for owner in location.owners for own, shared in getattr(owner, "other_names", {}).items()}
+    own = next((name for name in parent if names.get(name) == location.keys[-1]), location.keys[-1])
+    return replace(location, keys=(*location.keys[:-1], own))
 
 
 def _is_union_noise(keys: tuple[str, ...], problem: ErrorDetails, others: list[tuple[tuple[str, ...], str]]) -> bool:
@@ -127,6 +143,11 @@ def _is_union_noise(keys: tuple[str, ...], problem: ErrorDetails, others: list[t
         return any(other[: len(keys)] == keys and kind != "string_type" for other, kind in others)
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return (keys, "string_type") in others
+    if problem["type"] == "tuple_type":
+        return any(other == keys and kind != "tuple_type" for other, kind in others)
+    if problem["type"] == "too_short":
+        # Items that are wrong themselves are counted as missing.
+        return any(other[: len(keys)] == keys and len(other) > len(keys) for other, _ in others)
     return False
 
 
@@ -135,7 +156,7 @@ def _describe_problem(location: Location, problem: ErrorDetails, model: type[Bas
     field = ".".join(location.keys) or "(top level)"
     match kind:
         case "extra_forbidden":
-            message = f"unknown key; {key_hint(model, location.owners, str(problem['loc'][-1]))}"
+            message = f"unknown key; {key_hint(model, location.owners, str(problem['loc'][-1]), location.keys)}"
         case "missing":
             message = "required, but missing"
         case "union_tag_invalid":
@@ -145,6 +166,11 @@ def _describe_problem(location: Location, problem: ErrorDetails, model: type[Bas
             message = f"needs the key {context['discriminator']}, which says what sort it is (got {_shown(value)})"
         case "literal_error" | "enum":
             message = _not_allowed(value, context["expected"])
+        case "tuple_type":
+            message = f"must be a list (got {_shown(value)})"
+        case "too_short" | "too_long":
+            bound, least = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
+            message = f"must have {bound} {context[least]} items, and has {len(value)}"
         case "model_type" | "model_attributes_type" | "dict_type":
             message = f"must be a mapping of keys and values (got {_shown(value)})"
         case _:

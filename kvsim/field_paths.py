@@ -106,15 +106,20 @@ def dotted_keys(model: type[BaseModel], prefix: str = "", depth: int = 0) -> Ite
                 yield from dotted_keys(nested, f"{key}.", depth + 1)
 
 
-def key_hint(model: type[BaseModel], owners: Iterable[type[BaseModel]], key: str) -> str:
-    """Suggest the nearest key at the same level, else the same key elsewhere, else list what is allowed."""
+def key_hint(model: type[BaseModel], owners: Iterable[type[BaseModel]], key: str, written: tuple[str, ...] = ()) -> str:
+    """Suggest the nearest key at the same level, else the same key elsewhere, else list what is allowed.
+
+    Elsewhere is not ``written``, where the key stands, though another kind may have it there. From within a list
+    nothing is sent elsewhere: its items are of several kinds too.
+    """
     known = sorted({name for owner in owners for name in owner.model_fields})
     near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
-    if not near:
-        same = {dotted for dotted in dotted_keys(model) if dotted.rpartition(".")[2] == key}
+    is_item = any(part.isdigit() for part in written)
+    if not near and not is_item:
+        same = {dotted for dotted in dotted_keys(model) if dotted.rpartition(".")[2] == key} - {".".join(written)}
         shallowest = min((dotted.count(".") for dotted in same), default=0)
         near = sorted(dotted for dotted in same if dotted.count(".") == shallowest)[:2]
-    if not near:
+    if not near and not is_item:
         near = difflib.get_close_matches(key, known, n=2, cutoff=0.45)
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
@@ -129,8 +134,15 @@ def check_dotted_key(model: type[BaseModel], key: str, where: str) -> None:
         found = field_alternatives(candidates, part)
         if found is None:
             parent = f" under {'.'.join(walked)!r}" if walked else ""
-            hint = key_hint(model, models_of(candidates), part)
+            hint = _list_hint(candidates, walked) or key_hint(model, models_of(candidates), part)
             msg = f"{where}: {key}: unknown key {part!r}{parent}; {hint}"
             raise InvalidSpec(msg)
         walked.append(part)
         candidates = found
+
+
+def _list_hint(candidates: tuple[Any, ...], walked: list[str]) -> str | None:
+    """What to do instead of naming an item of a list; None where the candidates are no list."""
+    if not any(get_origin(candidate) is tuple for candidate in candidates):
+        return None
+    return f"a list is set as a whole, such as {'.'.join(walked)}=[...]"

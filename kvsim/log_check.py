@@ -178,10 +178,15 @@ def _differences(scenario: Scenario, log: VllmLog) -> list[str]:
     mine = {**scenario.engine.model_dump(), "tensor_parallel_size": scenario.tensor_parallel_size}
     names = ("tensor_parallel_size", "gpu_memory_utilization", *COPIED)
     return [
-        f"{name} is {mine[name]} in the scenario and {log.options[name]} in the log"
+        f"{name} is {_plain(mine[name])} in the scenario and {_plain(log.options[name])} in the log"
         for name in names
         if log.options.get(name) is not None and mine[name] != log.options[name]
     ]
+
+
+def _plain(value: Any) -> str:
+    """A logged or given option as a person writes it: whole numbers without a point."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _figures(log: VllmLog, deployment: Deployment, plan: MemoryPlan, *, is_hybrid: bool) -> tuple[Compared, ...]:

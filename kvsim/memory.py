@@ -69,6 +69,12 @@ def plan_memory(deployment: Deployment, block_bytes: int, edge: Edge = Edge.CENT
     if taken + pool > usable * ROUNDING and pool > 0:
         raise InfeasibleScenario(_too_large(deployment, usable, terms, pool))
     if blocks < 1:
+        if engine.kv_cache_memory_bytes is not None:
+            msg = (
+                f"engine.kv_cache_memory_bytes: {format_bytes(engine.kv_cache_memory_bytes)} is less than one KV block "
+                f"of {format_bytes(block_bytes)}, all layers of {engine.block_size} tokens; give more, or leave it out"
+            )
+            raise InfeasibleScenario(msg)
         raise WeightsDoNotFit(_no_room(deployment, usable, terms, budget))
     return MemoryPlan(device.capacity_bytes, usable, budget, terms, pool, block_bytes, blocks)
 
@@ -125,18 +131,30 @@ def _too_large(deployment: Deployment, usable: float, terms: tuple[EngineTerm, .
 def _no_room(deployment: Deployment, usable: float, terms: tuple[EngineTerm, ...], budget: float) -> str:
     weights, taken = terms[0].size_bytes, sum(term.size_bytes for term in terms)
     runtime = taken - weights
-    parallel, ranks = deployment.parallelism, deployment.tensor_parallel_size
-    enough = parallel
-    while rank_weight_bytes(deployment.model, enough) + runtime > budget * 0.95 and enough.tensor < 1024:
-        enough = replace(enough, tensor=2 * enough.tensor)
-    more = enough.tensor > ranks
-    hint = f"tensor_parallel_size: {enough.tensor} would hold the weights" if more else "choose a smaller model"
+    advice = _larger_share(deployment, taken, usable) or _more_ranks(deployment, runtime, budget)
     return (
-        f"{deployment.model.name} does not fit on {parallel.num_devices} x {deployment.device.name}: weights "
-        f"{format_bytes(weights)} + engine {format_bytes(runtime)} = {format_bytes(taken)} per device, and the engine "
-        f"may use {format_bytes(budget)} of {format_bytes(usable)}, so no KV block is left; {hint}, "
-        "or quantised weights"
+        f"{deployment.model.name} does not fit on {deployment.parallelism.num_devices} x {deployment.device.name}: "
+        f"weights {format_bytes(weights)} + engine {format_bytes(runtime)} = {format_bytes(taken)} per device, and the "
+        f"engine may use {format_bytes(budget)} of {format_bytes(usable)}, so no KV block is left; "
+        f"{advice}, or take quantised weights"
     )
+
+
+def _larger_share(deployment: Deployment, taken: float, usable: float) -> str | None:
+    """The engine's share to raise, where weights and engine are well within the device; None where they are not."""
+    share = {"vllm": "gpu_memory_utilization", "sglang": "mem_fraction_static"}.get(deployment.engine.kind)
+    return f"raise engine.{share}" if share is not None and taken < usable * 0.9 else None
+
+
+def _more_ranks(deployment: Deployment, runtime: float, budget: float) -> str:
+    """The tensor parallel size to take instead: one that divides the heads, on devices that have a link."""
+    enough, device = replace(deployment.parallelism, tensor=2 * deployment.tensor_parallel_size), deployment.device
+    has_link = device.scale_up_link is not None or device.host_link is not None
+    while has_link and deployment.model.num_attention_heads % enough.tensor == 0:
+        if rank_weight_bytes(deployment.model, enough) + runtime <= budget * 0.95:
+            return f"tensor_parallel_size: {enough.tensor} would hold the weights"
+        enough = replace(enough, tensor=2 * enough.tensor)
+    return "choose a smaller model"
 
 
 def waterfall(plan: MemoryPlan, deployment: Deployment) -> tuple[MemoryTerm, ...]:

@@ -176,9 +176,9 @@ _COUNTS = (
     Metric("preemptions", "Preemptions", "events", "lower", "counts.preemptions", "sequences put back to wait"),
     Metric("engine_steps", "Engine steps", "steps", None, "counts.engine_steps", "forward passes"),
     Metric("max_concurrent_requests", "Max running", "requests", None, "counts.max_concurrent_requests",
-           "most requests in flight at once"),
+           "most requests in flight at once on one replica"),
     Metric("max_waiting_requests", "Max waiting", "requests", "lower", "counts.max_waiting_requests",
-           "longest queue"),
+           "longest queue of one replica"),
 )  # fmt: skip
 _ADAPTIVE = (
     Metric("adaptive_actions", "Policy acts", "events", None, lambda r: adaptive_figure(r, "total_actions"),

@@ -184,9 +184,10 @@ def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
 def _refuse_adaptive(prepared: Prepared) -> None:
     """A steady state has no bursts to adapt to, and one step explains one compression."""
     if prepared.deployment.adaptive is not None:
+        also = " and --set adaptive.requantize=null" if prepared.deployment.adaptive.requantize is not None else ""
         msg = (
             "adaptive: a closed form has no queue and no bursts, so it cannot say when a policy acts; use kvsim "
-            "simulate, or hold one level with --set 'adaptive.policy={kind: static, level: 0}'"
+            f"simulate, or hold one level with --set 'adaptive.policy={{kind: static, level: 0}}'{also}"
         )
         raise IncompatibleScenario(msg)
 

@@ -36,6 +36,7 @@ def check_command(
     log = read_vllm_log(vllm_log)
     document, notes = _document(log, flags)
     scenario = read_scenario_over(flags, document, str(flags.file or vllm_log))
+    notes += _other_model(log, scenario.model)
     with naming_file(flags.file or vllm_log):
         check = check_log(log, scenario, tuple(notes), tolerance=tolerance, base_dir=flags.base_dir)
     print_notes(check.notes)
@@ -64,6 +65,19 @@ def _document(log: VllmLog, flags: ScenarioFlags) -> tuple[dict[str, Any], list[
         notes.append(f"{document['model']} is taken as the preset {preset}, whose layers have its shapes; else --model")
         document["model"] = preset
     return document, notes
+
+
+def _other_model(log: VllmLog, model: str) -> list[str]:
+    """Say so where the scenario's model and the log's are two different presets."""
+    from kvsim.validation.deployments import find_preset
+
+    logged = log.options.get("model")
+    if not logged:
+        return []
+    named = find_preset(str(logged))
+    if named is None or find_preset(model) in (None, named):
+        return []
+    return [f"model is {model} in the scenario and {logged} in the log"]
 
 
 def _same_shapes(model: str) -> str | None:

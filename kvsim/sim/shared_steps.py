@@ -128,7 +128,7 @@ class SharedSteps(PromptSteps):
         promised, self.now = self.now, int(self.env.now)
         lasted = self.now - flight.start
         record.contention_ticks += lasted - flight.alone
-        if flight.sequences:
+        if flight.sequences or flight.late:
             record.runs.append((1, flight.sequences, lasted, 0))
         record.gaps += [self.now - since for since in flight.late.values()]
         # Sequences that the plan behind it preempted got their latest token from it.

@@ -75,8 +75,9 @@ def with_engine_names(given: Mapping[str, Any]) -> dict[str, Any]:
     ValueError
         An option under another engine's name, or under both of its names.
     """
-    kind = given.get("kind", "vllm")
-    named = dict(given)
+    kind, named = given.get("kind", "vllm"), dict(given)
+    if not isinstance(kind, str):
+        return named  # no engine: the field itself says which there are
     for own, shared in OWN_NAMES.get(kind, {}).items():
         if own in named:
             if shared in named:

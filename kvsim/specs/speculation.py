@@ -31,8 +31,11 @@ class SpeculativeConfig(Spec):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         count = self.num_speculative_tokens
-        if (self.method == "draft_model") != (self.model is not None):
-            msg = f"model names the draft model of method draft_model (method is {self.method})"
+        if self.method == "draft_model" and self.model is None:
+            msg = "method draft_model needs model, the draft model's name, path or id"
+            raise ValueError(msg)
+        if self.method != "draft_model" and self.model is not None:
+            msg = f"model names the draft model of method draft_model, and method is {self.method}; leave it out"
             raise ValueError(msg)
         if count and (self.acceptance_rate is None) == (self.acceptance_length is None):
             msg = "give acceptance_rate or acceptance_length, one of them: how often drafts are accepted is measured"

@@ -74,5 +74,7 @@ def _read_table(origin: Origin, columns: TraceColumns, kind: str) -> RawRows:
         hash_ids=None if hashes is None else hash_lists(table, hashes, origin),
         hash_block_tokens=columns.hash_id_block_size,
         classes=None if columns.class_column is None else class_labels(table, columns.class_column, origin),
-        priority=None if columns.priority_column is None else token_counts(table, columns.priority_column, origin),
+        priority=None
+        if columns.priority_column is None
+        else token_counts(table, columns.priority_column, origin, least=0),
     )

@@ -74,8 +74,11 @@ def row_numbers(table: pl.DataFrame) -> IntArray:
     return table[ROW_NUMBER].to_numpy().astype(np.int64)
 
 
-def token_counts(table: pl.DataFrame, column: str, origin: Origin) -> IntArray:
-    """Whole numbers of a column; shape (num_rows,). Raise TraceError for the first value that is none."""
+def token_counts(table: pl.DataFrame, column: str, origin: Origin, *, least: int = 1) -> IntArray:
+    """Whole numbers of a column; shape (num_rows,). Raise TraceError for the first value that is none.
+
+    ``least`` is what a message says; values below it are refused with those of other formats.
+    """
     import polars as pl
 
     values = table[column]
@@ -86,7 +89,7 @@ def token_counts(table: pl.DataFrame, column: str, origin: Origin) -> IntArray:
         parsed = values.cast(pl.Float64, strict=False)
         whole = parsed.is_finite() & (parsed == parsed.floor()) & (parsed.abs() <= MAX_REQUEST_TOKENS)
         numbers = pl.select(pl.when(whole).then(parsed)).to_series().cast(pl.Int64)
-    _refuse_nulls(numbers, table, column, origin, f"must be a whole number from 1 to {MAX_REQUEST_TOKENS}")
+    _refuse_nulls(numbers, table, column, origin, f"must be a whole number from {least} to {MAX_REQUEST_TOKENS}")
     return numbers.to_numpy().astype(np.int64)
 
 

@@ -133,6 +133,16 @@ def test_a_scenario_of_ones_own_is_compared_and_differences_are_named(tmp_path: 
     assert run(tmp_path, SERVER_0_15, str(path), "--gpu-memory-utilization", "0.9").exit_code == 0
 
 
+def test_a_scenario_of_another_model_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("{model: llama-3.1-8b, device: h100-sxm, workload: chat}")
+    result = run(tmp_path, SERVER_0_15, str(path))
+    assert "note: model is llama-3.1-8b in the scenario and Qwen/Qwen2.5-7B-Instruct in the log" in result.stderr
+    assert "note: max_model_len is None in the scenario and 32768 in the log" in result.stderr
+    path.write_text("{model: qwen2.5-7b, device: h100-sxm, workload: chat}")
+    assert "note: model" not in run(tmp_path, SERVER_0_15, str(path)).stderr
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [

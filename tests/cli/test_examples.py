@@ -43,3 +43,13 @@ def test_sweep_example_runs(invoke, tmp_path):
     result = invoke("sweep", EXAMPLES / "sweep-strategies.yaml", "-o", tmp_path / "s.csv", "--estimate", "--workers", 1)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["ok"] == 12
+
+
+def test_the_advice_for_an_adaptive_estimate_works(invoke):
+    """What the refusal says to set is enough to get an answer."""
+    path = EXAMPLES / "adaptive-bursts.yaml"
+    refused = invoke("estimate", path)
+    assert refused.exit_code == 2
+    settings = ("adaptive.policy={kind: static, level: 0}", "adaptive.requantize=null")
+    assert all(f"{setting}" in refused.stderr for setting in settings)
+    assert invoke("estimate", path, *(word for setting in settings for word in ("--set", setting))).exit_code == 0

@@ -278,3 +278,20 @@ def test_logged_tokens_of_a_hybrid_model_count_every_group() -> None:
 def test_a_model_of_one_kind_is_not_padded() -> None:
     growths, _ = prefill_growths(deploy())
     assert growths == ((None, 16 * 32 * 2 * 8 * 128 * 2),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"engine": {"kv_cache_memory_bytes": "1 B"}}, r"^engine.kv_cache_memory_bytes: 1 B is less than one KV block"),
+        ({"engine": {"gpu_memory_utilization": 0.1}}, r"raise engine.gpu_memory_utilization"),
+        ({"model": "llama-3.1-405b"}, r"tensor_parallel_size: 16 would hold the weights"),
+        ({"model": "llama-3.1-8b", "device": "snapdragon-8-gen-3"}, r"choose a smaller model"),
+        ({"model": "deepseek-v3", "device": "a10"}, r"tensor_parallel_size: 64 would hold the weights"),
+    ],
+)
+def test_the_advice_where_nothing_fits_is_one_that_can_be_taken(changes: dict[str, Any], advice: str) -> None:
+    base = {"model": "llama-3.1-8b", "device": "h100-sxm", "workload": "chat"}
+    deployment = resolve(build_scenario(base | changes, (), "s.yaml"))
+    with pytest.raises(InfeasibleScenario, match=advice):
+        plan_memory(deployment, block_bytes(deployment))

@@ -13,6 +13,7 @@ from sim_cases import MS, Case, build_case, cases, closed_tables, deploy, gap_co
 from kvsim.cost.priors import Edge
 from kvsim.requests import UNSCHEDULED
 from kvsim.scenario import Slo
+from kvsim.sim.observer import RunObserver
 from kvsim.sim.run import RunResult
 from kvsim.summary import outcome
 from kvsim.units import TICKS_PER_SECOND
@@ -44,6 +45,15 @@ def test_first_tokens_do_not_wait_for_side_compaction(strategy: str) -> None:
     compress = step_model(case_with("side", strategy).deployment).sequences.profile(4000).compress_ticks
     assert compress > 0
     assert inline.log.first_token[0] - side.log.first_token[0] == compress
+
+
+def test_every_step_is_counted_also_where_all_its_sequences_come_back_from_compaction() -> None:
+    """The observer sees each step as it begins; the report counts them from what was written down."""
+    case = case_with("side", prompts=(4000,))
+    observer = RunObserver()
+    result = case.play(observer=observer)
+    (watch,) = observer.replicas
+    assert result.records[0].steps == sum(run.steps for run in watch.steps) == 1 + 399
 
 
 def test_overlap_slows_steps_and_is_counted() -> None:

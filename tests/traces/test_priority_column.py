@@ -45,3 +45,10 @@ def test_a_negative_priority_is_refused_by_row(tmp_path, name):
     path = write(tmp_path, name, [*ROWS, (3.0, 10, 1, -1)])
     with pytest.raises(TraceError, match="priority: -1 is not allowed; must be a whole number from 0"):
         read_trace("columns", path, COLUMNS)
+
+
+@pytest.mark.parametrize("value", ["high", "1.5", ""])
+def test_a_priority_that_is_no_number_is_told_that_0_is_allowed(tmp_path, value):
+    path = write(tmp_path, "t.csv", [*ROWS, (3.0, 10, 1, value)])
+    with pytest.raises(TraceError, match=r"priority: .*must be a whole number from 0"):
+        read_trace("columns", path, COLUMNS)
