@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvsim.adaptive import Adaptive
-from kvsim.cost.sequence import layer_bytes_per_token
+from kvsim.cost.layer_bytes import layer_bytes_per_token
 from kvsim.deployment import Deployment
 from kvsim.report import AdaptiveAction, AdaptiveUse, ClassUse, Figure, LevelUse, PolicyOutcome
 from kvsim.requests import RequestTable

@@ -10,9 +10,9 @@ import numpy as np
 from kvsim.closed_form import decode_split, prefill_split, total_seconds
 from kvsim.compression import Compression
 from kvsim.compression.base import LayerView
+from kvsim.cost.layer_bytes import layer_bytes_per_token
 from kvsim.cost.priors import Edge
 from kvsim.cost.rates import build_rates
-from kvsim.cost.sequence import layer_bytes_per_token
 from kvsim.cost.step import StepModel
 from kvsim.deployment import Deployment, layer_bands
 from kvsim.memory import MemoryPlan

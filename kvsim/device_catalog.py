@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from kvsim.data_files import data_dir
-from kvsim.documents import load_yaml, parse_yaml, validate
 from kvsim.errors import UnknownName
+from kvsim.spec_folder import SpecFolder, is_file_name, normalize_name
 from kvsim.specs.device import DeviceSpec
-
-_ALIASES_KEY: Final = "aliases:"
 
 
 @dataclass(frozen=True)
@@ -57,15 +52,12 @@ AMBIGUOUS_NAMES: Final = MappingProxyType(
 """Names that resolve with a notice; every other alias stands in its device's file."""
 
 
-def normalize_name(name: str) -> str:
-    """Lower case, with runs of ``_`` and white space read as ``-``."""
-    return re.sub(r"[_\s]+", "-", name.strip().lower())
+_DEVICES: Final = SpecFolder("hardware_specs", DeviceSpec)
 
 
-@lru_cache(maxsize=1)
 def list_devices() -> tuple[str, ...]:
     """Names of all shipped devices, sorted; only file names are read."""
-    return tuple(sorted(path.stem for path in data_dir("hardware_specs").glob("*.yaml")))
+    return _DEVICES.names
 
 
 def load_device(name: str) -> ResolvedDevice:
@@ -78,51 +70,22 @@ def load_device(name: str) -> ResolvedDevice:
     InvalidSpec
         The file cannot be read, or a value in it is not allowed.
     """
-    if name.lower().endswith((".yaml", ".yml")):
-        return ResolvedDevice(_read_spec(Path(name).expanduser()))
+    if is_file_name(name):
+        return ResolvedDevice(_DEVICES.read(Path(name).expanduser()))
     wanted = normalize_name(name)
-    if wanted in list_devices():
-        return ResolvedDevice(_load_shipped(wanted))
-    if wanted in AMBIGUOUS_NAMES:
+    if wanted not in _DEVICES.names and wanted in AMBIGUOUS_NAMES:
         return _resolve_ambiguous(name, AMBIGUOUS_NAMES[wanted])
-    aliases = _alias_index()
-    if wanted in aliases:
-        return ResolvedDevice(_load_shipped(aliases[wanted]))
-    raise UnknownName(kind="device", name=name, known=(*list_devices(), *AMBIGUOUS_NAMES, *aliases))
+    found = _DEVICES.find(wanted)
+    if found is None:
+        raise UnknownName(kind="device", name=name, known=(*_DEVICES.names, *AMBIGUOUS_NAMES, *_DEVICES.aliases))
+    return ResolvedDevice(found)
 
 
 def _resolve_ambiguous(name: str, ambiguity: _Ambiguity) -> ResolvedDevice:
-    spec = _load_shipped(ambiguity.device)
+    spec = _DEVICES.load(ambiguity.device)
     notice = f"device {name!r} can mean several parts; taking {spec.name} ({spec.title})"
     if ambiguity.others:
         notice += f"; also known: {', '.join(ambiguity.others)}"
     if ambiguity.remark:
         notice += f"; {ambiguity.remark}"
     return ResolvedDevice(spec, notice)
-
-
-def _read_spec(path: Path) -> DeviceSpec:
-    return validate(DeviceSpec, load_yaml(path), str(path), require_units=True)
-
-
-@lru_cache(maxsize=128)
-def _load_shipped(name: str) -> DeviceSpec:
-    return _read_spec(data_dir("hardware_specs") / f"{name}.yaml")
-
-
-@lru_cache(maxsize=1)
-def _alias_index() -> dict[str, str]:
-    """Normalised alias to device name, from the one ``aliases:`` line of each file.
-
-    Reading that line alone is far faster than parsing every file; a test holds it to the parsed specs.
-    """
-    folder = data_dir("hardware_specs")
-    index: dict[str, str] = {}
-    for name in list_devices():
-        path = folder / f"{name}.yaml"
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith(_ALIASES_KEY):
-                aliases = parse_yaml(line, str(path))["aliases"]
-                index.update({normalize_name(alias): name for alias in aliases})
-                break
-    return index

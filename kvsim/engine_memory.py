@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvsim.cost.layer_bytes import draft_weight_bytes
 from kvsim.cost.priors import Edge, Prior
-from kvsim.cost.sequence import draft_weight_bytes
 from kvsim.deployment import Deployment
 from kvsim.parallelism import Parallelism
 from kvsim.specs.base import Basis

@@ -12,10 +12,21 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+from kvsim.derived_figures import (
+    adaptive_figure,
+    basis_share,
+    output_throughput_per_device,
+    pool_utilization,
+    tier_figure,
+    tier_hit_rate,
+    tier_wait_s,
+    time_share,
+    tokens_per_second_per_user,
+    transfer_figure,
+)
 from kvsim.ops import Component
-from kvsim.report import Figure, Report, TiersUse
+from kvsim.report import Figure, Report
 from kvsim.specs.base import Basis
-from kvsim.specs.workload import ConcurrencyArrivals, GammaArrivals, PoissonArrivals, SyntheticWorkload, TraceWorkload
 from kvsim.units import GIBI, KIBI, MEGA, MILLISECONDS_PER_SECOND
 
 ValueKind = Literal["figure", "float", "int", "str"]
@@ -100,95 +111,6 @@ def _scaled(value: float | None, scale: float) -> float | None:
     return None if value is None else value * scale
 
 
-def tokens_per_second_per_user(report: Report) -> Figure:
-    """Speed that one user sees: 1 / median TPOT (InferenceX's interactivity), 1 / mean where no median is known."""
-    stats = report.latency.tpot
-    tpot = stats.median_s if stats.median_s.value is not None else stats.mean_s
-    return Figure(value=_inverse(tpot.value), low=_inverse(tpot.high), high=_inverse(tpot.low), basis=tpot.basis)
-
-
-def _transfer(field: str) -> Callable[[Report], Figure]:
-    """A number of the transfers between two pools; unknown where there is one pool."""
-
-    def figure(report: Report) -> Figure:
-        if report.disaggregation is None:
-            return Figure(value=None)
-        value = getattr(report.disaggregation.transfer, field)
-        return value if isinstance(value, Figure) else Figure(value=value)
-
-    return figure
-
-
-def _pool_utilization(role: str) -> Callable[[Report], Figure]:
-    def figure(report: Report) -> Figure:
-        pools = report.disaggregation.pools if report.disaggregation is not None else ()
-        return next((pool.utilization for pool in pools if pool.role == role), Figure(value=None))
-
-    return figure
-
-
-def _inverse(value: float | None) -> float | None:
-    return 1.0 / value if value else None
-
-
-def output_throughput_per_device(report: Report) -> Figure:
-    """Output tokens per second and device, over all replicas and ranks."""
-    num_devices = report.scenario.num_devices
-    rate = report.throughput.output_throughput
-    per_device = [None if value is None else value / num_devices for value in (rate.value, rate.low, rate.high)]
-    return Figure(value=per_device[0], low=per_device[1], high=per_device[2], basis=rate.basis)
-
-
-def _time_share(component: Component) -> Callable[[Report], Figure]:
-    def share(report: Report) -> Figure:
-        parts = [part for part in report.time_split if part.component is component]
-        if not parts:
-            return Figure(value=0.0 if report.time_split else None)
-        return Figure(value=sum(part.share for part in parts), basis=_weakest([part.basis for part in parts]))
-
-    return share
-
-
-def _basis_share(basis: Basis) -> Callable[[Report], Figure]:
-    def share(report: Report) -> Figure:
-        if not report.coverage:
-            return Figure(value=None)
-        return Figure(value=sum(part.share for part in report.coverage if part.basis is basis))
-
-    return share
-
-
-def _adaptive(report: Report, field: str) -> Figure:
-    """A number of the adaptive section; unknown where nothing adapts."""
-    value = getattr(report.adaptive, field) if report.adaptive is not None else None
-    return value if isinstance(value, Figure) else Figure(value=None if value is None else float(value))
-
-
-def _weakest(bases: list[Basis]) -> Basis:
-    order = list(Basis)
-    return max(bases, key=order.index)
-
-
-def _tier_figure(read_use: Callable[[TiersUse], float | None]) -> Callable[[Report], Figure]:
-    """A number of the tiers; unknown where there are none."""
-    return lambda report: Figure(value=read_use(report.tiers) if report.tiers is not None else None)
-
-
-def _tier_hit_rate(*kinds: str) -> Callable[[Report], Figure]:
-    """Share of the tokens looked up that was loaded from tiers of some kinds; unknown where there is no such tier."""
-
-    def rate(use: TiersUse) -> float | None:
-        found = [tier.hit_rate for tier in use.tiers if tier.kind in kinds and tier.hit_rate is not None]
-        return sum(found) if found else None
-
-    return _tier_figure(rate)
-
-
-def _tier_wait_s(use: TiersUse) -> float | None:
-    loads = sum(tier.loads for tier in use.tiers)
-    return sum(tier.loads * (tier.wait_mean_s or 0.0) for tier in use.tiers) / loads if loads else None
-
-
 def _latency_metrics() -> Iterator[Metric]:
     for name, meaning in LATENCY_NAMES.items():
         for statistic, title in STATISTIC_NAMES.items():
@@ -259,13 +181,13 @@ _COUNTS = (
            "longest queue of one replica"),
 )  # fmt: skip
 _ADAPTIVE = (
-    Metric("adaptive_actions", "Policy acts", "events", None, lambda r: _adaptive(r, "total_actions"),
+    Metric("adaptive_actions", "Policy acts", "events", None, lambda r: adaptive_figure(r, "total_actions"),
            "times that an adaptive compression changed its level or encoded running sequences again"),
     Metric("requantized_sequences", "Re-encoded sequences", "sequences", "lower",
-           lambda r: _adaptive(r, "requantized_sequences"), "running sequences that were encoded again"),
-    Metric("requantize_time", "Re-encoding time", "s", "lower", lambda r: _adaptive(r, "requantize_s"),
+           lambda r: adaptive_figure(r, "requantized_sequences"), "running sequences that were encoded again"),
+    Metric("requantize_time", "Re-encoding time", "s", "lower", lambda r: adaptive_figure(r, "requantize_s"),
            "time that steps took longer for encoding running sequences again"),
-    Metric("reduced_precision_share", "Reduced precision", "", "lower", lambda r: _adaptive(r, "reduced_share"),
+    Metric("reduced_precision_share", "Reduced precision", "", "lower", lambda r: adaptive_figure(r, "reduced_share"),
            "share of decoded tokens at a level after the first"),
 )  # fmt: skip
 _SPECULATION = (
@@ -275,31 +197,31 @@ _SPECULATION = (
            "part of decode steps that drafting took"),
 )  # fmt: skip
 _TIERS = (
-    Metric("device_hit_rate", "Hits on the device", "", "higher", _tier_figure(lambda use: use.device_hit_rate),
+    Metric("device_hit_rate", "Hits on the device", "", "higher", tier_figure(lambda use: use.device_hit_rate),
            "share of reusable prompt tokens found in the device's prefix cache, with tiers"),
-    Metric("tier_hit_rate", "Hits in tiers", "", "higher", _tier_hit_rate("host", "nvme", "remote"),
+    Metric("tier_hit_rate", "Hits in tiers", "", "higher", tier_hit_rate("host", "nvme", "remote"),
            "share of reusable prompt tokens loaded from tiers"),
-    Metric("host_tier_hit_rate", "Hits in host memory", "", "higher", _tier_hit_rate("host"),
+    Metric("host_tier_hit_rate", "Hits in host memory", "", "higher", tier_hit_rate("host"),
            "of those, from host memory"),
-    Metric("nvme_tier_hit_rate", "Hits on NVMe", "", "higher", _tier_hit_rate("nvme"), "of those, from NVMe"),
-    Metric("remote_tier_hit_rate", "Hits in remote stores", "", "higher", _tier_hit_rate("remote"),
+    Metric("nvme_tier_hit_rate", "Hits on NVMe", "", "higher", tier_hit_rate("nvme"), "of those, from NVMe"),
+    Metric("remote_tier_hit_rate", "Hits in remote stores", "", "higher", tier_hit_rate("remote"),
            "of those, from remote stores"),
     Metric("tier_stored_bytes", "Stored in tiers", "B", None,
-           _tier_figure(lambda use: sum(tier.stored_bytes for tier in use.tiers)), "bytes written to tiers",
+           tier_figure(lambda use: sum(tier.stored_bytes for tier in use.tiers)), "bytes written to tiers",
            display_unit="GiB", display_scale=1 / GIBI),
     Metric("tier_loaded_bytes", "Loaded from tiers", "B", None,
-           _tier_figure(lambda use: sum(tier.loaded_bytes for tier in use.tiers)), "bytes read back from tiers",
+           tier_figure(lambda use: sum(tier.loaded_bytes for tier in use.tiers)), "bytes read back from tiers",
            display_unit="GiB", display_scale=1 / GIBI),
-    Metric("mean_tier_wait_ms", "Mean wait for a load", "ms", "lower", _tier_figure(_tier_wait_s),
+    Metric("mean_tier_wait_ms", "Mean wait for a load", "ms", "lower", tier_figure(tier_wait_s),
            "mean duration of a load from a tier", scale=MILLISECONDS_PER_SECOND),
     Metric("lossy_tier_tokens", "Tokens from lossy tiers", "tokens", "lower",
-           _tier_figure(lambda use: use.lossy_tokens), "prompt tokens loaded from lossy tiers"),
+           tier_figure(lambda use: use.lossy_tokens), "prompt tokens loaded from lossy tiers"),
     Metric("recompute_tier_tokens", "Tokens computed again", "tokens", "lower",
-           _tier_figure(lambda use: use.recompute_tokens), "prompt tokens of the recompute tier"),
+           tier_figure(lambda use: use.recompute_tokens), "prompt tokens of the recompute tier"),
     Metric("saved_against_load_s", "Saved against loading", "s", "higher",
-           _tier_figure(lambda use: use.saved_against_load_s), "estimated, against loading all that is found"),
+           tier_figure(lambda use: use.saved_against_load_s), "estimated, against loading all that is found"),
     Metric("saved_against_compute_s", "Saved against computing", "s", "higher",
-           _tier_figure(lambda use: use.saved_against_compute_s), "estimated, against loading nothing"),
+           tier_figure(lambda use: use.saved_against_compute_s), "estimated, against loading nothing"),
 )  # fmt: skip
 _EFFECTS = (
     Metric("prefill_tax", "Prefill tax", "x", "lower", "effects.prefill_tax", "prefill time / native"),
@@ -329,28 +251,28 @@ _ENERGY = (
     Metric("mean_power_w", "Mean power", "W", "lower", "energy.mean_power_w", "of all devices"),
 )  # fmt: skip
 _POOLS = (
-    Metric("prefill_pool_utilization", "Prefill pool busy", "", None, _pool_utilization("prefill"),
+    Metric("prefill_pool_utilization", "Prefill pool busy", "", None, pool_utilization("prefill"),
            "share of the run in which prefill replicas were busy"),
-    Metric("decode_pool_utilization", "Decode pool busy", "", None, _pool_utilization("decode"),
+    Metric("decode_pool_utilization", "Decode pool busy", "", None, pool_utilization("decode"),
            "share of the run in which decode replicas were busy"),
-    Metric("transfer_bytes", "KV moved", "B", None, _transfer("wire_bytes"), "bytes between the pools",
+    Metric("transfer_bytes", "KV moved", "B", None, transfer_figure("wire_bytes"), "bytes between the pools",
            display_unit="GiB", display_scale=1 / GIBI),
-    Metric("mean_transfer_ms", "Mean transfer", "ms", "lower", _transfer("transfer_mean_s"),
+    Metric("mean_transfer_ms", "Mean transfer", "ms", "lower", transfer_figure("transfer_mean_s"),
            "from a transfer's start to its end", scale=MILLISECONDS_PER_SECOND),
-    Metric("mean_room_wait_ms", "Mean wait for room", "ms", "lower", _transfer("room_wait_mean_s"),
+    Metric("mean_room_wait_ms", "Mean wait for room", "ms", "lower", transfer_figure("room_wait_mean_s"),
            "from a prompt's end until the decode side had room", scale=MILLISECONDS_PER_SECOND),
-    Metric("mean_exposed_transfer_ms", "Mean exposed transfer", "ms", "lower", _transfer("exposed_mean_s"),
+    Metric("mean_exposed_transfer_ms", "Mean exposed transfer", "ms", "lower", transfer_figure("exposed_mean_s"),
            "from a prompt's end to the arrival of its KV", scale=MILLISECONDS_PER_SECOND),
-    Metric("link_utilization", "Link use", "", None, _transfer("link_utilization"),
+    Metric("link_utilization", "Link use", "", None, transfer_figure("link_utilization"),
            "bytes moved / what the ports of the busier side can move"),
 )  # fmt: skip
 _SHARES = (
     *(
-        Metric(f"time_share_{c.value}", f"Time in {c.value}", "", None, _time_share(c), f"busy time spent on {c.value}")
+        Metric(f"time_share_{c.value}", f"Time in {c.value}", "", None, time_share(c), f"busy time spent on {c.value}")
         for c in Component
     ),
     *(
-        Metric(f"basis_share_{b.value}", f"Time {b.value}", "", None, _basis_share(b), f"busy time priced as {b.value}")
+        Metric(f"basis_share_{b.value}", f"Time {b.value}", "", None, basis_share(b), f"busy time priced as {b.value}")
         for b in Basis
     ),
     Metric("bottleneck", "Bottleneck", "", None, "bottleneck", "resource that bounds the run"),
@@ -363,47 +285,3 @@ METRICS: tuple[Metric, ...] = (
     *_SHARES,
 )  # fmt: skip
 METRIC_BY_TAG: dict[str, Metric] = {metric.tag: metric for metric in METRICS}
-
-
-def to_vllm_bench(report: Report) -> dict[str, Any]:
-    """Give the report in the shape of ``vllm bench serve --save-result``: its keys, milliseconds, None for unknown."""
-    scenario = report.scenario
-    counts = report.counts
-    result: dict[str, Any] = {
-        "backend": "kvsim",
-        "label": report.strategy,
-        "model_id": scenario.model,
-        "tokenizer_id": None,
-        "num_prompts": counts.num_prompts,
-        **_load_keys(report),
-    }
-    tags = (
-        "duration", "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput",
-        "request_goodput", "output_throughput", "total_token_throughput", "max_concurrent_requests",
-    )  # fmt: skip
-    result |= {tag: read(report, METRIC_BY_TAG[tag]).value for tag in tags}
-    result["max_output_tokens_per_s"] = None
-    for name in LATENCY_NAMES:
-        for statistic in ("mean", "median", "std", "p90", "p95", "p99"):
-            result[f"{statistic}_{name}_ms"] = read(report, METRIC_BY_TAG[f"{statistic}_{name}_ms"]).value
-        result[f"p50_{name}_ms"] = result[f"median_{name}_ms"]
-    return result
-
-
-def _load_keys(report: Report) -> dict[str, Any]:
-    """Arrival options as vLLM names them; ``inf`` is everything at once, None is not known from the scenario."""
-    workload = report.scenario.workload
-    arrivals = workload.arrivals if isinstance(workload, (SyntheticWorkload, TraceWorkload)) else None
-    rate = getattr(arrivals, "request_rate", None)
-    burstiness: float | None = None
-    if isinstance(arrivals, GammaArrivals):
-        burstiness = arrivals.burstiness
-    elif isinstance(arrivals, PoissonArrivals):
-        burstiness = 1.0
-    concurrency = arrivals.max_concurrency if isinstance(arrivals, ConcurrencyArrivals) else None
-    everything_at_once = arrivals is not None and arrivals.kind in ("burst", "concurrency")
-    return {
-        "request_rate": "inf" if everything_at_once else rate,
-        "burstiness": burstiness,
-        "max_concurrency": concurrency,
-    }

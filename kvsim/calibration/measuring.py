@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from kvsim.device_catalog import AMBIGUOUS_NAMES, load_device, normalize_name
+from kvsim.device_catalog import AMBIGUOUS_NAMES, load_device
 from kvsim.errors import CalibrationError, InvalidSpec, UnknownName
+from kvsim.spec_folder import normalize_name
 from kvsim.specs.device import DeviceSpec
 
 MEASURED: Final = "measured"

@@ -94,7 +94,7 @@ def _deliver(report: Report, out: Path | None, *, as_json: bool, vllm_bench: boo
     if out is not None:
         _write(report, out)
     if as_json or vllm_bench:
-        from kvsim.metrics import to_vllm_bench
+        from kvsim.vllm_bench import to_vllm_bench
 
         print_notes(report.provenance.notes)
         print_json(to_vllm_bench(report) if vllm_bench else report.model_dump(mode="json"))

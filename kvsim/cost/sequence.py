@@ -1,8 +1,4 @@
-"""What one sequence adds to a decode step, and to the pool, over its life.
-
-Token counts are piecewise linear in generated tokens, and a token's price is constant, so a sequence's share of a
-decode step is piecewise linear too. In integer picoseconds its sums are exact.
-"""
+"""What one sequence adds to a decode step, and to the pool, over its life."""
 
 from __future__ import annotations
 
@@ -14,73 +10,21 @@ from functools import cached_property
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.cost.estimator import attention_seconds_per_token, smooth_maximum, streaming_seconds
+from kvsim.cost.layer_bytes import (
+    draft_bytes_per_token,
+    index_key_bytes,
+    layer_bytes_per_token,
+    residual_bytes,
+    scan_bytes,
+)
+from kvsim.cost.profile import Growth, Segment, SequenceProfile, clip, merge_priced, whole_ticks
 from kvsim.cost.projection import ClassKernels, attention_kernels
 from kvsim.cost.rates import Rates
 from kvsim.deployment import Deployment, LayerClass
 from kvsim.ops import OpCall
 from kvsim.specs.base import DTYPE_BITS
-from kvsim.specs.model import LayerKind, ModelSpec
+from kvsim.specs.model import LayerKind
 from kvsim.units import seconds_to_ticks
-
-FEMTO = 1000
-"""Per-token prices are kept in femtoseconds while they are multiplied by tokens, then rounded to ticks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Ticks that a sequence adds to decode step ``start_step`` + i: ``ticks`` + i·``slope_ticks``.
-
-    ``unpack_*`` is the part that only exists because of the compression.
-    """
-
-    start_step: int
-    ticks: int
-    slope_ticks: int
-    unpack_ticks: int
-    unpack_slope_ticks: int
-
-
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """Resident tokens of some layers over decode steps, and the bytes of one block of them on one rank."""
-
-    curve: TokenCurve
-    block_bytes: int
-
-
-@dataclass(frozen=True)
-class SequenceProfile:
-    """One sequence from its first decode step on."""
-
-    segments: tuple[Segment, ...]
-    growths: tuple[Growth, ...]
-    fixed_bytes: int
-    """Bytes per sequence whatever its length: residual window, recurrent state."""
-    compress_ticks: int
-    """Work at the end of prefill: score, select, compact."""
-
-    @cached_property
-    def bends(self) -> tuple[int, ...]:
-        """Decode steps at which the sequence's price or its growth changes."""
-        points = {segment.start_step for segment in self.segments[1:]}
-        for growth in self.growths:
-            points.update(growth.curve.breakpoints)
-        return tuple(sorted(points))
-
-    def resident_bytes(self, steps: int, block_size: int) -> int:
-        """Bytes held on one rank after ``steps`` decode steps."""
-        blocks = sum(-(-growth.curve(steps) // block_size) * growth.block_bytes for growth in self.growths)
-        return blocks + self.fixed_bytes
-
-    def unpack_total_ticks(self, steps: int) -> int:
-        """Ticks of the first ``steps`` decode steps that are due to the compression."""
-        total = 0
-        for index, segment in enumerate(self.segments):
-            following = self.segments[index + 1].start_step if index + 1 < len(self.segments) else steps
-            count = min(steps, following) - segment.start_step
-            if count > 0:
-                total += count * segment.unpack_ticks + segment.unpack_slope_ticks * (count * (count - 1) // 2)
-        return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +70,7 @@ class SequenceModel:
     @property
     def token_ticks(self) -> int:
         """Ticks per attended token and step where every token costs the same."""
-        return max(1, _ticks(self._affine_price[0]))
+        return max(1, whole_ticks(self._affine_price[0]))
 
     @property
     def unpack_share(self) -> float:
@@ -157,7 +101,7 @@ class SequenceModel:
                 compress_s += layers * self._compress_seconds(prompt_tokens, layer_class, view)
         growths[growing(prompt_tokens)] += draft_bytes_per_token(self._deployment)
         return SequenceProfile(
-            segments=self._affine_segments(prompt_tokens) if self.is_affine else _merge(priced),
+            segments=self._affine_segments(prompt_tokens) if self.is_affine else merge_priced(priced),
             growths=self._blocks(growths),
             fixed_bytes=math.ceil(fixed_bytes * self._stage_share),
             compress_ticks=seconds_to_ticks(compress_s * self._stretch),
@@ -296,70 +240,6 @@ def ops_seconds(ops: Iterable[OpCall], tensor_parallel_size: int, rates: Rates) 
     )
 
 
-def scan_bytes(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
-    """Page metadata of one token in one layer on one rank; none where the selection does not scan the layer."""
-    if layer_class.selection is None or layer_class.selection.scanned_tokens(1, view) is None:
-        return 0.0
-    element_bytes = DTYPE_BITS[model.dtype] / 8
-    return layer_class.selection.scan_bytes_per_token(layer_class.group, element_bytes) * layer_class.rank_share
-
-
-def layer_bytes_per_token(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
-    """Bytes of one resident token in one layer on one rank: encoded KV, page metadata, indexer key."""
-    stored = layer_class.encoding.bytes_per_token(layer_class.group, model.dtype).total_bytes
-    return stored * layer_class.rank_share + scan_bytes(layer_class, view, model) + index_key_bytes(layer_class)
-
-
-def draft_bytes_per_token(deployment: Deployment) -> float:
-    """Bytes on one rank that a token takes in the KV cache of who drafts: a draft model's, or a head's one layer."""
-    config = deployment.engine.speculative_config
-    if config is None or not config.num_speculative_tokens or config.method == "ngram":
-        return 0.0
-    drafter = deployment.draft or deployment
-    cached = [(c, view, layers) for c in drafter.layer_classes for view, layers in c.bands]
-    whole = sum(layers * layer_bytes_per_token(c, view, drafter.model) for c, view, layers in cached)
-    return whole if deployment.draft is not None else whole / max(1, sum(layers for _, _, layers in cached))
-
-
-def draft_weight_bytes(deployment: Deployment) -> float:
-    """Weights of who drafts on one rank: a draft model's, or one layer of the model's own."""
-    config = deployment.engine.speculative_config
-    if config is None or not config.num_speculative_tokens or config.method == "ngram":
-        return 0.0
-    if deployment.draft is not None:
-        return deployment.draft.model.weight_bytes / deployment.tensor_parallel_size
-    return deployment.model.layer_weight_bytes / deployment.tensor_parallel_size
-
-
-def residual_bytes(layer_class: LayerClass, model: ModelSpec) -> float:
-    """Bytes of the native window beside an encoded cache, one layer of one sequence on one rank."""
-    native = layer_class.group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
-    return layer_class.encoding.residual_tokens * native * layer_class.rank_share
-
-
-def index_key_bytes(layer_class: LayerClass) -> float:
-    """Indexer key of one token in one layer: fp8 values and one fp32 scale (vLLM's DSA cache), replicated."""
-    dim = layer_class.group.index_head_dim
-    return dim + 4.0 if dim else 0.0
-
-
-def clip(curve: TokenCurve, cap_tokens: int) -> TokenCurve:
-    """min(curve, cap) for a curve that never falls."""
-    pieces: list[tuple[int, int, int]] = []
-    for start, value, slope in curve.segments:
-        if value >= cap_tokens:
-            pieces.append((start, cap_tokens, 0))
-            break
-        pieces.append((start, value, slope))
-        if slope > 0:
-            reach = start + -(-(cap_tokens - value) // slope)
-            following = next((s[0] for s in curve.segments if s[0] > start), None)
-            if following is None or reach < following:
-                pieces.append((reach, cap_tokens, 0))
-                break
-    return TokenCurve(tuple(pieces))
-
-
 def _femto(seconds: float) -> int:
     return round(seconds * 1e15)
 
@@ -368,26 +248,3 @@ def _add(priced: defaultdict[TokenCurve, list[int]], curve: TokenCurve, whole: i
     entry = priced[curve]
     entry[0] += whole
     entry[1] += unpack
-
-
-def _merge(priced: dict[TokenCurve, list[int]]) -> tuple[Segment, ...]:
-    """Sum the priced curves. Decode step j attends to the tokens after j + 1 were generated."""
-    starts = {0}
-    for curve in priced:
-        starts.update(max(0, point - 1) for point in curve.breakpoints)
-    segments = []
-    for start in sorted(starts):
-        value = slope = unpack = unpack_slope = 0
-        for curve, (whole_price, unpack_price) in priced.items():
-            tokens = curve(start + 1)
-            rise = curve(start + 2) - tokens
-            value += tokens * whole_price
-            slope += rise * whole_price
-            unpack += tokens * unpack_price
-            unpack_slope += rise * unpack_price
-        segments.append(Segment(start, _ticks(value), _ticks(slope), _ticks(unpack), _ticks(unpack_slope)))
-    return tuple(segments)
-
-
-def _ticks(femtoseconds: int) -> int:
-    return round(femtoseconds / FEMTO)

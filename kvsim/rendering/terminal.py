@@ -30,7 +30,8 @@ from kvsim.report import Report
 from kvsim.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from kvsim.simulate import Comparison, Explanation
+    from kvsim.explain import Explanation
+    from kvsim.simulate import Comparison
 
 BAR_CELLS = 30
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (

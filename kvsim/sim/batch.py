@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from kvsim.cost.sequence import SequenceProfile
+from kvsim.cost.profile import SequenceProfile
 
 
 class SequenceState:

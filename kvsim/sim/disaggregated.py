@@ -10,35 +10,27 @@ from typing import Generic, TypeVar, cast
 import simpy
 from simpy.events import NORMAL, EventPriority
 
-from kvsim.cost.front_end import front_end
 from kvsim.cost.priors import Edge
-from kvsim.cost.rates import build_rates
-from kvsim.cost.step import StepModel
-from kvsim.cost.tables import StepTables, build_tables
+from kvsim.cost.tables import StepTables
 from kvsim.deployment import Deployment
 from kvsim.errors import InvariantViolation
 from kvsim.memory import MemoryPlan
 from kvsim.requests import RequestTable
-from kvsim.sim.arrivals import ArrivalSource, front_end_ticks
+from kvsim.sim.arrivals import ArrivalSource
 from kvsim.sim.batch import SequenceState
+from kvsim.sim.build import build_router, open_log, pool_parts
 from kvsim.sim.engine import ReplicaEngine
 from kvsim.sim.fabric import Fabric
 from kvsim.sim.handover import Handover, HandoverSource, TransferRules, Transfers, expected_handovers
 from kvsim.sim.observer import RunObserver
+from kvsim.sim.parts import ReplicaParts
 from kvsim.sim.recorder import RequestLog
 from kvsim.sim.replica import PromptOut
 from kvsim.sim.resources import SharedDevice
-from kvsim.sim.run import (
-    RunResult,
-    Sharing,
-    build_router,
-    check_requests,
-    host_work_ticks,
-    play_clock,
-    scheduler_limits,
-    settle_replica,
-)
+from kvsim.sim.run import RunResult, play_clock
 from kvsim.sim.scheduling import Chunk, Leaving
+from kvsim.sim.settle import check_requests, settle_replica
+from kvsim.sim.sharing import Sharing
 from kvsim.specs.routing import RouterThresholds, Routing
 
 LATE = EventPriority(NORMAL + 2)
@@ -184,18 +176,8 @@ def run_disaggregated(
 ) -> RunResult:
     """Simulate every request to its end; raise InvariantViolation if anything is lost on the way."""
     env = simpy.Environment(initial_time=0)
-    front = front_end_ticks(front_end(prefill.deployment, edge))
-    arrivals = ArrivalSource(env, requests, build_router(requests, routing, thresholds), front)
-    blank = [-1] * len(requests)
-    log = RequestLog(
-        arrivals.sent_ticks,
-        arrivals.arrived_ticks,
-        blank[:],
-        blank[:],
-        blank[:],
-        [False] * len(requests),
-        front.egress,
-    )
+    router = build_router(requests, routing, thresholds)
+    arrivals, log = open_log(env, prefill.deployment, requests, router, edge)
     builder = _Builder(env, requests, log, max_model_len, edge)
     givers = builder.build(prefill, PrefillEngine, [arrivals] * prefill.deployment.replicas)
     sources = [HandoverSource(env, arrivals) for _ in range(decode.deployment.replicas)]
@@ -244,7 +226,6 @@ EngineT = TypeVar("EngineT", bound=ReplicaEngine)
 @dataclass(frozen=True)
 class _BuiltPool(Generic[EngineT]):
     replicas: list[EngineT]
-    step: StepModel
     tables: StepTables
     pool_bytes: int
 
@@ -269,32 +250,16 @@ class _Builder:
         engine_class: type[EngineT],
         sources: Sequence[ArrivalSource | HandoverSource],
     ) -> _BuiltPool[EngineT]:
-        deployment, requests = pool.deployment, self.requests
-        step = StepModel(deployment, build_rates(deployment.device, deployment.priors, self.edge))
-        tables = build_tables(step, deployment.engine.max_num_batched_tokens, deployment.engine.max_num_seqs)
-        limits = scheduler_limits(deployment, pool.plan, self.max_model_len)
-        lengths = (requests.prompt_tokens.tolist(), requests.output_tokens.tolist())
-        sharing = Sharing.of(deployment, requests, limits)
+        parts = pool_parts(pool.deployment, pool.plan, self.requests, self.log, self.max_model_len, edge=self.edge)
+        sharing = Sharing.of(pool.deployment, self.requests, parts.limits)
         replicas = []
         for source in sources:
             device = SharedDevice(self.env)
-            replica = engine_class(
-                self.env,
-                device,
-                # One that offers has all that an engine uses which never runs ahead of the clock.
-                cast("ArrivalSource", source),
-                lengths,
-                self.log,
-                step,
-                tables,
-                limits,
-                sharing.build(device) if sharing is not None else None,
-                token_ticks=step.sequences.token_ticks if step.sequences.is_affine else 0,
-                coalesce=False,
-                host_work=host_work_ticks(step),
-            )
-            replicas.append(replica)
-        return _BuiltPool(replicas, step, tables, limits.pool_bytes)
+            shared = sharing.build(device) if sharing is not None else None
+            # One that offers has all that an engine uses which never runs ahead of the clock.
+            taken = cast("ArrivalSource", source)
+            replicas.append(engine_class(ReplicaParts(self.env, parts, device, taken, shared, coalesce=False)))
+        return _BuiltPool(replicas, parts.tables, parts.limits.pool_bytes)
 
 
 def _check_transfers(transfers: Transfers, expected: int) -> None:

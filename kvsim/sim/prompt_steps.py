@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from kvsim.cost.sequence import SequenceProfile
+from kvsim.cost.profile import SequenceProfile
 from kvsim.sim.batch import SequenceState
 from kvsim.sim.lanes import LanePricing, Piece
 from kvsim.sim.observer import prompts_of

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
 
 import simpy
 
-from kvsim.cost.sequence import SequenceProfile
-from kvsim.cost.step import StepModel
-from kvsim.cost.tables import StepTables
-from kvsim.sim.arrivals import ArrivalSource
+from kvsim.cost.profile import SequenceProfile
 from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.lanes import LanePricing
 from kvsim.sim.observer import ReplicaWatch
+from kvsim.sim.parts import ReplicaParts
 from kvsim.sim.prefix_cache import PrefixCache
-from kvsim.sim.recorder import ReplicaRecord, RequestLog
-from kvsim.sim.resources import Demand, SharedDevice
+from kvsim.sim.recorder import ReplicaRecord
+from kvsim.sim.resources import Demand
 from kvsim.sim.scheduling import (
     Leaving,
-    PrefixSharing,
     Scheduler,
     SchedulerLimits,
     SchedulerParts,
     WaitingQueue,
     build_scheduler,
 )
-from kvsim.sim.speculation import Speculation
 from kvsim.sim.speculative_batch import SpeculativeBatch
 from kvsim.sim.waits import Waits
 from kvsim.units import TICKS_PER_SECOND
@@ -64,48 +60,35 @@ class Replica:
     hands_over = False
     """Whether prompts leave with their KV once the step that ends them is over."""
 
-    def __init__(  # noqa: PLR0915 - all state of a replica, named once
-        self,
-        env: simpy.Environment,
-        device: SharedDevice,
-        source: ArrivalSource,
-        lengths: tuple[list[int], list[int]],
-        log: RequestLog,
-        step: StepModel,
-        tables: StepTables,
-        limits: SchedulerLimits,
-        sharing: PrefixSharing | None,
-        *,
-        token_ticks: int,
-        coalesce: bool,
-        host_work: list[int],
-        priority: Sequence[int] | None = None,
-        speculation: Speculation | None = None,
-    ) -> None:
-        self.env = env
+    def __init__(self, parts: ReplicaParts) -> None:  # noqa: PLR0915 - all state of a replica, named once
+        pool, source, sharing, coalesce = parts.pool, parts.source, parts.sharing, parts.coalesce
+        step, tables, limits, speculation = pool.step, pool.tables, pool.limits, pool.speculation
+        self.env = parts.env
         self.now = 0
         """When the step to plan next starts, in ticks."""
         self.seen = 0
         """When it is planned: ``now``, or with asynchronous scheduling when the step before it starts."""
         self.overlaps = step.deployment.engine.schedules_ahead
         """Whether a step is planned while the one before it runs."""
-        self.host_work = host_work
+        self.host_work = pool.host_work
         """Ticks of host work of a step, by its sequences."""
         self.source = source
-        self.log = log
+        self.log = pool.log
         self.step = step
         self.tables = tables
         self.coalesce = coalesce
         self.record = ReplicaRecord(min_free_bytes=limits.pool_bytes)
-        self.generated = [0] * len(lengths[0])
+        self.generated = [0] * len(pool.lengths[0])
         self._speculation = speculation
-        sizes = (limits.block_size, limits.prefill_growths[0][1], token_ticks)
+        sizes = (limits.block_size, limits.prefill_growths[0][1], pool.token_ticks)
         self._drafted = SpeculativeBatch(*sizes, speculation.plan) if speculation is not None else None
-        self.batch = self._new_batch(limits, token_ticks)
+        self.batch = self._new_batch(limits, pool.token_ticks)
         self.scheduler = self._new_scheduler(
-            SchedulerParts(limits, self.batch, lengths, self.generated, log, self.record, sharing, priority)
+            SchedulerParts(
+                limits, self.batch, pool.lengths, self.generated, pool.log, self.record, sharing, pool.priority
+            )
         )
-        self.device = device
+        self.device = parts.device
         self.decode_steps = [0] * (limits.max_num_seqs + 1)
         """Decode steps taken at each batch size."""
         self.variable_total = 0
@@ -126,7 +109,7 @@ class Replica:
         self._factors = tables.factors
         self.unscaled_total = 0
         """``variable_total`` before each batch's factor, where sequences are dealt to lanes."""
-        self._plain = self._runs_ahead and token_ticks > 0 and sharing is None and self._lanes is None
+        self._plain = self._runs_ahead and pool.token_ticks > 0 and sharing is None and self._lanes is None
         self._plain &= speculation is None and self.scheduler.admits_plainly
         """Whether a prompt alone can skip the scheduler: every token costs the same, nothing is shared."""
         self._lone = SequenceState(-1, 0)

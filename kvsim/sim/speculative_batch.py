@@ -14,7 +14,7 @@ import numpy as np
 
 from kvsim.compression.base import TokenCurve
 from kvsim.cost.drafts import DraftContext
-from kvsim.cost.sequence import Segment, SequenceProfile
+from kvsim.cost.profile import Segment, SequenceProfile
 from kvsim.sim.acceptance import Acceptance, IntArray
 from kvsim.sim.batch import DecodeBatch, SequenceState
 

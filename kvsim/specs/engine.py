@@ -18,16 +18,6 @@ SkippedLayers = tuple[int | Literal["sliding_window"], ...]
 Share = Annotated[float, Field(gt=0, le=1)]
 EngineKind = Literal["vllm", "sglang", "tensorrt_llm", "llamacpp"]
 DEFAULT_UTILIZATION: Final = 0.92
-MEMORY_OPTIONS: Final = {
-    "vllm": (
-        "gpu_memory_utilization", "num_gpu_blocks_override", "kv_cache_memory_bytes", "cuda_graph_memory_bytes",
-        "version",
-    ),
-    "sglang": ("mem_fraction_static",),
-    "tensorrt_llm": ("free_gpu_memory_fraction",),
-    "llamacpp": ("ctx_size",),
-}  # fmt: skip
-"""Options that only one engine has; they mean different things, so none is read for another engine."""
 
 
 class SamplingSpec(Spec):
@@ -176,17 +166,7 @@ class EngineSpec(Spec):
         return int(major), int(minor)
 
     @model_validator(mode="after")
-    def _options_of_its_own_kind(self) -> Self:
-        for kind, names in MEMORY_OPTIONS.items():
-            if kind == self.kind:
-                continue
-            for name in names:
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    msg = (
-                        f"{name} is an option of {kind}, and engine.kind is {self.kind}; memory options of "
-                        f"{self.kind}: {', '.join(MEMORY_OPTIONS[self.kind])}"
-                    )
-                    raise ValueError(msg)
+    def _a_token_per_slot(self) -> Self:
         if self.ctx_size is not None and self.ctx_size < self.max_num_seqs:
             msg = f"ctx_size {self.ctx_size} leaves no token for each of max_num_seqs {self.max_num_seqs} slots"
             raise ValueError(msg)

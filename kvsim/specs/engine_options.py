@@ -35,7 +35,19 @@ DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 """Where an engine's default is not vLLM's."""
 
+MEMORY_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "vllm": (
+        "gpu_memory_utilization", "num_gpu_blocks_override", "kv_cache_memory_bytes", "cuda_graph_memory_bytes",
+        "version",
+    ),
+    "sglang": ("mem_fraction_static",),
+    "tensorrt_llm": ("free_gpu_memory_fraction",),
+    "llamacpp": ("ctx_size",),
+}  # fmt: skip
+"""Options that only one engine has; they mean different things, so none is read for another engine."""
+
 OWNERS: Final[Mapping[str, tuple[str, ...]]] = {
+    **{name: (kind,) for kind, names in MEMORY_OPTIONS.items() for name in names},
     "scheduling_policy": ("vllm",),
     "long_prefill_token_threshold": ("vllm",),
     "kv_offloading_size": ("vllm",),
@@ -125,6 +137,10 @@ def _refuse_foreign_names(kind: Any, named: Mapping[str, Any]) -> None:
 def refuse_foreign(kind: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise ValueError for an option of another engine that differs from its default."""
     for name, owners in OWNERS.items():
-        if name in options and kind not in owners and options[name] != defaults[name]:
-            msg = f"{name} is an option of {' and '.join(owners)}, and engine.kind is {kind}; leave it out"
-            raise ValueError(msg)
+        if name not in options or kind in owners or options[name] == defaults[name]:
+            continue
+        advice = "leave it out"
+        if any(name in names for names in MEMORY_OPTIONS.values()):
+            advice = f"memory options of {kind}: {', '.join(MEMORY_OPTIONS[kind])}"
+        msg = f"{name} is an option of {' and '.join(owners)}, and engine.kind is {kind}; {advice}"
+        raise ValueError(msg)

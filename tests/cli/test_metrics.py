@@ -3,9 +3,10 @@ import re
 
 import pytest
 
-from kvsim.metrics import METRIC_BY_TAG, METRICS, read, to_vllm_bench
+from kvsim.metrics import METRIC_BY_TAG, METRICS, read
 from kvsim.report import Figure
 from kvsim.scenario import Scenario
+from kvsim.vllm_bench import to_vllm_bench
 
 
 def test_tags_are_unique():

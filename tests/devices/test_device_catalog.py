@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsim.data_files import data_dir
-from kvsim.device_catalog import AMBIGUOUS_NAMES, list_devices, load_device, normalize_name
+from kvsim.device_catalog import AMBIGUOUS_NAMES, list_devices, load_device
 from kvsim.errors import InvalidSpec, UnknownName
+from kvsim.spec_folder import normalize_name
 
 ALIASES = [(alias, name) for name in list_devices() for alias in load_device(name).spec.aliases]
 

@@ -10,7 +10,8 @@ from kvsim.closed_form import decode_split, prefill_split, total_seconds
 from kvsim.cost.priors import Edge
 from kvsim.errors import KvsimError
 from kvsim.explain import explain_deployment
-from kvsim.simulate import explain, prepare
+from kvsim.prepare import prepare
+from kvsim.simulate import explain
 
 STRATEGIES = ("native", "fp8", "kivi-2", "turboquant_4bit_nc", "snapkv", "quest", "palu")
 

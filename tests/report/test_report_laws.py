@@ -10,9 +10,10 @@ from report_cases import CASES, figures, reports, scenario, workload
 
 from kvsim.compression import STRATEGIES
 from kvsim.device_catalog import load_device
+from kvsim.prepare import prepare
 from kvsim.report import Figure, Report
 from kvsim.sim.run import run_requests
-from kvsim.simulate import compare, estimate, prepare, simulate
+from kvsim.simulate import compare, estimate, simulate
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 

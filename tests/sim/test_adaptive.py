@@ -20,7 +20,7 @@ from kvsim.cost.priors import Edge
 from kvsim.cost.tables import build_tables
 from kvsim.pool import block_bytes
 from kvsim.requests import RequestTable
-from kvsim.sim import run
+from kvsim.sim import build
 from kvsim.sim.adaptive.batch import AdaptiveBatch, LevelledSequence
 from kvsim.sim.adaptive.prefix_cache import LevelledPrefixCache
 from kvsim.sim.adaptive.prices import level_prices
@@ -146,7 +146,7 @@ def test_laws_hold_on_every_kind_of_load(case: Case) -> None:
 def test_laws_hold_where_the_host_is_as_slow_as_the_device(case: Case, share: float) -> None:
     engine = case.deployment.engine
     step = build_tables(step_model(case.deployment), engine.max_num_batched_tokens, engine.max_num_seqs).step
-    with mock.patch.object(run, "host_work_ticks", return_value=[round(share * ticks) for ticks in step]):
+    with mock.patch.object(build, "host_work_ticks", return_value=[round(share * ticks) for ticks in step]):
         play_both(case)
 
 

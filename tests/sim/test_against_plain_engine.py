@@ -25,7 +25,7 @@ from sim_cases import (
 from test_coalescing import assert_same
 
 from kvsim.cost.tables import build_tables
-from kvsim.sim import run
+from kvsim.sim import build
 from kvsim.units import TICKS_PER_SECOND
 
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -37,7 +37,7 @@ def price_of(case: Case) -> Price:
     """Price of a step of ``case``: the tables, one price per attended token, prefill attention chunk by chunk."""
     step, engine = step_model(case.deployment), case.deployment.engine
     tables = build_tables(step, engine.max_num_batched_tokens, engine.max_num_seqs)
-    host_work = run.host_work_ticks(step)
+    host_work = build.host_work_ticks(step)
 
     def price(decoding: Sequence[int], prompts: Sequence[tuple[int, int]], completed: int) -> int:
         size, tokens = len(decoding), sum(chunk for chunk, _ in prompts)
@@ -112,7 +112,7 @@ def test_equals_the_plain_engine_where_the_host_is_as_slow_as_the_device(case: C
     engine = case.deployment.engine
     step = build_tables(step_model(case.deployment), engine.max_num_batched_tokens, engine.max_num_seqs).step
     work = [round(share * ticks) for ticks in step]
-    with mock.patch.object(run, "host_work_ticks", return_value=work):
+    with mock.patch.object(build, "host_work_ticks", return_value=work):
         assert_equals_plain(case)
         assert_same(case.play(), case.play(coalesce=False))
 

@@ -11,7 +11,8 @@ from run_invariants import check_run
 from sim_cases import MS, Case, build_case, deploy, step_model, table
 
 from kvsim.cost.tables import build_tables
-from kvsim.sim.run import RunResult, host_work_ticks
+from kvsim.sim.build import host_work_ticks
+from kvsim.sim.run import RunResult
 from kvsim.specs.engine import EngineSpec, SamplingSpec
 from kvsim.units import TICKS_PER_SECOND
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvsim.compression.base import growing
-from kvsim.cost.sequence import Growth, Segment, SequenceProfile
+from kvsim.cost.profile import Growth, Segment, SequenceProfile
 from kvsim.sim.batch import DecodeBatch, SequenceState
 
 FIXED_BYTES = 7

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from sim_cases import Case, build_case, deploy, table
 
+from kvsim.prepare import prepare
 from kvsim.requests import RequestTable
 from kvsim.scenario import Scenario
-from kvsim.simulate import compare, estimate, prepare, simulate
+from kvsim.simulate import compare, estimate, simulate
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DOCUMENT = {

@@ -15,9 +15,10 @@ from test_coalescing import assert_same
 from test_routing import sessions
 
 from kvsim.cost.tables import build_tables
+from kvsim.sim.build import host_work_ticks
 from kvsim.sim.disaggregated import Crossing
 from kvsim.sim.fabric import Fabric
-from kvsim.sim.run import RunResult, host_work_ticks
+from kvsim.sim.run import RunResult
 from kvsim.sim.scheduling import Chunk
 from kvsim.units import TICKS_PER_SECOND
 

@@ -4,9 +4,9 @@ import pytest
 from pydantic import ValidationError
 
 from kvsim.errors import InvalidSpec
+from kvsim.prepare import prepare
 from kvsim.scenario import Scenario
 from kvsim.scenario_file import load_scenario
-from kvsim.simulate import prepare
 from kvsim.specs.engine import EngineSpec
 from kvsim.specs.engine_options import DEFAULTS, NO_OVERLAP, OWN_NAMES, OWNERS
 
@@ -56,6 +56,9 @@ CHANGED = {
     "capacity_scheduler_policy": "max_utilization", "scheduler_recv_interval": 5,
     "batch_wait_timeout_iters": 5, "batch_wait_max_tokens_ratio": 0.5, "n_ubatch": 5,
     "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "acceptance_rate": 0.5},
+    "gpu_memory_utilization": 0.5, "num_gpu_blocks_override": 5, "kv_cache_memory_bytes": "1 GiB",
+    "cuda_graph_memory_bytes": "1 GiB", "version": "0.15.1", "mem_fraction_static": 0.5,
+    "free_gpu_memory_fraction": 0.5, "ctx_size": 4096,
 }  # fmt: skip
 
 

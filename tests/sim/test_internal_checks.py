@@ -1,4 +1,4 @@
-"""The checks that run.py makes on every run do fire: break the simulator on purpose, and see it say so."""
+"""The checks that settle.py makes on every run do fire: break the simulator on purpose, and see it say so."""
 
 from __future__ import annotations
 

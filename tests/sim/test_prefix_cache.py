@@ -10,11 +10,11 @@ from run_invariants import audited, check_run, check_schedulers
 from sim_cases import HASH_TOKENS, MS, Case, base_deployment, build_case, deploy, table
 
 from kvsim.errors import InvariantViolation
+from kvsim.prepare import prepare
 from kvsim.requests import UNSCHEDULED
 from kvsim.scenario import Scenario
 from kvsim.sim.prefix_cache import PrefixCache
 from kvsim.sim.run import RunResult
-from kvsim.simulate import prepare
 from kvsim.specs.engine import EngineSpec
 
 

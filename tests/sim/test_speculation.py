@@ -15,12 +15,13 @@ from run_invariants import audited, check_schedulers
 from sim_cases import ANY_TABLE, MS, Case, build_case, deploy, gap_counts, table
 
 from kvsim.errors import IncompatibleScenario, InvalidSpec, UnknownName
+from kvsim.prepare import prepare
 from kvsim.scenario import Scenario
 from kvsim.sim.acceptance import Acceptance
 from kvsim.sim.batch import SequenceState
 from kvsim.sim.run import RunResult, run_requests
 from kvsim.sim.speculative_batch import SpeculationPlan, SpeculativeBatch
-from kvsim.simulate import estimate, prepare, simulate
+from kvsim.simulate import estimate, simulate
 from kvsim.specs.speculation import SpeculativeConfig
 
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

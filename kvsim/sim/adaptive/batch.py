@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 
-from kvsim.cost.sequence import SequenceProfile
+from kvsim.cost.profile import SequenceProfile
 from kvsim.sim.adaptive.prices import LevelPrices
 from kvsim.sim.adaptive.record import AdaptiveRecord
 from kvsim.sim.batch import DecodeBatch, SequenceState

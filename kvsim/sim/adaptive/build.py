@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import simpy
-
 from kvsim.adaptive import Adaptive
 from kvsim.requests import RequestTable
 from kvsim.sim.adaptive.engine import AdaptiveEngine
 from kvsim.sim.adaptive.prices import LevelPrices
 from kvsim.sim.adaptive.scheduler import LevelSharing, level_sharing
-from kvsim.sim.arrivals import ArrivalSource
-from kvsim.sim.recorder import RequestLog
-from kvsim.sim.resources import SharedDevice
-from kvsim.sim.scheduling import SchedulerLimits
+from kvsim.sim.parts import ReplicaParts
 
 
 @dataclass(frozen=True)
@@ -38,37 +33,11 @@ class LevelBuilder:
     shared: SharedUnits | None
     """None where nothing is shared."""
 
-    def engine(
-        self,
-        env: simpy.Environment,
-        device: SharedDevice,
-        source: ArrivalSource,
-        lengths: tuple[list[int], list[int]],
-        log: RequestLog,
-        limits: SchedulerLimits,
-        *,
-        coalesce: bool,
-        host_work: list[int],
-    ) -> AdaptiveEngine:
-        """One replica's engine."""
-        classes, priority = self.requests.request_class, self.requests.priority
-        return AdaptiveEngine(
-            env,
-            device,
-            source,
-            lengths,
-            log,
-            self.prices.steps[0],
-            self.prices.tables[0],
-            limits,
-            sharing=self._sharing(),
-            adaptive=self.adaptive,
-            prices=self.prices,
-            classes=(self.requests.class_names, None if classes is None else classes.tolist()),
-            coalesce=coalesce,
-            host_work=host_work,
-            priority=None if priority is None else priority.tolist(),
-        )
+    def engine(self, parts: ReplicaParts) -> AdaptiveEngine:
+        """One replica's engine, which gets a prefix cache of several levels."""
+        classes = self.requests.request_class
+        names_and_classes = (self.requests.class_names, None if classes is None else classes.tolist())
+        return AdaptiveEngine(parts, self._sharing(), self.adaptive, self.prices, names_and_classes)
 
     def _sharing(self) -> LevelSharing | None:
         shared = self.shared

@@ -98,16 +98,16 @@ class LevelControl:
             if self.level and self._requantize is not None and self._encode_again(now_ticks, reason):
                 return
             if self.level < self._top:
-                self._change(now_ticks, self.level + 1, reason)
+                self._change(now_ticks, self.level + 1, reason, len(self._scheduler.waiting))
         elif self.level and used <= self._low_bytes:
-            self._change(now_ticks, self.level - 1, POOL_EMPTY)
+            self._change(now_ticks, self.level - 1, POOL_EMPTY, len(self._scheduler.waiting))
 
-    def rest(self, since_ticks: int, now_ticks: int) -> None:
-        """The replica idled: it relaxed whenever it was allowed to."""
+    def rest(self, since_ticks: int, now_ticks: int, waiting: int) -> None:
+        """The replica idled while so many requests waited: it relaxed whenever it was allowed to."""
         if self._policy is None or self._used_bytes > self._low_bytes:
             return
         while self.level and (at := max(since_ticks, self._ready_at)) < now_ticks:
-            self._change(at, self.level - 1, POOL_EMPTY)
+            self._change(at, self.level - 1, POOL_EMPTY, waiting)
 
     def make_room(self, now_ticks: int) -> None:
         """Encode sequences again before any is preempted, where the scenario asks for that."""
@@ -130,8 +130,7 @@ class LevelControl:
             return False
         return len(self._scheduler.waiting) >= policy.queue_length
 
-    def _change(self, now_ticks: int, level: int, reason: str) -> None:
-        waiting = len(self._scheduler.waiting)
+    def _change(self, now_ticks: int, level: int, reason: str, waiting: int) -> None:
         self._record.actions.append(Action(now_ticks, self.level, level, reason, self._used_bytes, waiting))
         self.level = level
         self._ready_at = now_ticks + self._dwell_ticks

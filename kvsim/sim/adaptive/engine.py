@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import simpy
+from dataclasses import replace
 
 from kvsim.adaptive import Adaptive
-from kvsim.cost.sequence import SequenceProfile
-from kvsim.cost.step import StepModel
-from kvsim.cost.tables import StepTables
+from kvsim.cost.profile import SequenceProfile
 from kvsim.sim.adaptive.batch import AdaptiveBatch, level_of
 from kvsim.sim.adaptive.control import LevelControl
 from kvsim.sim.adaptive.prices import LevelPrices
 from kvsim.sim.adaptive.record import AdaptiveRecord
 from kvsim.sim.adaptive.scheduler import LevelSharing, adaptive_scheduler
-from kvsim.sim.arrivals import ArrivalSource
 from kvsim.sim.batch import DecodeBatch, SequenceState
 from kvsim.sim.engine import ReplicaEngine
-from kvsim.sim.recorder import RequestLog
+from kvsim.sim.parts import ReplicaParts
 from kvsim.sim.replica import Clocked, ClockedAnswer
-from kvsim.sim.resources import SharedDevice
 from kvsim.sim.scheduling import Chunk, Scheduler, SchedulerLimits, SchedulerParts
 from kvsim.specs.adaptive import StaticPolicy
 from kvsim.units import TICKS_PER_SECOND
@@ -31,45 +26,21 @@ class AdaptiveEngine(ReplicaEngine):
 
     def __init__(
         self,
-        env: simpy.Environment,
-        device: SharedDevice,
-        source: ArrivalSource,
-        lengths: tuple[list[int], list[int]],
-        log: RequestLog,
-        step: StepModel,
-        tables: StepTables,
-        limits: SchedulerLimits,
-        *,
+        parts: ReplicaParts,
         sharing: LevelSharing | None,
         adaptive: Adaptive,
         prices: LevelPrices,
         classes: tuple[tuple[str, ...], Sequence[int] | None],
-        coalesce: bool,
-        host_work: list[int],
-        priority: Sequence[int] | None,
     ) -> None:
         self.prices = prices
         self._level_sharing = sharing
         names, self._class_of = classes
         bounds = [adaptive.bounds(name) for name in names] if self._class_of is not None else [adaptive.bounds(None)]
         start = adaptive.policy.level if isinstance(adaptive.policy, StaticPolicy) else 0
+        pool_bytes = parts.pool.limits.pool_bytes
         self.adaptive_record = AdaptiveRecord(prices.count, len(bounds), start)
-        self.control = LevelControl(adaptive, prices, self.adaptive_record, limits.pool_bytes, bounds, self._class_of)
-        super().__init__(
-            env,
-            device,
-            source,
-            lengths,
-            log,
-            step,
-            tables,
-            limits,
-            sharing.whole if sharing else None,
-            token_ticks=0,
-            coalesce=coalesce,
-            host_work=host_work,
-            priority=priority,
-        )
+        self.control = LevelControl(adaptive, prices, self.adaptive_record, pool_bytes, bounds, self._class_of)
+        super().__init__(replace(parts, sharing=sharing.whole if sharing else None))
         self.record.adaptive = self.adaptive_record
 
     def _new_batch(self, limits: SchedulerLimits, token_ticks: int) -> DecodeBatch:
@@ -107,11 +78,11 @@ class AdaptiveEngine(ReplicaEngine):
         yield from super()._shared_step()
 
     def _idle(self) -> ClockedAnswer:
-        since = self.now
+        since, waiting = self.now, len(self.scheduler.waiting)
         self.control.look(since)
         goes_on = yield from super()._idle()
         if goes_on:
-            self.control.rest(since, self.now)
+            self.control.rest(since, self.now, waiting)
         return goes_on
 
     # --- prices of the sequence's own level -------------------------------------------------------------------------

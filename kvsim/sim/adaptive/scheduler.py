@@ -12,7 +12,6 @@ from kvsim.sim.adaptive.prices import PromptBytes
 from kvsim.sim.batch import SequenceState
 from kvsim.sim.scheduling import Chunk, PrefixSharing, Scheduler, SchedulerParts
 from kvsim.sim.scheduling.vllm import PriorityScheduler, ThresholdScheduler, VllmScheduler
-from kvsim.sim.tiers.reload import Reload
 from kvsim.specs.engine import EngineSpec
 
 
@@ -90,17 +89,9 @@ class LevelScheduling(Scheduler):
             return False
         return super().make_room(start_ticks)
 
-    def seat(
-        self,
-        sequence: SequenceState,
-        need_bytes: int,
-        pinned_bytes: int,
-        cached_tokens: int,
-        now_ticks: int,
-        reload: Reload | None = None,
-    ) -> None:
-        """Take the head of the waiting queue in."""
-        super().seat(sequence, need_bytes, pinned_bytes, cached_tokens, now_ticks, reload)
+    def note_seated(self, sequence: SequenceState) -> None:
+        """Count a prompt at its level."""
+        super().note_seated(sequence)
         self._control.note_prompt(sequence)
 
 

@@ -1,15 +1,8 @@
 """Scheduling policies of serving engines on one replica; none of them knows a clock."""
 
-from kvsim.sim.scheduling.base import (
-    Chunk,
-    Leaving,
-    PrefixSharing,
-    Scheduler,
-    SchedulerLimits,
-    SchedulerParts,
-    WaitingQueue,
-)
+from kvsim.sim.scheduling.base import Scheduler
 from kvsim.sim.scheduling.llamacpp import LlamaCppScheduler
+from kvsim.sim.scheduling.parts import Chunk, Leaving, PrefixSharing, SchedulerLimits, SchedulerParts, WaitingQueue
 from kvsim.sim.scheduling.sglang import SglangOptions, SglangScheduler
 from kvsim.sim.scheduling.tensorrt_llm import BatchWait, GuaranteedNoEvictScheduler, MaxUtilizationScheduler
 from kvsim.sim.scheduling.vllm import PriorityScheduler, ThresholdScheduler, VllmScheduler

@@ -1,111 +1,22 @@
-"""What every engine's scheduler shares on one replica: the block pool, prefix sharing, preemption. No clock here.
+"""What every engine's scheduler shares on one replica: the queue, seats, preemption. No clock here.
 
 A scheduler says who gets tokens in the next step, and who must give blocks back. Each engine's rules are in a file of
 its own beside this one.
-Sources: vLLM V1 ``KVCacheManager.allocate_slots`` and ``get_computed_blocks``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 from kvsim.errors import InvariantViolation
-from kvsim.sim.batch import DecodeBatch, SequenceState
-from kvsim.sim.prefix_cache import PrefixCache
-from kvsim.sim.recorder import ReplicaRecord, RequestLog
-from kvsim.sim.tiers.hierarchy import KvTiers
+from kvsim.sim.batch import SequenceState
+from kvsim.sim.scheduling.blocks import BlockBooks
+from kvsim.sim.scheduling.parts import Chunk, Leaving, SchedulerParts, WaitingQueue
 from kvsim.sim.tiers.reload import Reload
 
-Chunk = tuple[SequenceState, int]
-Leaving = tuple[int, SequenceState, int | None]
-"""(order of joining, sequence, bytes that it holds, or None where a preemption has taken them)."""
 
-
-@dataclass(frozen=True)
-class SchedulerLimits:
-    """Limits of one replica, and what a prompt holds while it is processed. Bytes are of one tensor-parallel rank."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    block_size: int
-    pool_bytes: int
-    chunked_prefill: bool
-    prefill_growths: tuple[tuple[int | None, int], ...]
-    """(most tokens held or None, bytes of a block) per kind of layer."""
-    fixed_bytes: int
-    """Bytes per sequence whatever its length."""
-    decode_tokens: int = 1
-    """Tokens of a decoding sequence that a step computes: more than one where drafts are verified."""
-    keeps_preempted: bool = False
-    """Whether the blocks of a preempted sequence can be found again until they are used: prefix caching where every
-    layer keeps all tokens."""
-    plans_ahead: bool = False
-    """A step is planned while the one before it runs, whose tokens are not known yet."""
-
-
-class Kept(NamedTuple):
-    """Bytes of a preempted request in the queue of free blocks, which is used up from its front; full blocks."""
-
-    start: int
-    end: int
-    blocks: int
-
-
-@dataclass(frozen=True)
-class PrefixSharing:
-    """A replica's prefix cache, the hashes of every request's tokens, and how many tokens a hash stands for."""
-
-    cache: PrefixCache
-    hashes: Sequence[tuple[int, ...]]
-    unit_tokens: int
-    tiers: KvTiers | None = None
-    """Where blocks go beside the device's pool."""
-
-
-@dataclass(frozen=True)
-class SchedulerParts:
-    """What a scheduler shares with its engine."""
-
-    limits: SchedulerLimits
-    batch: DecodeBatch
-    lengths: tuple[list[int], list[int]]
-    """Prompt and output tokens per request."""
-    generated: list[int]
-    log: RequestLog
-    record: ReplicaRecord
-    sharing: PrefixSharing | None
-    priority: Sequence[int] | None = None
-    """Per request, lower first; None where all are equal."""
-
-
-class WaitingQueue(Protocol):
-    """Requests that nothing was computed for yet, or that lost it, in the order in which they are to go on."""
-
-    def append(self, index: int, /) -> None:
-        """Add an arrival."""
-
-    def appendleft(self, index: int, /) -> None:
-        """Add a request that lost its blocks."""
-
-    def popleft(self) -> int:
-        """Take the next one out."""
-
-    def clear(self) -> None:
-        """Take all out."""
-
-    def __getitem__(self, position: int, /) -> int:
-        """Look at one; only position 0 is sure to be the next."""
-
-    def __len__(self) -> int:
-        """How many wait."""
-
-
-class Scheduler(ABC):
+class Scheduler(BlockBooks, ABC):
     """Waiting queue, prompts in progress and the block pool of one replica."""
 
     mixes = True
@@ -116,14 +27,8 @@ class Scheduler(ABC):
     """Whether a prompt that fits budget, seats and pool is admitted whole, whatever else is true."""
 
     def __init__(self, parts: SchedulerParts) -> None:
-        self.limits = limits = parts.limits
-        self.batch = parts.batch
-        self.prompt, self.output = parts.lengths
-        self.generated = parts.generated
-        """Tokens out so far, per request."""
+        super().__init__(parts)
         self.log = parts.log
-        self.record = parts.record
-        self.sharing = parts.sharing
         self.waiting: WaitingQueue = deque()
         self.loads: list[tuple[SequenceState, Reload]] = []
         """Prompts admitted since the engine last looked whose blocks must first come back from a tier."""
@@ -138,7 +43,6 @@ class Scheduler(ABC):
         self._admissions = 0
         self.leaving: list[Leaving] = []
         """Sequences that end with the running step: they keep seats and blocks until it is over, oldest first."""
-        self.free = limits.pool_bytes
         self.looked = False
         """Whether the latest step offered the waiting queue tokens, seats and blocks; one that preempted does not."""
         self.reusable_bytes = 0
@@ -146,65 +50,12 @@ class Scheduler(ABC):
         what it needs may shrink as the pool does."""
         self.rejected: list[int] = []
         """Requests refused since the engine last looked."""
-        self._returned_bytes = 0
-        """All that ever came back to the pool; with ``free`` it says how far the queue of free blocks was used up."""
-        self._kept: dict[int, Kept] = {}
-        """Where blocks of preempted requests lie in that queue."""
         self.last_token: dict[int, int] = {}
         """When preempted requests got their latest token, in ticks."""
-
-    # --- the pool ---------------------------------------------------------------------------------------------------
-
-    def take(self, size_bytes: int) -> None:
-        """Hand out bytes; cached units that nobody uses make way."""
-        self.free -= size_bytes
-        if self.sharing is not None:
-            self.sharing.cache.evict_until(self.free)
-
-    def give_back(self, sequence: SequenceState, held_bytes: int) -> None:
-        """Return a sequence's own bytes, and let go of the units that it shares."""
-        self._note_peak()
-        self.free += held_bytes
-        self._returned_bytes += held_bytes
-        if sequence.pinned and (sharing := self.sharing_of(sequence)) is not None:
-            cache = sharing.cache
-            self.free += cache.unpin(sequence.pinned) * cache.unit_bytes
-
-    def shrink(self, sequence: SequenceState, kept_bytes: int) -> None:
-        """Return what a prompt held beyond what its selection keeps."""
-        self._note_peak()
-        self.free += sequence.held - kept_bytes
-        self._returned_bytes += sequence.held - kept_bytes
-
-    def note_returned(self, size_bytes: int) -> None:
-        """Bytes that came back while the engine kept the books itself."""
-        self._returned_bytes += size_bytes
-
-    def _note_peak(self) -> None:
-        """The pool is fullest just before something is returned."""
-        if self.free < self.record.min_free_bytes:
-            self.record.min_free_bytes = self.free
 
     def new_sequence(self, index: int) -> SequenceState:
         """A waiting request that may be let in."""
         return SequenceState(index, self.prompt[index] + self.generated[index])
-
-    def prompt_bytes(self, sequence: SequenceState, tokens: int) -> int:
-        """Bytes that a sequence holds once ``tokens`` of its prompt are in; those of all are alike."""
-        return self.prefill_bytes(tokens)
-
-    def prefill_bytes(self, tokens: int) -> int:
-        """Bytes held once ``tokens`` of a prompt are in."""
-        size, held = self.limits.block_size, self.limits.fixed_bytes
-        for cap, block_bytes in self.limits.prefill_growths:
-            kept = tokens if cap is None or tokens < cap else cap
-            held += -(-kept // size) * block_bytes
-        return held
-
-    def shared_bytes(self, sequence: SequenceState) -> int:
-        """Bytes of the units that the sequence shares."""
-        sharing = self.sharing_of(sequence)
-        return 0 if sharing is None else len(sequence.pinned) * sharing.cache.unit_bytes
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
@@ -269,43 +120,6 @@ class Scheduler(ABC):
         """Let a preempted request wait again: before all others."""
         self.waiting.appendleft(index)
 
-    def _give_up(self, sequence: SequenceState, held_bytes: int, known_tokens: int) -> None:
-        """Return a preempted sequence's bytes; its full blocks join the queue of free ones, the last one first."""
-        start = self.limits.pool_bytes + self._returned_bytes
-        self.give_back(sequence, held_bytes)
-        if self.limits.keeps_preempted:
-            self._kept[sequence.index] = Kept(start, start + held_bytes, known_tokens // self.limits.block_size)
-
-    def kept_block_bytes(self, index: int) -> int:
-        """Bytes of a block of a preempted request."""
-        return self.limits.prefill_growths[0][1]
-
-    def find_again(self, sequence: SequenceState, reserved_bytes: int) -> None:
-        """Begin a preempted request after those of its blocks that nobody has used since.
-
-        ``reserved_bytes``, the next ones of decoding sequences, count as used. The last token is computed at any rate.
-        """
-        kept = self._kept.get(sequence.index)
-        if kept is None:
-            return
-        used = self.limits.pool_bytes + self._returned_bytes - self.free + reserved_bytes
-        left = max(0, kept.end - max(kept.start, used)) // self.kept_block_bytes(sequence.index)
-        blocks = min(left, kept.blocks, (sequence.target - 1) // self.limits.block_size)
-        sequence.done = blocks * self.limits.block_size
-
-    def take_again(self, sequence: SequenceState) -> None:
-        """Take what was found out of the middle of the queue of free blocks: those behind it move up."""
-        kept = self._kept.pop(sequence.index, None)
-        if kept is None:
-            return
-        blocks = sequence.done // self.limits.block_size
-        size_bytes = blocks * self.kept_block_bytes(sequence.index)
-        self._returned_bytes -= size_bytes
-        self.record.recomputed_tokens -= blocks * self.limits.block_size
-        for other, place in self._kept.items():
-            if place.start >= kept.end:
-                self._kept[other] = Kept(place.start - size_bytes, place.end - size_bytes, place.blocks)
-
     # --- one step ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -352,55 +166,7 @@ class Scheduler(ABC):
         if self.log.scheduled[index] < 0:
             self.log.scheduled[index] = now_ticks
             self.record.cached_prompt_tokens += cached_tokens
+        self.note_seated(sequence)
 
-    # --- prefix sharing ---------------------------------------------------------------------------------------------
-
-    def sharing_of(self, sequence: SequenceState) -> PrefixSharing | None:
-        """Where a sequence's units are found: in one cache for all, or in none."""
-        return self.sharing
-
-    def match_prefix(self, sequence: SequenceState) -> int:
-        """Find the cached prefix; bytes that pinning it takes from the free ones."""
-        sharing = self.sharing_of(sequence)
-        if sharing is None:
-            return 0
-        own = sharing.hashes[sequence.index]
-        # At least one prompt token must be computed to sample from.
-        units = sharing.cache.match(own, (sequence.target - 1) // sharing.unit_tokens)
-        sequence.pinned = own[:units]
-        sequence.done = units * sharing.unit_tokens
-        return sharing.cache.unused_among(sequence.pinned) * sharing.cache.unit_bytes
-
-    def _pin_prefix(self, sequence: SequenceState, pinned_bytes: int) -> None:
-        if (sharing := self.sharing_of(sequence)) is not None:
-            sharing.cache.pin(sequence.pinned)
-            self.free -= pinned_bytes
-
-    def register_prompt(self, sequence: SequenceState) -> None:
-        """Make a processed prompt's blocks findable; from a unit that another added first, they stay private."""
-        sharing = self.sharing_of(sequence)
-        if sharing is None:
-            return
-        own = sharing.hashes[sequence.index]
-        self._share(sharing, sequence, own[len(sequence.pinned) : self.prompt[sequence.index] // sharing.unit_tokens])
-
-    def register_output(self, sequence: SequenceState) -> None:
-        """Blocks that an answer completed become findable too, for the conversation's next turn."""
-        sharing = self.sharing_of(sequence)
-        if sharing is None:
-            return
-        known = self.prompt[sequence.index] // sharing.unit_tokens
-        if len(sequence.pinned) >= known:
-            self._share(sharing, sequence, sharing.hashes[sequence.index][known:])
-
-    @staticmethod
-    def _share(sharing: PrefixSharing, sequence: SequenceState, values: Sequence[int]) -> None:
-        pinned = list(sequence.pinned)
-        for value in values:
-            if not sharing.cache.insert(value):
-                break
-            pinned.append(value)
-        if sharing.tiers is not None:
-            sharing.tiers.computed(pinned[len(sequence.pinned) :])
-        sequence.held -= (len(pinned) - len(sequence.pinned)) * sharing.cache.unit_bytes
-        sequence.pinned = pinned
+    def note_seated(self, sequence: SequenceState) -> None:
+        """Do what an engine does besides when a request has got its seat and its blocks."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvsim.sim.batch import SequenceState
-from kvsim.sim.scheduling.base import Chunk, PrefixSharing, Scheduler
+from kvsim.sim.scheduling.base import Scheduler
+from kvsim.sim.scheduling.parts import Chunk, PrefixSharing
 from kvsim.sim.tiers.reload import Reload
 
 

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from kvsim.sim.batch import SequenceState
-from kvsim.sim.scheduling.base import SchedulerParts
 from kvsim.sim.scheduling.in_flight import InFlightScheduler
-from kvsim.sim.tiers.reload import Reload
+from kvsim.sim.scheduling.parts import SchedulerParts
 
 SLOT_PROMPT_SIMILARITY: Final = 0.1
 """Share of a prompt that a slot must hold for the slot to be chosen for it (``--slot-prompt-similarity``)."""
@@ -41,17 +40,9 @@ class LlamaCppScheduler(InFlightScheduler):
         sequence.done = units * self._unit_tokens
         return 0
 
-    def seat(
-        self,
-        sequence: SequenceState,
-        need_bytes: int,
-        pinned_bytes: int,
-        cached_tokens: int,
-        now_ticks: int,
-        reload: Reload | None = None,
-    ) -> None:
-        """Give the head of the queue its slot."""
-        super().seat(sequence, need_bytes, pinned_bytes, cached_tokens, now_ticks, reload)
+    def note_seated(self, sequence: SequenceState) -> None:
+        """Take the chosen slot from the free ones."""
+        super().note_seated(sequence)
         if self._hashes is not None:
             del self._free_slots[self._chosen]
 

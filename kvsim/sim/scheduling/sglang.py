@@ -15,7 +15,8 @@ from typing import Final
 
 from kvsim.errors import InvariantViolation
 from kvsim.sim.batch import SequenceState
-from kvsim.sim.scheduling.base import Chunk, Scheduler, SchedulerParts
+from kvsim.sim.scheduling.base import Scheduler
+from kvsim.sim.scheduling.parts import Chunk, SchedulerParts
 
 INIT_NEW_TOKEN_RATIO: Final = 0.7
 MIN_NEW_TOKEN_RATIO_FACTOR: Final = 0.14

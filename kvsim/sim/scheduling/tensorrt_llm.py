@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvsim.sim.batch import SequenceState
-from kvsim.sim.scheduling.base import Chunk, SchedulerParts
 from kvsim.sim.scheduling.in_flight import InFlightScheduler
-from kvsim.sim.tiers.reload import Reload
+from kvsim.sim.scheduling.parts import Chunk, SchedulerParts
 
 
 @dataclass(frozen=True)
@@ -85,17 +84,9 @@ class GuaranteedNoEvictScheduler(MaxUtilizationScheduler):
         whole = self._end_bytes(sequence.index) - self.shared_bytes(sequence) + pinned_bytes
         return whole + self._promised_bytes() <= self.free
 
-    def seat(
-        self,
-        sequence: SequenceState,
-        need_bytes: int,
-        pinned_bytes: int,
-        cached_tokens: int,
-        now_ticks: int,
-        reload: Reload | None = None,
-    ) -> None:
+    def note_seated(self, sequence: SequenceState) -> None:
         """Promise a request all that it will ever hold."""
-        super().seat(sequence, need_bytes, pinned_bytes, cached_tokens, now_ticks, reload)
+        super().note_seated(sequence)
         self._ends[sequence.index] = self._end_bytes(sequence.index)
         self._ends_total += self._ends[sequence.index]
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvsim.sim.batch import SequenceState
-from kvsim.sim.scheduling.base import SchedulerParts
 from kvsim.sim.scheduling.in_flight import InFlightScheduler
+from kvsim.sim.scheduling.parts import SchedulerParts
 from kvsim.sim.scheduling.queues import PriorityQueue
 
 

@@ -1,0 +1,55 @@
+"""Bytes that tokens take in the KV cache, per layer and for who drafts, on one rank."""
+
+from __future__ import annotations
+
+from kvsim.compression.base import LayerView
+from kvsim.deployment import Deployment, LayerClass
+from kvsim.specs.base import DTYPE_BITS
+from kvsim.specs.model import ModelSpec
+
+
+def scan_bytes(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
+    """Page metadata of one token in one layer on one rank; none where the selection does not scan the layer."""
+    if layer_class.selection is None or layer_class.selection.scanned_tokens(1, view) is None:
+        return 0.0
+    element_bytes = DTYPE_BITS[model.dtype] / 8
+    return layer_class.selection.scan_bytes_per_token(layer_class.group, element_bytes) * layer_class.rank_share
+
+
+def layer_bytes_per_token(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
+    """Bytes of one resident token in one layer on one rank: encoded KV, page metadata, indexer key."""
+    stored = layer_class.encoding.bytes_per_token(layer_class.group, model.dtype).total_bytes
+    return stored * layer_class.rank_share + scan_bytes(layer_class, view, model) + index_key_bytes(layer_class)
+
+
+def draft_bytes_per_token(deployment: Deployment) -> float:
+    """Bytes on one rank that a token takes in the KV cache of who drafts: a draft model's, or a head's one layer."""
+    config = deployment.engine.speculative_config
+    if config is None or not config.num_speculative_tokens or config.method == "ngram":
+        return 0.0
+    drafter = deployment.draft or deployment
+    cached = [(c, view, layers) for c in drafter.layer_classes for view, layers in c.bands]
+    whole = sum(layers * layer_bytes_per_token(c, view, drafter.model) for c, view, layers in cached)
+    return whole if deployment.draft is not None else whole / max(1, sum(layers for _, _, layers in cached))
+
+
+def draft_weight_bytes(deployment: Deployment) -> float:
+    """Weights of who drafts on one rank: a draft model's, or one layer of the model's own."""
+    config = deployment.engine.speculative_config
+    if config is None or not config.num_speculative_tokens or config.method == "ngram":
+        return 0.0
+    if deployment.draft is not None:
+        return deployment.draft.model.weight_bytes / deployment.tensor_parallel_size
+    return deployment.model.layer_weight_bytes / deployment.tensor_parallel_size
+
+
+def residual_bytes(layer_class: LayerClass, model: ModelSpec) -> float:
+    """Bytes of the native window beside an encoded cache, one layer of one sequence on one rank."""
+    native = layer_class.group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
+    return layer_class.encoding.residual_tokens * native * layer_class.rank_share
+
+
+def index_key_bytes(layer_class: LayerClass) -> float:
+    """Indexer key of one token in one layer: fp8 values and one fp32 scale (vLLM's DSA cache), replicated."""
+    dim = layer_class.group.index_head_dim
+    return dim + 4.0 if dim else 0.0
