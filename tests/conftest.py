@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import date
 
 import pytest
+from hypothesis import settings
 
 from kvsim.ops import Component
 from kvsim.report import (
@@ -30,6 +31,10 @@ from kvsim.specs.base import Basis
 from kvsim.specs.price import Price
 
 MakeReport = Callable[..., Report]
+
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("kvsim", deadline=None)
+settings.load_profile("kvsim")
 
 
 def figure(value: float | None, band: float = 0.2) -> Figure:
