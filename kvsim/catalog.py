@@ -232,11 +232,12 @@ def _check_drafts(scenario: Scenario, model: ModelSpec) -> None:
 
 def _layer_classes(scenario: Scenario, model: ModelSpec) -> tuple[LayerClass, ...]:
     classes = []
+    num_layers = model.num_layers
     for group in model.kv_groups:
         by_encoding: defaultdict[KvEncoding, list[LayerView]] = defaultdict(list)
         for index in group.layers:
             encoding = scenario.compression.encoding_for_layer(index, model, scenario.engine.kv_cache_dtype_skip_layers)
-            by_encoding[encoding].append(LayerView(index, model.num_layers, group))
+            by_encoding[encoding].append(LayerView(index, num_layers, group))
         classes += [_layer_class(scenario, group, encoding, views) for encoding, views in by_encoding.items()]
     return tuple(classes)
 

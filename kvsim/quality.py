@@ -61,6 +61,7 @@ def published_notes() -> tuple[tuple[Compression, QualityNote], ...]:
     return tuple(notes)
 
 
+@lru_cache(maxsize=256)
 def published_quality(compression: Compression) -> Quality:
     """Collect what is known of ``compression``: rows measured with these very parameters.
 

@@ -72,7 +72,7 @@ class Compression(Spec):
 
         vLLM's rule spares models that mix attention with linear or state-space layers (its ``is_hybrid``).
         """
-        if any(group.kind is LayerKind.LINEAR for group in model.groups):
+        if not self.encoding.skips_boundary_layers or any(group.kind is LayerKind.LINEAR for group in model.groups):
             return False
         width = min(self.encoding.skips_boundary_layers, model.num_layers // 2)
         return index < width or index >= model.num_layers - width
