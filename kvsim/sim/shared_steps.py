@@ -6,6 +6,7 @@ from functools import partial
 
 import simpy
 
+from kvsim.errors import InvariantViolation
 from kvsim.sim.arrivals import NEVER
 from kvsim.sim.batch import SequenceState
 from kvsim.sim.prompt_steps import PromptSteps
@@ -32,7 +33,8 @@ class SharedSteps(PromptSteps):
 
     def _await_arrivals(self) -> None:
         """Receive what was admitted with KV from elsewhere; only engines of a decode pool admit such."""
-        raise NotImplementedError
+        msg = "a sequence came with its KV to a replica that is in no decode pool"
+        raise InvariantViolation(msg)
 
     def _occupy(self, ticks: int) -> simpy.Event:
         """The engine's step as an activity that shares the device with compaction and copies."""
