@@ -72,7 +72,8 @@ def openmetrics_document(observer: RunObserver, model_name: str) -> bytes:
     end = max((watch.samples[-1].ticks for watch in observer.replicas), default=0)
     end = -(-end // TICKS_PER_NS) * TICKS_PER_NS
     times = np.unique(np.linspace(0, end // TICKS_PER_NS, POINTS + 1).astype(np.int64)) * TICKS_PER_NS
-    lines = [*_gauges(replicas, times), *_counters(replicas, times), *_histograms(replicas, end), "# EOF"]
+    held = [_at(replica, times) for replica in replicas]
+    lines = [*_gauges(replicas, held, times), *_counters(replicas, held, times), *_histograms(replicas, end), "# EOF"]
     return ("\n".join(lines) + "\n").encode()
 
 
@@ -121,7 +122,7 @@ def _seconds(ticks: int) -> str:
     return f"{seconds}.{rest // TICKS_PER_NS:09d}"
 
 
-def _gauges(replicas: list[_Replica], times: IntArray) -> Iterator[str]:
+def _gauges(replicas: list[_Replica], samples: list[IntArray], times: IntArray) -> Iterator[str]:
     texts = {
         "num_requests_running": "Requests in the engine's batch.",
         "num_requests_waiting": "Requests that wait to be scheduled.",
@@ -129,8 +130,7 @@ def _gauges(replicas: list[_Replica], times: IntArray) -> Iterator[str]:
     }
     for name, text in texts.items():
         yield from _head(name, "gauge", text)
-        for replica in replicas:
-            held = _at(replica, times)
+        for replica, held in zip(replicas, samples, strict=True):
             pool = max(replica.watch.pool_bytes, 1)
             values = {
                 "num_requests_running": held[:, 0],
@@ -150,7 +150,7 @@ def _at(replica: _Replica, times: IntArray) -> IntArray:
     return table[np.searchsorted(at, times, side="right")]
 
 
-def _counters(replicas: list[_Replica], times: IntArray) -> Iterator[str]:
+def _counters(replicas: list[_Replica], samples: list[IntArray], times: IntArray) -> Iterator[str]:
     texts = {
         "num_preemptions": "Preempted requests.",
         "prompt_tokens": "Prompt tokens of requests whose first token is out.",
@@ -161,19 +161,19 @@ def _counters(replicas: list[_Replica], times: IntArray) -> Iterator[str]:
     }
     for name, text in texts.items():
         yield from _head(name, "counter", text)
-        for replica in replicas:
+        for replica, held in zip(replicas, samples, strict=True):
             reason = ',finished_reason="length"' if name == "request_success" else ""
-            values = _counter(replica, name, times)
+            values = _counter(replica, name, held, times)
             yield from _series(f"{name}_total", replica.labels + reason, times, values)
 
 
-def _counter(replica: _Replica, name: str, times: IntArray) -> IntArray:
+def _counter(replica: _Replica, name: str, held: IntArray, times: IntArray) -> IntArray:
     if name == "generation_tokens":
         return _generated(replica, times)
     if name.startswith("prefix_cache") and not replica.caches_prefixes:
         return np.zeros_like(times)
     if name in ("num_preemptions", "prefix_cache_hits"):
-        return _at(replica, times)[:, 3 if name == "num_preemptions" else 4]
+        return held[:, 3 if name == "num_preemptions" else 4]
     when, amounts = {
         "prompt_tokens": (replica.first, replica.prompt),
         "prefix_cache_queries": (replica.scheduled, replica.prompt),

@@ -11,7 +11,6 @@ import simpy
 from simpy.events import NORMAL, EventPriority
 
 from kvsim.cost.priors import Edge
-from kvsim.cost.tables import StepTables
 from kvsim.deployment import Deployment
 from kvsim.errors import InvariantViolation
 from kvsim.memory import MemoryPlan
@@ -226,12 +225,11 @@ EngineT = TypeVar("EngineT", bound=ReplicaEngine)
 @dataclass(frozen=True)
 class _BuiltPool(Generic[EngineT]):
     replicas: list[EngineT]
-    tables: StepTables
     pool_bytes: int
 
     def settle(self) -> None:
         for replica in self.replicas:
-            settle_replica(replica, self.tables)
+            settle_replica(replica)
 
 
 @dataclass(frozen=True)
@@ -259,7 +257,7 @@ class _Builder:
             # One that offers has all that an engine uses which never runs ahead of the clock.
             taken = cast("ArrivalSource", source)
             replicas.append(engine_class(ReplicaParts(self.env, parts, device, taken, shared, coalesce=False)))
-        return _BuiltPool(replicas, parts.tables, parts.limits.pool_bytes)
+        return _BuiltPool(replicas, parts.limits.pool_bytes)
 
 
 def _check_transfers(transfers: Transfers, expected: int) -> None:

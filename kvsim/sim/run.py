@@ -82,7 +82,7 @@ def run_requests(
     source.replicas.extend(replicas)
     play_clock(env, requests, progress)
     for replica in replicas:
-        settle_replica(replica, pool.tables)
+        settle_replica(replica)
     check_requests(log, requests)
     # Copies may outlast the last token.
     end_ticks = int(env.now) if tiers is None else max(max(log.finished, default=0), max(log.arrived, default=0))

@@ -13,10 +13,10 @@ from kvsim.sim.recorder import PhaseTicks, ReplicaRecord, RequestLog
 from kvsim.sim.speculative_batch import SpeculativeBatch
 
 
-def settle_replica(replica: ReplicaEngine, tables: StepTables) -> None:
+def settle_replica(replica: ReplicaEngine) -> None:
     """Divide a replica's busy time by component, and check that it has nothing left."""
-    _split_prompt_time(replica.record, tables)
-    _split_decode_time(replica, tables)
+    _split_prompt_time(replica.record, replica.tables)
+    _split_decode_time(replica, replica.tables)
     _check_replica(replica)
 
 
