@@ -145,7 +145,7 @@ def effects(models: EdgeModels, load: LoadShape, batch: int) -> Effects:
         )
     central = models.mine[Edge.CENTRAL]
     deployment = central.deployment
-    basis = Basis.DATASHEET if deployment.compression.encoding.is_native else Basis.LITERATURE
+    basis = Basis.DATASHEET if deployment.compression.stores_native else Basis.LITERATURE
     held, unheld = resident_bytes(central, load), resident_bytes(models.native[Edge.CENTRAL], load)
     return Effects(
         prefill_tax=spread(tax, basis),

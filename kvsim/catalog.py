@@ -27,7 +27,7 @@ from kvsim.scenario import Scenario
 from kvsim.specs.device import DeviceSpec
 from kvsim.specs.engine import EngineSpec
 from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
-from kvsim.tier_rules import check_tiers, tier_encoding
+from kvsim.tier_rules import check_tiers, tier_compression
 
 DATASHEET = "datasheet"
 """Name of the calibration that uses no fitted kernel."""
@@ -248,12 +248,12 @@ def _tier_classes(
     """Layers as each tier stores them, where it has a KV encoding of its own."""
     found: list[tuple[LayerClass, ...] | None] = []
     for index, tier in enumerate(scenario.engine.all_kv_tiers):
-        encoding = tier_encoding(index, tier)
-        if encoding is None:
+        compression = tier_compression(index, tier)
+        if compression is None:
             found.append(None)
             continue
-        stored = scenario.compression.model_copy(update={"encoding": encoding})
-        reason = encoding.check(model, device)
+        stored = compression.model_copy(update={"selection": scenario.compression.selection})
+        reason = compression.check(model, device)
         if reason:
             msg = f"engine.kv_tiers[{index}].encoding: {reason}"
             raise IncompatibleScenario(msg)

@@ -52,7 +52,7 @@ class SplitDeployment:
         notes = tuple(dict.fromkeys((*self.prefill.notes, *self.decode.notes)))
         if self.coding is None:
             return notes
-        name = self.coding.compression.encoding.kind
+        name = self.coding.compression.stored.kind
         lossy = f"KV crosses the link as {name}, which loses precision: decoding reads KV that went through {name}"
         return (*notes, lossy)
 
@@ -204,19 +204,19 @@ def _resolve_coding(scenario: Scenario, prefill: Deployment, base_dir: Path | No
     where, wanted = "disaggregation.transfer_compression", spec.transfer_compression
     with at_field(where):
         parsed = parse_compression(wanted.encoding)
-    if parsed.selection != Compression().selection or parsed.encoding.is_native:
+    if parsed.selection != Compression().selection or parsed.stores_native:
         msg = f"{where}: {wanted.encoding!r} is not an encoding; name one, such as fp8, or none"
         raise InvalidSpec(msg)
-    if not scenario.compression.encoding.is_native:
+    if not scenario.compression.stores_native:
         msg = (
-            f"{where}: KV is stored as {scenario.compression.encoding.kind} and moves as that; compressing it again "
+            f"{where}: KV is stored as {scenario.compression.stored.kind} and moves as that; compressing it again "
             "for the link is not modelled"
         )
         raise IncompatibleScenario(msg)
-    if parsed.encoding.residual_tokens:
+    if parsed.stored.residual_tokens:
         msg = f"{where}: {wanted.encoding!r} keeps its newest tokens native, which makes no sense in transit"
         raise IncompatibleScenario(msg)
-    compression = scenario.compression.model_copy(update={"encoding": parsed.encoding})
+    compression = parsed.model_copy(update={"selection": scenario.compression.selection})
     one = pool_scenario(scenario, spec.prefill).model_copy(update={"compression": compression})
     coded = resolve(one, base_dir=base_dir)
     return TransitCoding(compression, block_bytes(coded) / block_bytes(prefill), coded, wanted.coder_bytes_per_s)

@@ -46,6 +46,15 @@ class IncompatibleScenario(ScenarioError):
     """A pair of choices that cannot go together (strategy and model, strategy and device), with the reason."""
 
 
+class NotRunnable(ScenarioError):
+    """A method whose algorithm cannot run on KV tensors, with the reason (it must be trained into the model)."""
+
+    def __init__(self, method: str, reason: str = "its algorithm does not run on tensors here") -> None:
+        super().__init__(f"{method}: {reason}")
+        self.method = method
+        self.reason = reason
+
+
 class TraceError(ScenarioError):
     """A trace file that cannot be read as the format named."""
 

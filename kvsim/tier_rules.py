@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvsim.compression import ENCODINGS, AnyEncoding, parse_compression
+from kvsim.compression import CODINGS, ENCODINGS, REDUCTIONS, Compression, parse_compression
 from kvsim.compression.selection.keep_all import KeepAll
 from kvsim.cost.coders import load_coders
 from kvsim.errors import IncompatibleScenario, InvalidSpec, UnknownName
@@ -48,8 +48,8 @@ def _check_link(index: int, name: str) -> None:
         raise
 
 
-def tier_encoding(index: int, tier: KvTier) -> AnyEncoding | None:
-    """Give the KV encoding that a tier stores; None for KV as in the pool and for coders with published figures.
+def tier_compression(index: int, tier: KvTier) -> Compression | None:
+    """Give the form in which a tier stores KV; None for KV as in the pool and for coders with published figures.
 
     Raises
     ------
@@ -67,9 +67,9 @@ def tier_encoding(index: int, tier: KvTier) -> AnyEncoding | None:
     try:
         compression = parse_compression(tier.encoding)
     except UnknownName as error:
-        known = (*coders, "none", *(name for part in ENCODINGS for name in part.names))
+        known = (*coders, "none", *(name for part in (*ENCODINGS, *REDUCTIONS, *CODINGS) for name in part.names))
         raise UnknownName(kind="encoding of a tier", name=error.name, known=known, where=where) from None
     if not isinstance(compression.selection, KeepAll):
         msg = f"{where}: {tier.encoding!r} drops or selects tokens, and a tier keeps all of a prefix; name an encoding"
         raise InvalidSpec(msg)
-    return compression.encoding
+    return compression

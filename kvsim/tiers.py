@@ -184,7 +184,7 @@ def _coded_by_figures(
     deployment: Deployment, where: str, spec: StoringTier, coder: CoderPriors, plain: Coding, edge: Edge
 ) -> Coding:
     """Code by published ratios and rates, which are of the 16-bit cache."""
-    if spec.ratio is None and not deployment.compression.encoding.is_native:
+    if spec.ratio is None and not deployment.compression.stores_native:
         msg = (
             f"{where}.encoding: the published ratio of {spec.encoding} is of a 16-bit cache, and this one is "
             f"{deployment.compression.name}; give {where}.ratio"

@@ -37,7 +37,7 @@ def bytes_per_element(kv_dtype: str) -> float:
     if kv_dtype in DTYPE_BYTES:
         return DTYPE_BYTES[kv_dtype]
     try:
-        encoding = parse_compression(kv_dtype).encoding
+        encoding = parse_compression(kv_dtype).stored
     except (UnknownName, InvalidSpec):
         raise KeyError(kv_dtype) from None
     group = LayerGroup(kind=LayerKind.FULL, layers=(0,), num_kv_heads=1, k_head_dim=HEAD_DIM, v_head_dim=HEAD_DIM)

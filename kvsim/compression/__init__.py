@@ -1,14 +1,24 @@
-"""KV compression = token selection x KV encoding."""
+"""KV compression = token selection x reduction x KV encoding x coding."""
 
 from __future__ import annotations
 
 from kvsim.compression.base import KvEncoding, TokenSelection
-from kvsim.compression.pair import ENCODINGS, SELECTIONS, AnyEncoding, AnySelection, Compression
 from kvsim.compression.parse import STRATEGIES, NamedCompression, describe_strategy, parse_compression
 from kvsim.compression.stored import stored_bytes
+from kvsim.compression.strategy import (
+    CODINGS,
+    ENCODINGS,
+    REDUCTIONS,
+    SELECTIONS,
+    AnyEncoding,
+    AnySelection,
+    Compression,
+)
 
 __all__ = [
+    "CODINGS",
     "ENCODINGS",
+    "REDUCTIONS",
     "SELECTIONS",
     "STRATEGIES",
     "AnyEncoding",

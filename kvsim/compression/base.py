@@ -1,4 +1,4 @@
-"""The two questions a KV compression answers: which tokens are kept and read, and how a kept token is stored.
+"""The main questions a KV compression answers: which tokens are kept and read, and how a kept token is stored.
 
 A strategy is a frozen value: parameters in, numbers out. Token counts over the life of a sequence are piecewise
 linear in the number of generated tokens, which is what lets the simulator add up decode steps in closed form.
@@ -11,14 +11,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvsim.errors import InvalidSpec
+from kvsim.errors import InvalidSpec, NotRunnable
 from kvsim.specs.base import Dtype, Spec
 from kvsim.specs.model import LayerGroup, LayerKind
 
 if TYPE_CHECKING:
+    from kvsim.compression.codec import Codec
     from kvsim.ops import OpCall
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
+    from kvsim.tensors import BoolArray, IntArray, LayerKv
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class KvBytes:
 
 
 class StrategyPart(Spec):
-    """One half of a strategy, and how the field spells it."""
+    """One part of a strategy, and how the field spells it."""
 
     names: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Published name -> the parameters that it stands for; anything else keeps the field's default."""
@@ -170,6 +172,20 @@ class TokenSelection(StrategyPart):
         """Why this model or device cannot run the method, or None."""
         return None
 
+    def keep(self, layer_kv: LayerKv, layer: LayerView) -> IntArray | None:
+        """Choose the tokens of a prompt that stay, as indices (H, kept) ascending per head; None keeps all.
+
+        Raises
+        ------
+        NotRunnable
+            The algorithm does not run on tensors yet.
+        """
+        raise NotRunnable(self.kind)
+
+    def read_mask(self, layer_kv: LayerKv, layer: LayerView) -> BoolArray | None:
+        """Which kept tokens each of the layer's queries reads, (Hq, m, n); None reads all."""
+        return None
+
 
 def acts_on(group: LayerGroup) -> bool:
     """Whether token selections apply to a group: full attention with K and V per head, not a shared latent."""
@@ -186,6 +202,18 @@ class KvEncoding(StrategyPart):
     @abstractmethod
     def bytes_per_token(self, group: LayerGroup, native: Dtype) -> KvBytes:
         """Exact bytes of one encoded token in one layer, all KV heads, metadata included."""
+
+    def read_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
+        """Bytes that one decode step reads per attended token in one layer: what is stored, unless layers share it."""
+        return self.bytes_per_token(group, native).total_bytes
+
+    def stored_elements_per_token(self, group: LayerGroup) -> int:
+        """Numbers that reading one token in one layer must unpack."""
+        return group.kv_elements_per_token
+
+    def fixed_bytes_per_sequence(self, group: LayerGroup, native: Dtype) -> float:
+        """Bytes per sequence and layer that do not grow with tokens, beside the residual window."""
+        return 0.0
 
     @property
     def residual_tokens(self) -> int:
@@ -218,6 +246,10 @@ class KvEncoding(StrategyPart):
         """
         return ()
 
+    def prefill_ops(self, prompt_tokens: int, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
+        """Work once per prompt and layer beyond ``append_ops`` (find a basis from the prompt)."""
+        return ()
+
     def decode_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
         """Work per decode step, sequence and layer independent of context (rotate the query, un-rotate output)."""
         return ()
@@ -226,6 +258,21 @@ class KvEncoding(StrategyPart):
         """Extra FLOPs per attended token in one layer beyond plain attention (Palu's K reconstruction)."""
         return 0.0
 
+    @property
+    def is_storage_only(self) -> bool:
+        """Whether attention cannot read the format, so that it serves tiers and transfers but not the device's pool."""
+        return False
+
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         """Why this model or device cannot run the encoding, or None."""
         return None
+
+    def codec(self) -> Codec:
+        """Give the algorithm, as code that runs on tensors.
+
+        Raises
+        ------
+        NotRunnable
+            The algorithm does not run on tensors yet.
+        """
+        raise NotRunnable(self.kind)

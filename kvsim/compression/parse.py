@@ -8,28 +8,38 @@ from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator
 
-from kvsim.compression.base import KvEncoding, StrategyPart
-from kvsim.compression.encoding.native import Native
-from kvsim.compression.pair import ENCODINGS, SELECTIONS, Compression
-from kvsim.compression.selection.keep_all import KeepAll
+from kvsim.compression.base import KvEncoding, StrategyPart, TokenSelection
+from kvsim.compression.coding.base import Coding
+from kvsim.compression.reduction.base import Reduction
+from kvsim.compression.stacked import StackedEncoding
+from kvsim.compression.strategy import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS, Compression
 from kvsim.documents import validate
 from kvsim.errors import InvalidSpec, UnknownName
 
-_PARTS: Final[tuple[type[StrategyPart], ...]] = (*ENCODINGS, *SELECTIONS)
+_PARTS: Final[tuple[type[StrategyPart], ...]] = (*ENCODINGS, *REDUCTIONS, *CODINGS, *SELECTIONS)
+_SLOTS: Final = (
+    ("selection", "token selections", TokenSelection),
+    ("reduction", "reductions", Reduction),
+    ("encoding", "encodings", KvEncoding),
+    ("coding", "codings", Coding),
+)
+"""(field of Compression, what two of them are called, base class), in the order of a strategy's name."""
+_NEUTRAL: Final = ("keep_all", "full_width", "fixed_width")
 _PIECE: Final = re.compile(r"\s*([^\s:()]+)\s*(?::\s*([^:()]*?)\s*)?(?:\(([^()]*)\))?\s*")
 _COMBINATIONS: Final = ("snapkv+fp8", "snapkv+kivi-2", "pyramidkv+fp8", "quest+fp8", "streaming_llm+fp8")
 
 STRATEGIES: Final[tuple[str, ...]] = (
-    *(name for part in _PARTS if part is not KeepAll for name in part.names),
+    *(name for part in _PARTS for name in part.names if name not in _NEUTRAL),
     *_COMBINATIONS,
 )
-"""Named strategies: every encoding and selection by itself, and common pairs."""
+"""Named strategies: every part by itself, and common combinations."""
 
 
 def parse_compression(text: str) -> Compression:
     """Turn a strategy's name into a Compression.
 
-    A name is an encoding, a selection, or both joined by ``+`` in either order. vLLM's ``--kv-cache-dtype`` values
+    A name is one part, or up to one of each kind (selection, reduction, encoding, coding) joined by ``+`` in any order.
+    vLLM's ``--kv-cache-dtype`` values
     and kvpress's class names are understood. ``snapkv:0.5`` sets compression_ratio (the fraction removed),
     ``snapkv:1024``, ``streaming_llm:2048`` and ``quest:1024`` a budget in tokens; ``kivi-2(residual_length=64)`` any
     parameter.
@@ -42,18 +52,18 @@ def parse_compression(text: str) -> Compression:
         A parameter is wrong, or the name holds two encodings or two selections.
     """
     parts = [_parse_part(piece, text) for piece in text.split("+")]
-    encodings = [part for part in parts if isinstance(part, KvEncoding)]
-    selections = [part for part in parts if not isinstance(part, KvEncoding)]
-    for what, found in (("encodings", encodings), ("token selections", selections)):
+    data: dict[str, StrategyPart] = {}
+    for field, what, base in _SLOTS:
+        found = [part for part in parts if isinstance(part, base)]
         if len(found) > 1:
             kinds = " and ".join(repr(part.kind) for part in found)
-            msg = f"strategy {text!r} has {len(found)} {what}, {kinds}; a strategy is one selection and one encoding"
+            msg = (
+                f"strategy {text!r} has {len(found)} {what}, {kinds}; a strategy has at most one selection, one "
+                "reduction, one encoding and one coding"
+            )
             raise InvalidSpec(msg)
-    data = {
-        "selection": selections[0] if selections else KeepAll(),
-        "encoding": encodings[0] if encodings else Native(),
-    }
-    return Compression.model_validate(data)
+        data.update((field, part) for part in found)
+    return validate(Compression, data, f"strategy {text!r}")
 
 
 def _from_text(value: Any) -> Any:
@@ -67,9 +77,11 @@ NamedCompression = Annotated[Compression, BeforeValidator(_from_text)]
 def describe_strategy(name: str) -> str:
     """One line on what a strategy does and where it is published; raise as ``parse_compression`` does."""
     compression = parse_compression(name)
-    parts: tuple[StrategyPart, ...] = (compression.selection, compression.encoding)
-    spoken = [part for part in parts if not isinstance(part, (KeepAll, Native))] or [compression.encoding]
-    return " + ".join(_summary(part) for part in spoken)
+    stored = compression.stored
+    spoken: list[StrategyPart] = [] if compression.selection.kind in _NEUTRAL else [compression.selection]
+    if not compression.stores_native:
+        spoken += stored.spoken if isinstance(stored, StackedEncoding) else [stored]
+    return " + ".join(_summary(part) for part in spoken or [compression.encoding])
 
 
 def _summary(part: StrategyPart) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvsim.compression.base import KvEncoding, LayerView, TokenSelection, acts_on
 from kvsim.compression.encoding.native import Native
-from kvsim.compression.pair import Compression
+from kvsim.compression.strategy import Compression
 from kvsim.specs.base import DTYPE_BITS, Dtype
 from kvsim.specs.model import LayerGroup
 
@@ -39,6 +39,7 @@ def stored_bytes(
                 context_tokens = prompt_tokens + generated_tokens
                 tokens = min(context_tokens, group.window_tokens or context_tokens)
             total_bytes += encoded_bytes(encoding, group, model.dtype, tokens)
+            total_bytes += encoding.fixed_bytes_per_sequence(group, model.dtype) if tokens else 0.0
     return total_bytes
 
 

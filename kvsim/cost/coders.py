@@ -71,7 +71,10 @@ def _stored_bytes(classes: tuple[LayerClass, ...], model: ModelSpec) -> float:
 def _unpack_seconds(classes: tuple[LayerClass, ...], rates: Rates) -> float:
     """Restoring every element once, at the rate at which attention unpacks the format."""
     return sum(
-        _layers(one) * one.group.kv_elements_per_token * one.rank_share / rates.unpack_elements_per_s(family)
+        _layers(one)
+        * one.encoding.stored_elements_per_token(one.group)
+        * one.rank_share
+        / rates.unpack_elements_per_s(family)
         for one in classes
         if (family := one.encoding.unpack_family) is not None
     )

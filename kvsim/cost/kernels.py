@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsim.compression.base import KvEncoding
-from kvsim.compression.pair import spell
+from kvsim.compression.strategy import spell
 from kvsim.cost.priors import Edge
 from kvsim.deployment import Deployment, LayerClass
 from kvsim.specs.base import Basis, Dtype

@@ -44,9 +44,10 @@ def draft_weight_bytes(deployment: Deployment) -> float:
 
 
 def residual_bytes(layer_class: LayerClass, model: ModelSpec) -> float:
-    """Bytes of the native window beside an encoded cache, one layer of one sequence on one rank."""
-    native = layer_class.group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
-    return layer_class.encoding.residual_tokens * native * layer_class.rank_share
+    """Bytes beside the encoded tokens, one layer of one sequence on one rank: a native window, a basis."""
+    group, encoding = layer_class.group, layer_class.encoding
+    native = encoding.residual_tokens * group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
+    return (native + encoding.fixed_bytes_per_sequence(group, model.dtype)) * layer_class.rank_share
 
 
 def index_key_bytes(layer_class: LayerClass) -> float:

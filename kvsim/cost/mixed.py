@@ -78,7 +78,7 @@ def _other_layers_shared(steps: Sequence[StepModel], present: Sequence[int]) -> 
     model = steps[0].deployment.model
     attending = sum(group.num_layers for group in model.groups if group.kind not in NO_ATTENTION)
     others = attending - sum(group_layers(layer_class) for layer_class in steps[0].deployment.layer_classes)
-    encodings = {steps[level].deployment.compression.encoding for level in present}
+    encodings = {steps[level].deployment.compression.stored for level in present}
     return others * steps[0].rates.attention_launch_s * (len(present) - len(encodings))
 
 
@@ -153,7 +153,7 @@ def _token_seconds(old: LayerClass, new: LayerClass, step: StepModel) -> float:
     rates, deployment = step.rates, step.deployment
     unpack_s, family = 0.0, old.encoding.unpack_family
     if family is not None:
-        elements = old.group.kv_elements_per_token * old.rank_share
+        elements = old.encoding.stored_elements_per_token(old.group) * old.rank_share
         unpack_s = elements / rates.unpack_elements_per_s(family)
     moved = (_stored_bytes(old, deployment) + _stored_bytes(new, deployment)) * new.rank_share
     # Its bytes are in ``moved`` already; only the arithmetic of encoding remains.

@@ -142,7 +142,7 @@ def _decode_kernel(
     if native:
         stored = group.kv_elements_per_token * DTYPE_BITS[dtype] / 8
     else:
-        stored = layer_class.encoding.bytes_per_token(group, dtype).total_bytes
+        stored = layer_class.encoding.read_bytes_per_token(group, dtype)
     stored *= layer_class.rank_share
     price = decode_price(kernel, shape, serving_range(deployment, layer_class, stored))
     return DecodeKernel(kernel, price, stored, deployment.device.bandwidth_bytes_per_s)

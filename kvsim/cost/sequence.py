@@ -147,9 +147,10 @@ class SequenceModel:
             _add(priced, scanned, scan, scan)
 
     def _compress_seconds(self, prompt_tokens: int, layer_class: LayerClass, view: LayerView) -> float:
-        if layer_class.selection is None:
-            return 0.0
-        ops = layer_class.selection.prefill_ops(prompt_tokens, view, self._deployment.model)
+        model = self._deployment.model
+        ops = list(layer_class.encoding.prefill_ops(prompt_tokens, layer_class.group, model))
+        if layer_class.selection is not None:
+            ops += layer_class.selection.prefill_ops(prompt_tokens, view, model)
         return ops_seconds(ops, self._deployment.tensor_parallel_size, self._rates)
 
     def _blocks(self, growths: dict[TokenCurve, float]) -> tuple[Growth, ...]:
@@ -201,7 +202,8 @@ class SequenceModel:
         """
         group, model, encoding = layer_class.group, self._deployment.model, layer_class.encoding
         native_bytes = group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
-        stored = native_bytes if native else encoding.bytes_per_token(group, model.dtype).total_bytes
+        stored = native_bytes if native else encoding.read_bytes_per_token(group, model.dtype)
+        elements = group.kv_elements_per_token if native else encoding.stored_elements_per_token(group)
         heads = model.num_attention_heads / self._deployment.tensor_parallel_size
         value_dim = model.mla.kv_lora_rank if group.is_latent and model.mla else group.v_head_dim or group.k_head_dim
         extra = 0.0 if native else encoding.attention_flops_per_token(group, model)
@@ -210,7 +212,7 @@ class SequenceModel:
             rates = replace(rates, stream_bytes_per_s=kernels.native_decode.stream_bytes_per_s(rates.edge))
         return attention_seconds_per_token(
             stored_bytes=stored * layer_class.rank_share,
-            elements=group.kv_elements_per_token * layer_class.rank_share,
+            elements=elements * layer_class.rank_share,
             flops=2.0 * heads * (group.k_head_dim + value_dim),
             extra_flops=extra / self._deployment.tensor_parallel_size,
             family=None if native else encoding.unpack_family,

@@ -13,7 +13,7 @@ from kvsim.units import GIBI
 
 
 def _bytes_per_token(name: str, model: ModelSpec) -> float:
-    encoding = parse_compression(name).encoding
+    encoding = parse_compression(name).stored
     return sum(group.num_layers * encoding.bytes_per_token(group, model.dtype).total_bytes for group in model.groups)
 
 
@@ -82,15 +82,15 @@ def test_latent_caches(models: dict[str, ModelSpec]) -> None:
     # DeepSeek-V3.2 in vLLM (fp8_ds_mla): 512 fp8 + 4 fp32 scales + 64 bf16.
     assert fp8.bytes_per_token(sparse, Dtype.BF16).total_bytes == 656
     assert fp8.bytes_per_token(sparse, Dtype.BF16).metadata_bytes == 16
-    assert parse_compression("nvfp4").encoding.bytes_per_token(mla, Dtype.BF16).total_bytes == 288 + 36
+    assert parse_compression("nvfp4").stored.bytes_per_token(mla, Dtype.BF16).total_bytes == 288 + 36
 
 
 def test_odd_head_dim_rounds_up_and_turboquant_slots_are_even(models: dict[str, ModelSpec]) -> None:
     group = models["odd-heads"].groups[0]
-    assert parse_compression("turboquant_k8v4").encoding.bytes_per_token(group, Dtype.BF16).total_bytes == 6 * 124
+    assert parse_compression("turboquant_k8v4").stored.bytes_per_token(group, Dtype.BF16).total_bytes == 6 * 124
     narrow = group.model_copy(update={"k_head_dim": 7, "v_head_dim": 7, "num_kv_heads": 1})
     # key 7 + value ceil(3.5) + 4 = 15, rounded up to 16
-    assert parse_compression("turboquant_k8v4").encoding.bytes_per_token(narrow, Dtype.BF16).total_bytes == 16
+    assert parse_compression("turboquant_k8v4").stored.bytes_per_token(narrow, Dtype.BF16).total_bytes == 16
 
 
 def test_engine_skip_layers_cost_native_bytes(models: dict[str, ModelSpec]) -> None:

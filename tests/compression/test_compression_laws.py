@@ -8,7 +8,16 @@ from typing import NamedTuple
 
 import pytest
 
-from kvsim.compression import ENCODINGS, SELECTIONS, STRATEGIES, Compression, parse_compression, stored_bytes
+from kvsim.compression import (
+    CODINGS,
+    ENCODINGS,
+    REDUCTIONS,
+    SELECTIONS,
+    STRATEGIES,
+    Compression,
+    parse_compression,
+    stored_bytes,
+)
 from kvsim.compression.base import KvEncoding, LayerView, acts_on
 from kvsim.compression.encoding.native import Native
 from kvsim.ops import Component, OpCall
@@ -21,7 +30,8 @@ PAIRS = tuple(
     for selection in ("streaming_llm:256", "snapkv:0.5", "h2o:128", "pyramidkv:0.7", "quest:128")
     for encoding in ("fp8", "int4_per_token_head", "kivi-2", "turboquant_3bit_nc", "low_rank")
 )
-EVERY = (*STRATEGIES, *(name for name in PAIRS if name not in STRATEGIES))
+STACKS = ("low_rank+fp8", "low_rank+int8_per_token_head", "snapkv+low_rank+kivi-4")
+EVERY = (*STRATEGIES, *(name for name in PAIRS if name not in STRATEGIES), *STACKS)
 PROMPTS = (0, 1, 5, 63, 64, 65, 200, 1000, 4097)
 
 
@@ -52,7 +62,7 @@ def _acted_layers(model: ModelSpec) -> list[LayerView]:
 def _ops(compression: Compression, model: ModelSpec) -> list[OpCall]:
     calls: list[OpCall] = []
     for group in model.groups:
-        calls += [*compression.encoding.append_ops(group, model), *compression.encoding.decode_ops(group, model)]
+        calls += [*compression.stored.append_ops(group, model), *compression.stored.decode_ops(group, model)]
     for layer in _acted_layers(model):
         calls += compression.selection.decode_ops(layer, model)
         for prompt in PROMPTS[1:]:
@@ -104,7 +114,7 @@ def test_never_more_than_native_and_declared_metadata(runs: Runs) -> None:
             metadata = 0.0
             for group in model.kv_groups:
                 scan = compression.selection.scan_bytes_per_token(group, 2.0) if acts_on(group) else 0.0
-                encoded = compression.encoding.bytes_per_token(group, model.dtype).metadata_bytes
+                encoded = compression.stored.bytes_per_token(group, model.dtype).metadata_bytes
                 metadata += group.num_layers * context * (scan + encoded)
             native = stored_bytes(NATIVE, model, prompt, generated)
             assert stored_bytes(compression, model, prompt, generated) <= native + metadata
@@ -133,15 +143,15 @@ def test_layers_that_store_nothing_get_no_bytes_and_no_append_work(runs: Runs) -
     for model in runs.models:
         for group in model.groups:
             if group.kv_elements_per_token == 0:
-                assert compression.encoding.bytes_per_token(group, model.dtype).total_bytes == 0.0
-                assert tuple(compression.encoding.append_ops(group, model)) == ()
+                assert compression.stored.bytes_per_token(group, model.dtype).total_bytes == 0.0
+                assert tuple(compression.stored.append_ops(group, model)) == ()
             if group.kind is LayerKind.LINEAR:
-                assert tuple(compression.encoding.decode_ops(group, model)) == ()
-                assert compression.encoding.attention_flops_per_token(group, model) == 0.0
+                assert tuple(compression.stored.decode_ops(group, model)) == ()
+                assert compression.stored.attention_flops_per_token(group, model) == 0.0
 
 
 def test_every_member_of_the_registry_is_named() -> None:
-    for part in (*ENCODINGS, *SELECTIONS):
+    for part in (*ENCODINGS, *SELECTIONS, *REDUCTIONS, *CODINGS):
         assert part.names
         assert set(part.summaries) == set(part.names)
         assert set(part.aliases.values()) <= set(part.names)

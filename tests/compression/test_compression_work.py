@@ -34,11 +34,11 @@ def _prefill(name: str, prompt: int, layer: LayerView, model: ModelSpec) -> dict
 
 @pytest.mark.parametrize(("name", "family"), FAMILIES.items())
 def test_unpack_families(name: str, family: str | None) -> None:
-    assert parse_compression(name).encoding.unpack_family == family
+    assert parse_compression(name).stored.unpack_family == family
 
 
 def test_quantising_reads_native_and_writes_the_format(llama: ModelSpec) -> None:
-    (call,) = parse_compression("nvfp4").encoding.append_ops(llama.groups[0], llama)
+    (call,) = parse_compression("nvfp4").stored.append_ops(llama.groups[0], llama)
     assert (call.work.bytes_read, call.work.bytes_written) == (4096, 1152)
 
 
@@ -53,15 +53,15 @@ def test_turboquant_rotates_only_quantised_keys_and_the_query(llama: ModelSpec) 
 
 
 def test_int4_per_token_head_turns_query_and_output(llama: ModelSpec) -> None:
-    calls = tuple(parse_compression("int4_per_token_head").encoding.decode_ops(llama.groups[0], llama))
+    calls = tuple(parse_compression("int4_per_token_head").stored.decode_ops(llama.groups[0], llama))
     assert sum(float(call.work.flops) for call in calls) == 4 * 128 * 128 * 32
 
 
 def test_low_rank_rebuilds_keys_per_attended_token(llama: ModelSpec) -> None:
-    encoding = parse_compression("low_rank(retained_fraction=0.25)").encoding
+    encoding = parse_compression("low_rank(retained_fraction=0.25)").stored
     # rank 0.25 * 4 * 128 = 128 = head_dim, so the weighted sum is no wider than plain attention's
     assert encoding.attention_flops_per_token(llama.groups[0], llama) == 2 * 128 * 128 * 8
-    wide = parse_compression("low_rank").encoding.attention_flops_per_token(llama.groups[0], llama)
+    wide = parse_compression("low_rank").stored.attention_flops_per_token(llama.groups[0], llama)
     assert wide == 2 * 256 * 128 * 8 + 2 * 32 * (256 - 128)
 
 
@@ -106,5 +106,5 @@ def test_quest_builds_and_scans_page_bounds(layer: LayerView, llama: ModelSpec) 
 def test_append_work_is_linear_in_tokens(llama: ModelSpec) -> None:
     # No shared matrix is charged per token: a token's bytes are its own vectors, in and out.
     for name in ("turboquant_4bit_nc", "int4_per_token_head", "low_rank"):
-        for call in parse_compression(name).encoding.append_ops(llama.groups[0], llama):
+        for call in parse_compression(name).stored.append_ops(llama.groups[0], llama):
             assert float(call.work.bytes_read) <= 4096

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from kvsim.compression.base import KvBytes, KvEncoding
+from kvsim.compression.codec import Codec, LayerCodec, StoredLayer
 from kvsim.specs.base import DTYPE_BITS, Dtype
 from kvsim.specs.model import LayerGroup
+from kvsim.tensors import KvTensors, LayerKv
 
 
 class Native(KvEncoding):
@@ -30,3 +32,14 @@ class Native(KvEncoding):
     @property
     def is_native(self) -> bool:
         return True
+
+    def codec(self) -> Codec:
+        return _NativeCodec()
+
+
+class _NativeCodec(LayerCodec):
+    """Stores every number as it is."""
+
+    def store_layer(self, layer: LayerKv, index: int, kv: KvTensors) -> StoredLayer:
+        elements = layer.keys.size + layer.values.size
+        return StoredLayer(layer.keys, layer.values, payload_bits=float(elements * kv.native_bits))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvsim.compression.base import LayerView, TokenCurve, TokenSelection, growing
+
+if TYPE_CHECKING:
+    from kvsim.tensors import IntArray, LayerKv
 
 
 class KeepAll(TokenSelection):
@@ -21,3 +24,6 @@ class KeepAll(TokenSelection):
 
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return growing(prompt_tokens)
+
+    def keep(self, layer_kv: LayerKv, layer: LayerView) -> IntArray | None:
+        return None

@@ -7,20 +7,22 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
-from kvsim.compression.base import KvBytes, KvEncoding
+from kvsim.compression.reduction.base import Reduction
+from kvsim.errors import NotRunnable
 from kvsim.ops import Component, OpCall, project_rows
-from kvsim.specs.base import DTYPE_BITS, Dtype
+from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup
 
 if TYPE_CHECKING:
+    from kvsim.compression.codec import ReductionCodec
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
-class LowRank(KvEncoding):
-    """Palu-style projection of groups of heads (arXiv 2407.21118), coordinates in the native dtype.
+class LowRank(Reduction):
+    """Palu-style projection of groups of heads (arXiv 2407.21118), coordinates stored as the encoding says.
 
     ``rank`` = retained fraction x group_size x head_dim per group of heads. Each step rebuilds the keys it attends
     from their coordinates (2·rank·D FLOPs per head and token). The value basis is absorbed: the weighted sum runs
@@ -52,11 +54,15 @@ class LowRank(KvEncoding):
     def _heads(self, group: LayerGroup) -> int:
         return min(self.group_size, group.num_kv_heads)
 
-    def bytes_per_token(self, group: LayerGroup, native: Dtype) -> KvBytes:
+    def reduced_group(self, group: LayerGroup) -> LayerGroup:
         if group.kv_elements_per_token == 0:
-            return KvBytes(0.0)
-        coordinates = self.key_rank(group) + self.value_rank(group)
-        return KvBytes(group.num_kv_heads / self._heads(group) * coordinates * DTYPE_BITS[native] / 8)
+            return group
+        shape = {
+            "num_kv_heads": group.num_kv_heads // self._heads(group),
+            "k_head_dim": self.key_rank(group),
+            "v_head_dim": self.value_rank(group),
+        }
+        return group.model_copy(update=shape)
 
     def append_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
         if group.kv_elements_per_token == 0:
@@ -99,6 +105,9 @@ class LowRank(KvEncoding):
                     f"{group.num_kv_heads} KV heads of {model.name}"
                 )
         return None
+
+    def codec(self) -> ReductionCodec:
+        raise NotRunnable(self.kind)
 
 
 def _rank(retained_fraction: float, full_rank: int) -> int:

@@ -1,0 +1,1 @@
+"""Codings: entropy coders over the codes that an encoding makes. One coder per file."""

@@ -1,0 +1,34 @@
+"""Codes are stored at their fixed width: the neutral coding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from kvsim.compression.base import KvBytes, KvEncoding
+from kvsim.compression.coding.base import Coding
+from kvsim.specs.base import Dtype
+from kvsim.specs.model import LayerGroup
+
+if TYPE_CHECKING:
+    from kvsim.compression.codec import Coder
+
+
+class NoCoding(Coding):
+    """Fixed-width codes."""
+
+    names: ClassVar = {"fixed_width": {}}
+    summaries: ClassVar = {"fixed_width": "codes are stored at their fixed width"}
+
+    kind: Literal["fixed_width"] = "fixed_width"
+
+    @property
+    def is_none(self) -> bool:
+        return True
+
+    def coded(self, plain: KvBytes, encoding: KvEncoding, group: LayerGroup, native: Dtype) -> KvBytes:
+        return plain
+
+    def coder(self) -> Coder:
+        from kvsim.compression.codec import FixedWidth
+
+        return FixedWidth()

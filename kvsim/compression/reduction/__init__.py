@@ -1,0 +1,1 @@
+"""Reductions: fewer channels, a smaller basis or fewer layers per kept token. One method per file."""

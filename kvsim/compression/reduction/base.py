@@ -1,0 +1,74 @@
+"""What a reduction answers: which dimensions or layers of a kept token are stored at all."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from kvsim.compression.base import LayerView, StrategyPart
+from kvsim.specs.base import Dtype
+from kvsim.specs.model import LayerGroup
+
+if TYPE_CHECKING:
+    from kvsim.compression.codec import ReductionCodec
+    from kvsim.ops import OpCall
+    from kvsim.specs.device import DeviceSpec
+    from kvsim.specs.model import ModelSpec
+
+
+class Reduction(StrategyPart):
+    """Fewer numbers per kept token: channels left out, coordinates in a smaller basis, layers that share.
+
+    An encoding then stores the numbers that remain, so every pair of both is defined.
+    """
+
+    @abstractmethod
+    def reduced_group(self, group: LayerGroup) -> LayerGroup:
+        """Shape of what one layer stores: heads (or groups of heads) and channels per K and V vector."""
+
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing is left out."""
+        return False
+
+    def at_layer(self, layer: LayerView) -> Reduction:
+        """Give what the method does in one layer; methods over several layers differ from layer to layer."""
+        return self
+
+    @property
+    def resident_share(self) -> float:
+        """Share of the reduced KV that this layer holds itself, less than 1 where layers share; they read it all."""
+        return 1.0
+
+    def metadata_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
+        """Bytes per token in one layer beside the reduced K and V (magnitudes of merged vectors)."""
+        return 0.0
+
+    def fixed_bytes_per_sequence(self, group: LayerGroup, native: Dtype) -> float:
+        """Bytes per sequence and layer that do not grow with tokens (a basis found at prefill, a channel mask)."""
+        return 0.0
+
+    def append_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
+        """Work to reduce one new token in one layer; linear in tokens but for ``launches``."""
+        return ()
+
+    def prefill_ops(self, prompt_tokens: int, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
+        """Work once per prompt and layer beyond ``append_ops``: find a basis, score channels, merge layers."""
+        return ()
+
+    def decode_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
+        """Work per decode step, sequence and layer independent of context."""
+        return ()
+
+    def attention_flops_per_token(self, group: LayerGroup, model: ModelSpec) -> float:
+        """Extra FLOPs per attended token in one layer beyond plain attention (rebuilding keys)."""
+        return 0.0
+
+    def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
+        """Why this model or device cannot run the method, or None."""
+        return None
+
+    @abstractmethod
+    def codec(self) -> ReductionCodec:
+        """Give the algorithm, as code that runs on tensors."""

@@ -1,0 +1,154 @@
+"""Compression: which tokens, which dimensions, how a number is stored, how codes are coded.
+
+The four unions here are the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Final, Self, get_args
+
+from pydantic import Field, model_validator
+
+from kvsim.compression.base import KvEncoding, LayerView, StrategyPart, TokenSelection
+from kvsim.compression.coding.base import Coding
+from kvsim.compression.coding.none import NoCoding
+from kvsim.compression.encoding.block_fp4 import MxFp4, NvFp4
+from kvsim.compression.encoding.fp8 import Fp8
+from kvsim.compression.encoding.kivi import Kivi
+from kvsim.compression.encoding.native import Native
+from kvsim.compression.encoding.per_token_head import PerTokenHead
+from kvsim.compression.encoding.turboquant import TurboQuant
+from kvsim.compression.reduction.base import Reduction
+from kvsim.compression.reduction.low_rank import LowRank
+from kvsim.compression.reduction.none import NoReduction
+from kvsim.compression.rules import conflict
+from kvsim.compression.selection.h2o import H2O
+from kvsim.compression.selection.keep_all import KeepAll
+from kvsim.compression.selection.pyramidkv import PyramidKV
+from kvsim.compression.selection.quest import Quest
+from kvsim.compression.selection.snapkv import SnapKV
+from kvsim.compression.selection.streaming_llm import StreamingLlm
+from kvsim.compression.stacked import StackedEncoding
+from kvsim.specs.base import Spec
+from kvsim.specs.model import LayerKind
+
+if TYPE_CHECKING:
+    from kvsim.specs.device import DeviceSpec
+    from kvsim.specs.model import ModelSpec
+
+_Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest
+_Reductions = NoReduction | LowRank
+_Encodings = Native | Fp8 | PerTokenHead | NvFp4 | MxFp4 | Kivi | TurboQuant
+_Codings = NoCoding
+
+AnySelection = Annotated[_Selections, Field(discriminator="kind")]
+AnyReduction = Annotated[_Reductions, Field(discriminator="kind")]
+AnyEncoding = Annotated[_Encodings, Field(discriminator="kind")]
+AnyCoding = _Codings
+SELECTIONS: Final[tuple[type[TokenSelection], ...]] = get_args(_Selections)
+REDUCTIONS: Final[tuple[type[Reduction], ...]] = get_args(_Reductions)
+ENCODINGS: Final[tuple[type[KvEncoding], ...]] = get_args(_Encodings)
+CODINGS: Final[tuple[type[Coding], ...]] = (NoCoding,)
+
+
+class Compression(Spec):
+    """Four choices: which tokens, which dimensions or layers of them, how a number is stored, how codes are coded."""
+
+    selection: AnySelection = KeepAll()
+    reduction: AnyReduction = NoReduction()
+    encoding: AnyEncoding = Native()
+    coding: AnyCoding = NoCoding()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        reason = conflict(self.selection, self.reduction, self.encoding, self.coding)
+        if reason:
+            raise ValueError(reason)
+        return self
+
+    @property
+    def name(self) -> str:
+        """Canonical spelling, such as ``native``, ``fp8`` or ``snapkv+kivi-2``; ``parse_compression`` reads it back."""
+        parts = [self.selection] if not isinstance(self.selection, KeepAll) else []
+        spoken = "+".join([spell(part) for part in parts] + ([] if self.stores_native else [spell(self.stored)]))
+        return spoken or spell(self.encoding)
+
+    @property
+    def stores_native(self) -> bool:
+        """Whether kept tokens are stored as the model made them."""
+        return self.reduction.is_none and self.encoding.is_native and self.coding.is_none
+
+    @property
+    def stored(self) -> KvEncoding:
+        """Reduction, encoding and coding as one encoding: what a layer that no rule exempts stores."""
+        return _stack(self.reduction, self.encoding, self.coding)
+
+    def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
+        """Why this model or device cannot run the strategy, or None: the first reason found."""
+        reason = self.selection.check(model, device) or self.reduction.check(model, device)
+        return reason or self.encoding.check(self._reduced(model), device) or self.coding.check(model, device)
+
+    def _reduced(self, model: ModelSpec) -> ModelSpec:
+        """Give the model with the shapes that the encoding sees."""
+        if self.reduction.is_none:
+            return model
+        return model.model_copy(update={"groups": tuple(self.reduction.reduced_group(group) for group in model.groups)})
+
+    def encoding_for_layer(
+        self, index: int, model: ModelSpec, engine_skip_layers: Sequence[int | str] = ()
+    ) -> KvEncoding:
+        """Give the encoding of layer ``index``: native where the engine or the format itself skips the layer.
+
+        ``engine_skip_layers`` is vLLM's ``kv_cache_dtype_skip_layers``: indices, or ``sliding_window``.
+        """
+        group = next(group for group in model.groups if index in group.layers)
+        is_hybrid = any(group.kind is LayerKind.LINEAR for group in model.groups)
+        return self.encoding_at(LayerView(index, model.num_layers, group), engine_skip_layers, is_hybrid=is_hybrid)
+
+    def encoding_at(
+        self, layer: LayerView, engine_skip_layers: Sequence[int | str] = (), *, is_hybrid: bool = False
+    ) -> KvEncoding:
+        """Give the encoding of one layer; as :meth:`encoding_for_layer`, for who has a layer but no model.
+
+        ``is_hybrid``: whether the model mixes attention with linear or state-space layers.
+        """
+        is_sliding = layer.group.kind is LayerKind.SLIDING
+        if layer.index in engine_skip_layers or (is_sliding and "sliding_window" in engine_skip_layers):
+            return Native()
+        encoding = Native() if not is_hybrid and self._is_boundary(layer) else self.encoding
+        coding = NoCoding() if encoding != self.encoding else self.coding
+        return _stack(self.reduction.at_layer(layer), encoding, coding)
+
+    def _is_boundary(self, layer: LayerView) -> bool:
+        """Whether the format keeps this first or last layer native.
+
+        vLLM's rule spares models that mix attention with linear or state-space layers (its ``is_hybrid``).
+        """
+        width = min(self.encoding.skips_boundary_layers, layer.num_layers // 2)
+        return layer.index < width or layer.index >= layer.num_layers - width
+
+
+def _stack(reduction: Reduction, encoding: KvEncoding, coding: Coding) -> KvEncoding:
+    if reduction.is_none and coding.is_none:
+        return encoding
+    return StackedEncoding(reduction=reduction, encoding=encoding, coding=coding)
+
+
+def spell(part: StrategyPart) -> str:
+    """Shortest spelling of one part: a published name, then ``:value``, then ``(field=value,…)`` for the rest."""
+    if isinstance(part, StackedEncoding):
+        return "+".join(spell(one) for one in part.spoken)
+    values = part.model_dump(mode="json", exclude={"kind"})
+    fields = type(part).model_fields
+    defaults = {field: fields[field].default for field in values}
+    name = next((name for name, means in part.names.items() if means.items() <= values.items()), next(iter(part.names)))
+    defaults |= part.names[name]
+    changed = {field: value for field, value in values.items() if value != defaults[field]}
+    inline = part.inline_text() if any(field in changed for field in part.inline_fields) else None
+    named = [
+        f"{field}={value}"
+        for field, value in changed.items()
+        if value is not None and not (inline is not None and field in part.inline_fields)
+    ]
+    return name + (f":{inline}" if inline is not None else "") + (f"({','.join(named)})" if named else "")

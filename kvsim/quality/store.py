@@ -1,0 +1,154 @@
+"""Run a whole strategy on KV tensors: select, reduce, encode, code, and give back what attention then sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kvsim.compression import Compression
+from kvsim.compression.base import LayerView
+from kvsim.compression.codec import Codec, ReductionCodec, StoredLayer, with_stored
+from kvsim.compression.encoding.native import Native
+from kvsim.specs.model import LayerGroup, LayerKind
+from kvsim.tensors import BoolArray, KvTensors, LayerKv
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCache:
+    """What a strategy made of a cache.
+
+    Attributes
+    ----------
+    kv : KvTensors
+        The kept tokens as they are read back, with the same queries.
+    read_masks : tuple
+        Per layer which kept tokens each query reads, (Hq, m, n), or None for all.
+    bits : tuple of float
+        Per layer, everything that is stored for this sequence.
+    """
+
+    kv: KvTensors
+    read_masks: tuple[BoolArray | None, ...]
+    bits: tuple[float, ...]
+
+    @property
+    def total_bits(self) -> float:
+        """All layers together."""
+        return sum(self.bits)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedStrategy:
+    """A strategy whose codecs have seen calibration caches."""
+
+    compression: Compression
+    reduction: ReductionCodec
+    encoding: Codec
+
+
+def fit_strategy(compression: Compression, samples: Sequence[KvTensors] = ()) -> FittedStrategy:
+    """Fit the codecs of a strategy; raise NotRunnable where an algorithm does not run on tensors.
+
+    ``samples`` are caches of the same model, other sequences than those to be measured. A codec that needs none is
+    not shown any.
+    """
+    reduction = compression.reduction.codec()
+    if reduction.needs_calibration:
+        reduction = reduction.fit(samples)
+    encoding = compression.encoding.codec()
+    if encoding.needs_calibration:
+        encoding = encoding.fit([reduction.reduce(sample).kv for sample in samples])
+    return FittedStrategy(compression, reduction, encoding)
+
+
+def store_cache(strategy: FittedStrategy, kv: KvTensors) -> StoredCache:
+    """Store a cache as the strategy does after prefill, and read it back.
+
+    The newest ``residual_tokens`` of what is kept, and layers that the format exempts, stay native and are counted so.
+    """
+    kept = _select(strategy.compression, kv)
+    residual = strategy.compression.encoding.residual_tokens
+    tokens = [max(0, layer.num_tokens - residual) for layer in kept.layers]
+    old = _cut(kept, [slice(0, count) for count in tokens])
+    read_back, bits = _encode(strategy, old)
+    layers = []
+    for index, (layer, coded, count) in enumerate(zip(kept.layers, read_back.layers, tokens, strict=True)):
+        bits[index] += _native_bits(layer, layer.num_tokens - count, kv.native_bits)
+        layers.append(
+            replace(
+                layer,
+                keys=np.concatenate((coded.keys, layer.keys[:, count:]), axis=1),
+                values=np.concatenate((coded.values, layer.values[:, count:]), axis=1),
+            )
+        )
+    final = replace(kept, layers=tuple(layers))
+    selection = strategy.compression.selection
+    masks = tuple(selection.read_mask(layer, layer_view(final, index)) for index, layer in enumerate(final.layers))
+    return StoredCache(final, masks, tuple(bits))
+
+
+def layer_view(kv: KvTensors, index: int) -> LayerView:
+    """Give the layer as pricing sees it."""
+    layer = kv.layers[index]
+    group = LayerGroup(
+        kind=LayerKind.FULL,
+        layers=tuple(range(kv.num_layers)),
+        num_kv_heads=layer.num_kv_heads,
+        k_head_dim=layer.keys.shape[2],
+        v_head_dim=layer.values.shape[2],
+    )
+    return LayerView(index, kv.num_layers, group)
+
+
+def _select(compression: Compression, kv: KvTensors) -> KvTensors:
+    layers = []
+    for index, layer in enumerate(kv.layers):
+        indices = compression.selection.keep(layer, layer_view(kv, index))
+        layers.append(layer if indices is None else layer.take(indices))
+    return replace(kv, layers=tuple(layers))
+
+
+def _encode(strategy: FittedStrategy, kv: KvTensors) -> tuple[KvTensors, list[float]]:
+    """Reduce, encode and code whole layers; give what is read back, and the bits per layer."""
+    compression = strategy.compression
+    reduced = strategy.reduction.reduce(kv)
+    coder = None if compression.coding.is_none else compression.coding.coder()
+    chosen = []
+    bits = list(reduced.metadata_bits)
+    plain = Native().codec().store(reduced.kv)
+    encoded = strategy.encoding.store(reduced.kv)
+    for index in range(kv.num_layers):
+        is_exempt = _is_exempt(compression, layer_view(kv, index))
+        layer: StoredLayer = plain[index] if is_exempt else encoded[index]
+        payload = layer.payload_bits
+        if coder is not None and layer.symbols and not is_exempt:
+            payload = sum(coder.coded_bits(symbols) for symbols in layer.symbols)
+        bits[index] += payload + layer.metadata_bits
+        chosen.append(layer)
+    return reduced.restore(with_stored(reduced.kv, chosen)), bits
+
+
+def _is_exempt(compression: Compression, layer: LayerView) -> bool:
+    """Whether the format keeps this layer native."""
+    alone = Compression(encoding=compression.encoding)
+    return not compression.encoding.is_native and alone.encoding_at(layer).is_native
+
+
+def _native_bits(layer: LayerKv, tokens: int, element_bits: int) -> float:
+    channels = layer.keys.shape[2] + layer.values.shape[2]
+    return float(layer.num_kv_heads * tokens * channels * element_bits)
+
+
+def _cut(kv: KvTensors, spans: Sequence[slice]) -> KvTensors:
+    layers = tuple(
+        replace(
+            layer,
+            keys=layer.keys[:, span],
+            values=layer.values[:, span],
+            positions=layer.positions[:, span],
+        )
+        for layer, span in zip(kv.layers, spans, strict=True)
+    )
+    return replace(kv, layers=layers)

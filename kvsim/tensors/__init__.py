@@ -1,0 +1,8 @@
+"""KV tensors as data: what a cache holds, and what attention reads from it. Plain numpy, fp32."""
+
+from __future__ import annotations
+
+from kvsim.tensors.attention import Attended, attend
+from kvsim.tensors.kv import BoolArray, FloatArray, IntArray, KvTensors, LayerKv, Rope
+
+__all__ = ["Attended", "BoolArray", "FloatArray", "IntArray", "KvTensors", "LayerKv", "Rope", "attend"]

@@ -1,0 +1,43 @@
+"""Small caches made of noise, for laws that hold of any cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvsim.tensors import KvTensors, LayerKv, Rope
+
+
+def noise_cache(
+    seed: int = 0, *, layers: int = 6, heads: int = 2, tokens: int = 320, head_dim: int = 64, group_size: int = 2
+) -> KvTensors:
+    """Independent normal K, V and queries, rounded to what bf16 holds."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> np.ndarray:
+        bits = rng.standard_normal(shape).astype(np.float32).view(np.uint32)
+        return ((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+    positions = np.broadcast_to(np.arange(tokens), (heads, tokens)).copy()
+    made = tuple(
+        LayerKv(
+            keys=draw(heads, tokens, head_dim),
+            values=draw(heads, tokens, head_dim),
+            positions=positions,
+            queries=draw(heads * group_size, 8, head_dim),
+            prompt_queries=draw(heads * group_size, 64, head_dim),
+        )
+        for _ in range(layers)
+    )
+    return KvTensors(made, Rope.plain(head_dim, 10_000.0), head_dim**-0.5, f"noise, seed {seed}")
+
+
+@pytest.fixture(scope="session")
+def noise() -> KvTensors:
+    return noise_cache()
+
+
+@pytest.fixture(scope="session")
+def samples() -> tuple[KvTensors, ...]:
+    """Other sequences than ``noise``, for codecs that calibrate."""
+    return tuple(noise_cache(seed) for seed in (1, 2))
