@@ -90,6 +90,8 @@ class StrategyPart(Spec):
     """One of ``names`` -> one line with the paper or the engine that defines it."""
     inline_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that ``name:value`` sets."""
+    family: ClassVar[str] = ""
+    """What kind of method it is, in the words of docs/methods.md."""
 
     kind: str
 

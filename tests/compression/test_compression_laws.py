@@ -153,6 +153,7 @@ def test_layers_that_store_nothing_get_no_bytes_and_no_append_work(runs: Runs) -
 def test_every_member_of_the_registry_is_named() -> None:
     for part in (*ENCODINGS, *SELECTIONS, *REDUCTIONS, *CODINGS):
         assert part.names
+        assert part.family
         assert set(part.summaries) == set(part.names)
         assert set(part.aliases.values()) <= set(part.names)
 

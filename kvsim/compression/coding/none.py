@@ -19,6 +19,8 @@ class NoCoding(Coding):
     names: ClassVar = {"fixed_width": {}}
     summaries: ClassVar = {"fixed_width": "codes are stored at their fixed width"}
 
+    family: ClassVar = "baseline"
+
     kind: Literal["fixed_width"] = "fixed_width"
 
     @property

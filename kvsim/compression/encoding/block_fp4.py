@@ -49,6 +49,8 @@ class NvFp4(BlockFp4):
     names: ClassVar = {"nvfp4": {}}
     summaries: ClassVar = {"nvfp4": "4-bit float, E4M3 scale per 16 elements; NVIDIA blog 2025-12-08, vLLM nvfp4"}
 
+    family: ClassVar = "quantisation"
+
     kind: Literal["nvfp4"] = "nvfp4"
 
 
@@ -58,5 +60,7 @@ class MxFp4(BlockFp4):
     block_elements: ClassVar[int] = 32
     names: ClassVar = {"mxfp4": {}}
     summaries: ClassVar = {"mxfp4": "4-bit float, E8M0 scale per 32 elements; OCP Microscaling formats v1.0"}
+
+    family: ClassVar = "quantisation"
 
     kind: Literal["mxfp4"] = "mxfp4"

@@ -33,6 +33,8 @@ class Fp8(PerVectorEncoding):
         "fp8_e5m2": "8-bit float E5M2, more range and less precision; vLLM --kv-cache-dtype fp8_e5m2",
     }
 
+    family: ClassVar = "quantisation"
+
     kind: Literal["fp8"] = "fp8"
     dtype: Literal["e4m3", "e5m2"] = "e4m3"
     attention_compute_dtype: Literal["auto", "bf16", "fp8"] = "auto"

@@ -25,6 +25,8 @@ class Kivi(PerHeadEncoding):
         "kivi-2": "2-bit, keys per channel and values per token, newest 128 tokens native; KIVI, arXiv 2402.02750",
     }
 
+    family: ClassVar = "quantisation"
+
     kind: Literal["kivi"] = "kivi"
     bits: Literal[2, 4]
     group_size: PositiveInt = 32

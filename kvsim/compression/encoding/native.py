@@ -24,6 +24,8 @@ class Native(KvEncoding):
     }
     summaries: ClassVar = {"native": "K and V in the model's own dtype; vLLM --kv-cache-dtype auto"}
 
+    family: ClassVar = "baseline"
+
     kind: Literal["native"] = "native"
 
     def bytes_per_token(self, group: LayerGroup, native: Dtype) -> KvBytes:

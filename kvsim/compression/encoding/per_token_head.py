@@ -35,6 +35,8 @@ class PerTokenHead(PerHeadEncoding):
         "int4_per_token_head": "rotated 4-bit integer, 4 B of scale per token and head; vLLM Triton attention",
     }
 
+    family: ClassVar = "quantisation"
+
     kind: Literal["per_token_head"] = "per_token_head"
     dtype: Literal["fp8", "int8", "int4"]
 

@@ -50,6 +50,8 @@ class TurboQuant(PerHeadEncoding):
         "turboquant_3bit_nc": "rotated 3-bit keys, 3-bit values; vLLM PR 38479, after TurboQuant, arXiv 2504.19874",
     }
 
+    family: ClassVar = "rotation"
+
     kind: Literal["turboquant"] = "turboquant"
     preset: Preset
 

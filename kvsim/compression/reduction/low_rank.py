@@ -36,6 +36,8 @@ class LowRank(Reduction):
         "low_rank": "K and V projected to half their rank unless set, in groups of 4 heads; Palu, arXiv 2407.21118"
     }
 
+    family: ClassVar = "low rank"
+
     kind: Literal["low_rank"] = "low_rank"
     retained_fraction: Fraction = 0.5
     """Rank kept, as a share of the full rank of a group of heads; for keys, and for values unless set apart."""

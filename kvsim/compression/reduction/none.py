@@ -17,6 +17,8 @@ class NoReduction(Reduction):
     names: ClassVar = {"full_width": {}}
     summaries: ClassVar = {"full_width": "all channels of all layers are stored"}
 
+    family: ClassVar = "baseline"
+
     kind: Literal["full_width"] = "full_width"
 
     @property

@@ -28,6 +28,8 @@ class H2O(BudgetedSelection):
         "h2o": "heavy hitters and newest tokens, bounded by half of the prompt unless set; H2O, arXiv 2306.14048"
     }
 
+    family: ClassVar = "eviction"
+
     kind: Literal["h2o"] = "h2o"
 
     def budget(self, prompt_tokens: int) -> int:

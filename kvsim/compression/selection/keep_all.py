@@ -17,6 +17,8 @@ class KeepAll(TokenSelection):
     aliases: ClassVar = {"full_kv": "keep_all", "fullkv": "keep_all", "no_press": "keep_all"}
     summaries: ClassVar = {"keep_all": "every token is kept and read"}
 
+    family: ClassVar = "baseline"
+
     kind: Literal["keep_all"] = "keep_all"
 
     def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:

@@ -33,6 +33,8 @@ class Quest(FullAttentionSelection):
     }
     inline_fields: ClassVar = ("token_budget",)
 
+    family: ClassVar = "sparse reading"
+
     kind: Literal["quest"] = "quest"
     page_size: PositiveInt = 16
     token_budget: PositiveInt = DEFAULT_TOKEN_BUDGET

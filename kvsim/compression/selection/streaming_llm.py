@@ -29,6 +29,8 @@ class StreamingLlm(FullAttentionSelection):
     }
     inline_fields: ClassVar = ("window_length",)
 
+    family: ClassVar = "eviction"
+
     kind: Literal["streaming_llm"] = "streaming_llm"
     num_sink_tokens: NonNegativeInt = DEFAULT_SINK_TOKENS
     window_length: PositiveInt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import PositiveInt, model_validator
 
@@ -22,6 +22,8 @@ class WindowScoredSelection(BudgetedSelection):
     The prompt is compressed once, after prefill; generated tokens are all kept. The question must lie in the window,
     so what is kept serves that question.
     """
+
+    family: ClassVar = "eviction"
 
     window_size: PositiveInt = 64
     """Queries that score (kvpress default; the paper's LongBench runs use 32)."""
