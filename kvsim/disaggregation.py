@@ -218,5 +218,5 @@ def _resolve_coding(scenario: Scenario, prefill: Deployment, base_dir: Path | No
         raise IncompatibleScenario(msg)
     compression = parsed.model_copy(update={"selection": scenario.compression.selection})
     one = pool_scenario(scenario, spec.prefill).model_copy(update={"compression": compression})
-    coded = resolve(one, base_dir=base_dir)
+    coded = resolve(one, base_dir=base_dir, in_pool=False)
     return TransitCoding(compression, block_bytes(coded) / block_bytes(prefill), coded, wanted.coder_bytes_per_s)

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kvsim.cost.coders import CoderPriors, load_coders, recode_seconds_per_token
+from kvsim.compression import Compression, parse_compression
+from kvsim.compression.rates import CoderPriors, load_coders
+from kvsim.cost.coders import recode_seconds_per_token
 from kvsim.cost.links import price_link
 from kvsim.cost.priors import Edge, PriorTable, look_up, prior_keys
 from kvsim.cost.rates import build_rates
@@ -170,13 +172,15 @@ def _coding(
             msg = f"{where}.{given[0]}: encoding is 'none', so nothing is coded; leave it out or name an encoding"
             raise InvalidSpec(msg)
         return plain
-    coder = load_coders().coders.get(spec.encoding)
+    compression = parse_compression(spec.encoding)
+    coder = load_coders().coders.get(compression.name)
     if coder is not None:
         return _coded_by_figures(deployment, where, spec, coder, plain, edge)
     classes = deployment.tier_classes[index]
     if classes is None:
         msg = f"{where}.encoding: {spec.encoding!r} was not resolved"
         raise InvalidSpec(msg)
+    _check_rates(where, spec, compression)
     return _coded_by_format(deployment, where, spec, classes, plain, unit_tokens, edge)
 
 
@@ -220,6 +224,20 @@ def _rate(deployment: Deployment, where: str, spec: StoringTier, field: str, tab
     return found.efficiency(edge)
 
 
+def _check_rates(where: str, spec: StoringTier, compression: Compression) -> None:
+    """Refuse a coder whose speed nobody gives: any on the host, and those whose work no prior covers."""
+    if spec.encode_rate is not None and spec.decode_rate is not None:
+        return
+    field = "encode_rate" if spec.encode_rate is None else "decode_rate"
+    coder = compression.stored.unpriced_coder
+    if spec.coder == "host":
+        msg = f"{where}.{field}: no figure says how fast a host's processors code {spec.encoding}; give one, in GB/s"
+        raise IncompatibleScenario(msg)
+    if coder is not None:
+        msg = f"{where}.{field}: no published figure says how fast a device codes {coder}; give one, in GB/s"
+        raise IncompatibleScenario(msg)
+
+
 def _coded_by_format(
     deployment: Deployment,
     where: str,
@@ -233,10 +251,6 @@ def _coded_by_format(
     growths, _ = prefill_growths(replace(deployment, layer_classes=classes))
     blocks = unit_tokens // deployment.engine.block_size
     unit_bytes = blocks * sum(size for cap, size in growths if cap is None)
-    if spec.coder == "host" and (spec.encode_rate is None or spec.decode_rate is None):
-        field = "encode_rate" if spec.encode_rate is None else "decode_rate"
-        msg = f"{where}.{field}: no figure says how fast a host's processors code {spec.encoding}; give one, in GB/s"
-        raise IncompatibleScenario(msg)
     if spec.ratio is not None:
         msg = f"{where}.ratio: the layout of {spec.encoding} gives it; leave it out"
         raise InvalidSpec(msg)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from kvsim.errors import InvalidSpec, NotRunnable
 from kvsim.specs.base import Dtype, Spec
 from kvsim.specs.model import LayerGroup, LayerKind
+from kvsim.specs.prior import Prior
 
 if TYPE_CHECKING:
     from kvsim.compression.codec import Codec
@@ -223,6 +224,11 @@ class KvEncoding(StrategyPart):
         return 0
 
     @property
+    def sink_tokens(self) -> int:
+        """How many of ``residual_tokens`` are the oldest tokens instead of the newest (attention sinks)."""
+        return 0
+
+    @property
     def skips_boundary_layers(self) -> int:
         """How many first and how many last layers stay native on dense models (vLLM's TurboQuant: 2)."""
         return 0
@@ -264,6 +270,20 @@ class KvEncoding(StrategyPart):
     def is_storage_only(self) -> bool:
         """Whether attention cannot read the format, so that it serves tiers and transfers but not the device's pool."""
         return False
+
+    @property
+    def rate(self) -> Prior | None:
+        """Expected size as a share of that without coding, where it depends on the data; None where bytes are exact."""
+        return None
+
+    @property
+    def unpriced_coder(self) -> str | None:
+        """Name of the coder whose speed no prior gives, so that a tier must state it, or None."""
+        return None
+
+    def refuses(self, reduction: StrategyPart) -> str | None:
+        """Why this encoding cannot follow ``reduction``, or None."""
+        return None
 
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         """Why this model or device cannot run the encoding, or None."""

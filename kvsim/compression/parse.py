@@ -29,10 +29,10 @@ _PIECE: Final = re.compile(r"\s*([^\s:()]+)\s*(?::\s*([^:()]*?)\s*)?(?:\(([^()]*
 _COMBINATIONS: Final = ("snapkv+fp8", "snapkv+kivi-2", "pyramidkv+fp8", "quest+fp8", "streaming_llm+fp8")
 
 STRATEGIES: Final[tuple[str, ...]] = (
-    *(name for part in _PARTS for name in part.names if name not in _NEUTRAL),
+    *(name for part in (*ENCODINGS, *REDUCTIONS, *SELECTIONS) for name in part.names if name not in _NEUTRAL),
     *_COMBINATIONS,
 )
-"""Named strategies: every part by itself, and common combinations."""
+"""Named strategies: every part that can stand by itself, and common combinations."""
 
 
 def parse_compression(text: str) -> Compression:

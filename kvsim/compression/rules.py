@@ -9,4 +9,5 @@ from kvsim.compression.reduction.base import Reduction
 
 def conflict(selection: TokenSelection, reduction: Reduction, encoding: KvEncoding, coding: Coding) -> str | None:
     """Why these parts cannot be one strategy, or None: the first reason found."""
-    return coding.refuses(encoding)
+    refused = None if reduction.is_none else encoding.refuses(reduction)
+    return refused or coding.refuses(encoding)

@@ -66,21 +66,21 @@ def fit_strategy(compression: Compression, samples: Sequence[KvTensors] = ()) ->
 def store_cache(strategy: FittedStrategy, kv: KvTensors) -> StoredCache:
     """Store a cache as the strategy does after prefill, and read it back.
 
-    The newest ``residual_tokens`` of what is kept, and layers that the format exempts, stay native and are counted so.
+    The ``residual_tokens`` of what is kept (the newest, and sinks among the oldest), and layers that the format
+    exempts, stay native and are counted so.
     """
     kept = _select(strategy.compression, kv)
-    residual = strategy.compression.encoding.residual_tokens
-    tokens = [max(0, layer.num_tokens - residual) for layer in kept.layers]
-    old = _cut(kept, [slice(0, count) for count in tokens])
-    read_back, bits = _encode(strategy, old)
+    spans = [_coded_span(strategy.compression, layer.num_tokens) for layer in kept.layers]
+    read_back, bits = _encode(strategy, _cut(kept, spans))
     layers = []
-    for index, (layer, coded, count) in enumerate(zip(kept.layers, read_back.layers, tokens, strict=True)):
-        bits[index] += _native_bits(layer, layer.num_tokens - count, kv.native_bits)
+    for index, (layer, coded, span) in enumerate(zip(kept.layers, read_back.layers, spans, strict=True)):
+        bits[index] += _native_bits(layer, layer.num_tokens - (span.stop - span.start), kv.native_bits)
+        before, after = slice(0, span.start), slice(span.stop, None)
         layers.append(
             replace(
                 layer,
-                keys=np.concatenate((coded.keys, layer.keys[:, count:]), axis=1),
-                values=np.concatenate((coded.values, layer.values[:, count:]), axis=1),
+                keys=np.concatenate((layer.keys[:, before], coded.keys, layer.keys[:, after]), axis=1),
+                values=np.concatenate((layer.values[:, before], coded.values, layer.values[:, after]), axis=1),
             )
         )
     final = replace(kept, layers=tuple(layers))
@@ -100,6 +100,14 @@ def layer_view(kv: KvTensors, index: int) -> LayerView:
         v_head_dim=layer.values.shape[2],
     )
     return LayerView(index, kv.num_layers, group)
+
+
+def _coded_span(compression: Compression, tokens: int) -> slice:
+    """Tokens that are encoded, by age: those between the sinks and the newest, if any."""
+    encoding = compression.encoding
+    start = min(tokens, encoding.sink_tokens)
+    newest = encoding.residual_tokens - encoding.sink_tokens
+    return slice(start, max(start, tokens - newest))
 
 
 def _select(compression: Compression, kv: KvTensors) -> KvTensors:

@@ -1,0 +1,1 @@
+"""Algorithms that several compression methods need: one subject per file, plain numpy."""
