@@ -1,1 +1,1 @@
-"""Algorithms that several compression methods need: one subject per file, plain numpy."""
+"""Number formats, transforms, coders and allocators that several methods share. Plain numpy; nothing knows a strategy."""
