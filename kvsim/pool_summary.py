@@ -118,7 +118,7 @@ def _transfer(
         link_bytes_per_s=spread([link.bytes_per_s for link in links], links[0].basis),
         setup_s=spread([link.setup_s for link in links], links[0].basis),
         transfer=split.spec.transfer,
-        encoding=split.coding.compression.stored.kind if split.coding else None,
+        encoding=split.coding.name if split.coding else None,
         is_lossy=split.coding is not None,
         transfers=moved.count,
         wire_bytes=moved.size_bytes,

@@ -273,7 +273,7 @@ def _coded_by_format(
         decode_s=plain.unit_bytes * ranks / spec.decode_rate if spec.decode_rate else decode_s * unit_share,
         on_device=spec.coder == "device",
         hbm_share=max(encode_share, decode_share),
-        lossy=True,
+        lossy=not parse_compression(spec.encoding).stored.is_exact,
     )
 
 

@@ -272,6 +272,11 @@ class KvEncoding(StrategyPart):
         return False
 
     @property
+    def is_exact(self) -> bool:
+        """Whether KV comes back bit for bit."""
+        return self.is_native
+
+    @property
     def rate(self) -> Prior | None:
         """Expected size as a share of that without coding, where it depends on the data; None where bytes are exact."""
         return None

@@ -94,6 +94,18 @@ class Compression(Spec):
         return _stack(self.reduction, self.encoding, self.coding)
 
     @property
+    def rate_note(self) -> str | None:
+        """What a reader must know of bytes that depend on the data, or None where they are exact."""
+        rate = self.stored.rate
+        if rate is None:
+            return None
+        uncoded = "a 16-bit cache" if self.coding.is_none else f"codes of fixed width ({spell(self.encoding)})"
+        return (
+            f"KV bytes of {spell(self.stored)} depend on the data: {rate.value:.3f} of {uncoded} are taken, "
+            f"{rate.low:.3f} to {rate.high:.3f} are possible ({rate.source}); no band of this report spans them"
+        )
+
+    @property
     def refused_in_pool(self) -> str | None:
         """Why attention cannot read KV stored like this, so that only tiers and transfers may hold it, or None."""
         if not self.stored.is_storage_only:

@@ -150,16 +150,16 @@ def _search_steps(components: Table, deviations: Table) -> tuple[Table, Table]:
 
 
 def deflated_bits(codes: CodeArray, bits: NDArray[np.int64]) -> float:
-    """Bits of codes (n, k) through DEFLATE: components of equal bits are packed together, one after the other."""
-    packed = []
-    for width in np.unique(bits)[::-1]:
+    """Bits of codes (n, k) through DEFLATE: one block for the components of each number of bits, packed in turn."""
+    total = 0.0
+    for width in np.unique(bits) if codes.size else ():
         row = np.ascontiguousarray(codes[:, bits == width].T).ravel()
         data = pack(row, 1 << int(width))
         if not np.array_equal(unpack(data, 1 << int(width), len(row)), row):
             msg = "packing gave back other codes than it was given"
             raise RuntimeError(msg)
-        packed.append(data.tobytes())
-    return compressed_bits(b"".join(packed), "deflate") if codes.size else 0.0
+        total += compressed_bits(data.tobytes(), "deflate")
+    return total
 
 
 def _runs(samples: Sequence[KvTensors]) -> list[range]:

@@ -31,6 +31,10 @@ class Lossless(PublishedRatioEncoding):
 
     kind: Literal["lossless"] = "lossless"
 
+    @property
+    def is_exact(self) -> bool:
+        return True
+
     def codec(self) -> Codec:
         return _LosslessCodec()
 
