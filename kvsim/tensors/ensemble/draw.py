@@ -18,8 +18,8 @@ SINK_SPREAD: Final = 0.2
 NEWTON_STEPS: Final = 12
 
 
-def draw(spec: EnsembleSpec, seed: int, *, sequence: int = 0) -> KvTensors:
-    """Draw one sequence's cache with its queries; the same arguments give the same cache."""
+def draw(spec: EnsembleSpec, seed: int, *, sequence: int = 0, name: str = "ensemble") -> KvTensors:
+    """Draw one sequence's cache with its queries; the same arguments give the same cache, called ``name``."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, 1, sequence]))
     rope = Rope.plain(spec.head_dim, spec.rope_theta)
     needles = _needle_positions(spec, rng)
@@ -33,7 +33,7 @@ def draw(spec: EnsembleSpec, seed: int, *, sequence: int = 0) -> KvTensors:
         tuple(layers),
         rope,
         spec.head_dim**-0.5,
-        f"ensemble, model seed {seed}, sequence {sequence}",
+        f"{name}, model seed {seed}, sequence {sequence}",
         needles=tuple(int(position) for position in needles),
     )
 
