@@ -75,7 +75,7 @@ def test_malformed_names_are_unknown(written: str) -> None:
         ("streaming_llm:64(num_sink_tokens=2)", "window_length by name"),
         ("snapkv(compression_ratio=0.5,budget_tokens=99)", "exactly one"), ("kivi-2(bits=3)", "bits"),
         ("kivi-2(residual_length=100)", "multiple of group_size"), ("kv_adaquant:4", "such as kv_adaquant:4/2"),
-        ("kv_adaquant:9/2", "key_bits"), ("kv_adaquant(key_groups=channel,residual_length=9)", "multiple of group_size"),
+        ("kv_adaquant:9/2", "key_bits"), ("kv_adaquant(key_groups=channel,residual_length=9)", "multiple of group_si"),
         ("q8_0(value_type=q6_k)", "value_type"), ("fp8(granularity=head)", "use scale calibrated"),
         ("low_rank(retained_fraction=0)", "greater than 0"),
     ],

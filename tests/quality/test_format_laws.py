@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,8 +187,27 @@ def _with_heavy_channels(seed: int) -> KvTensors:
     return _cache(_draw(seed, 4, 512) + offset, _draw(seed + 1, 4, 512))
 
 
-def test_keys_per_channel_beat_keys_per_token_on_heavy_channels(normal: KvTensors) -> None:
-    heavy = _with_heavy_channels(5)
+@pytest.fixture(scope="module")
+def heavy() -> KvTensors:
+    return _with_heavy_channels(5)
+
+
+@pytest.mark.parametrize("row", ["normal", "heavy channels"])
+def test_the_errors_in_the_documentation_are_these(row: str, normal: KvTensors, heavy: KvTensors) -> None:
+    text = (Path(__file__).parents[2] / "docs/methods/quantisation.md").read_text(encoding="utf-8")
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    (names,) = [cells[1:] for cells in table if cells[0] == "Mean squared error"]
+    (shown,) = [cells[1:] for cells in table if cells[0] == row]
+    assert len(names) >= 12
+    kv = normal if row == "normal" else heavy
+    for name, figure in zip(names, shown, strict=True):
+        squares = (_store(name.strip("`"), kv).keys.astype(np.float64) - kv.layers[0].keys) ** 2
+        assert f"{np.mean(squares):.2g}" == figure, name
+
+
+def test_keys_per_channel_beat_keys_per_token_on_heavy_channels(normal: KvTensors, heavy: KvTensors) -> None:
     ratio = {
         kind: _error("kv_adaquant:2/2(key_groups=token)", kv)[0] / _error("kv_adaquant:2/2(key_groups=channel)", kv)[0]
         for kind, kv in (("normal", normal), ("heavy", heavy))
@@ -197,8 +217,7 @@ def test_keys_per_channel_beat_keys_per_token_on_heavy_channels(normal: KvTensor
     assert _error("kivi-2", heavy)[0] < 0.1 * _error("kv_adaquant:2/2", heavy)[0]
 
 
-def test_a_rotation_helps_keys_with_heavy_channels_and_leaves_others_alone(normal: KvTensors) -> None:
-    heavy = _with_heavy_channels(5)
+def test_a_rotation_helps_keys_with_heavy_channels_and_leaves_others_alone(normal: KvTensors, heavy: KvTensors) -> None:
     turned, plain = (_error(name, heavy)[0] for name in ("q4_0", "q4_0(hadamard=false)"))
     assert turned < plain / 3
     assert _error("q4_0", normal) == pytest.approx(_error("q4_0(hadamard=false)", normal), rel=0.05)
