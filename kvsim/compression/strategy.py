@@ -21,7 +21,9 @@ from kvsim.compression.coding.zstd import Zstd
 from kvsim.compression.encoding.block_fp4 import MxFp4, NvFp4
 from kvsim.compression.encoding.cachegen import CacheGen
 from kvsim.compression.encoding.fp8 import Fp8
+from kvsim.compression.encoding.ggml import Ggml
 from kvsim.compression.encoding.kivi import Kivi
+from kvsim.compression.encoding.kv_adaquant import KvAdaQuant
 from kvsim.compression.encoding.kvtc import Kvtc
 from kvsim.compression.encoding.lossless import Lossless
 from kvsim.compression.encoding.native import Native
@@ -48,7 +50,20 @@ if TYPE_CHECKING:
 
 _Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest
 _Reductions = NoReduction | LowRank
-_Encodings = Native | Fp8 | PerTokenHead | NvFp4 | MxFp4 | Kivi | TurboQuant | Lossless | CacheGen | Kvtc
+_Encodings = (
+    Native
+    | Fp8
+    | PerTokenHead
+    | Ggml
+    | NvFp4
+    | MxFp4
+    | Kivi
+    | KvAdaQuant
+    | TurboQuant
+    | Lossless
+    | CacheGen
+    | Kvtc
+)
 _Codings = NoCoding | Huffman | Rans | Arithmetic | Deflate | Zstd
 
 AnySelection = Annotated[_Selections, Field(discriminator="kind")]
