@@ -27,6 +27,7 @@ _SLOTS: Final = (
 _NEUTRAL: Final = ("keep_all", "full_width", "fixed_width")
 _PIECE: Final = re.compile(r"\s*([^\s:()]+)\s*(?::\s*([^:()]*?)\s*)?(?:\(([^()]*)\))?\s*")
 _COMBINATIONS: Final = (
+    "kvtc:16", "kvtc:32",
     "kv_adaquant:2/4",
     "snapkv+fp8",
     "snapkv+kivi-2",
