@@ -128,7 +128,7 @@ def test_value_error_per_token_is_within_a_fifth(
 
 
 def test_coherent_shrink_is_most_of_the_value_error_of_diffuse_attention(diffuse: KvTensors) -> None:
-    """Independent errors average out over hundreds of tokens and D ||o|| does not: without it, several times too low."""
+    """Independent errors average out over many tokens and D ||o|| does not: without it, 2 to 6 times too low."""
     quantise = rotated(2)
     _, output, cautions = factors(diffuse, _same, quantise)
     assert 0.85 < np.median(output) < 1.2
