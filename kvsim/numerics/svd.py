@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.floats import round_bf16
+from kvsim.numerics.hadamard import largest_block, rotate
 
 FloatArray = NDArray[np.float32]
 DoubleArray = NDArray[np.float64]
@@ -50,6 +51,15 @@ class Projection:
     def restore(self, coordinates: FloatArray) -> FloatArray:
         """Rows (..., d) of coordinates (..., r)."""
         return (coordinates.astype(np.float64) @ self.up).astype(np.float32)
+
+    def turned(self) -> Projection:
+        """Same map with coordinates turned by a Hadamard matrix, so that none is larger than the rest by nature.
+
+        In blocks of the largest power of two that divides the rank.
+        """
+        block = largest_block(self.rank)
+        turn = rotate(np.eye(self.rank, dtype=np.float32), block).astype(np.float64)
+        return Projection(self.down @ turn, turn.T @ self.up)
 
     def stored(self, bits: int) -> Projection:
         """Both matrices as an element of ``bits`` holds them: bf16 at 16, as they are at 32."""

@@ -58,6 +58,8 @@ class LowRank(ProjectedHeads):
     """What the key basis keeps best: keys, or their products with queries. Values are always kept for themselves."""
     keys: Literal["pre_rope", "post_rope"] = "pre_rope"
     """Whether keys are stored before RoPE (lower rank, rebuilt at each step) or after it (attended as they are)."""
+    hadamard: bool = False
+    """Turn coordinates by a Hadamard matrix, folded into the bases, before they are quantised (Palu)."""
 
     def heads(self, group: LayerGroup) -> int:
         return min(self.group_size, group.num_kv_heads)
@@ -76,7 +78,7 @@ class LowRank(ProjectedHeads):
 
     def _learn(self, samples: Sequence[KvTensors], index: int) -> LayerBasis:
         group = layer_shape(samples[0].layers[index])
-        return head_group_basis(
+        basis = head_group_basis(
             samples,
             index,
             heads=self.heads(group),
@@ -84,3 +86,4 @@ class LowRank(ProjectedHeads):
             query_aware=self.objective == "kq",
             pre_rope=self.keys == "pre_rope",
         )
+        return basis.turned() if self.hadamard else basis

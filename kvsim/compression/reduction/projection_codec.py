@@ -22,6 +22,10 @@ class LayerBasis:
     keys: tuple[Projection, ...]
     values: tuple[Projection, ...]
 
+    def turned(self) -> LayerBasis:
+        """Bases with coordinates turned by Hadamard matrices."""
+        return LayerBasis(tuple(one.turned() for one in self.keys), tuple(one.turned() for one in self.values))
+
     def stored(self, bits: int) -> LayerBasis:
         """Bases as weights of ``bits`` per element hold them."""
         keys, values = (tuple(one.stored(bits) for one in side) for side in (self.keys, self.values))

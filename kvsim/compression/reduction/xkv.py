@@ -51,6 +51,8 @@ class Xkv(Reduction):
     """The same for V."""
     power_iterations: NonNegativeInt = 2
     """Of the sketched SVD."""
+    hadamard: bool = False
+    """Turn coordinates by a Hadamard matrix, folded into the bases, before they are quantised."""
 
     def key_rank(self, group: LayerGroup) -> int:
         """Coordinates per token for the keys of a whole group of layers."""

@@ -60,10 +60,11 @@ class XkvCodec(ReductionCodec):
         sides = (_key_rows(together, kv.rope), _side_by_side([layer.values for layer in together]))
         ranks = (method.key_rank(group), method.value_rank(group))
         keys, values = (
-            randomised_projection(rows, rank, method.power_iterations).stored(kv.native_bits)
-            for rows, rank in zip(sides, ranks, strict=True)
+            randomised_projection(rows, rank, method.power_iterations) for rows, rank in zip(sides, ranks, strict=True)
         )
-        return keys, values
+        if method.hadamard:
+            keys, values = keys.turned(), values.turned()
+        return keys.stored(kv.native_bits), values.stored(kv.native_bits)
 
 
 def _check_layers_agree(kv: KvTensors) -> None:
