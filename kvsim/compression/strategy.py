@@ -87,6 +87,13 @@ class Compression(Spec):
         """Reduction, encoding and coding as one encoding: what a layer that no rule exempts stores."""
         return _stack(self.reduction, self.encoding, self.coding)
 
+    @property
+    def bars_prefix_reuse(self) -> str | None:
+        """What the strategy does that keeps another request from using a cached prefix, or None."""
+        if self.selection.evicts:
+            return "evicts tokens"
+        return "stores tokens by what the whole prompt holds" if self.reduction.depends_on_prompt else None
+
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         """Why this model or device cannot run the strategy, or None: the first reason found."""
         reason = self.selection.check(model, device) or self.reduction.check(model, device)

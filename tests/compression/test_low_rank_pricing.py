@@ -142,3 +142,9 @@ def test_selections_that_part_what_is_stored_together_are_refused(name: str, rea
 @pytest.mark.parametrize("name", ["streaming_llm+xkv", "quest+xkv", "snapkv+xkv(layer_group_size=1)", "snapkv+low_rank"])
 def test_selections_that_leave_them_together_are_not(name: str) -> None:
     parse_compression(name)
+
+
+def test_bases_found_in_a_prompt_bar_other_requests_from_its_prefix() -> None:
+    assert parse_compression("low_rank").bars_prefix_reuse is None
+    assert parse_compression("xkv").bars_prefix_reuse == "stores tokens by what the whole prompt holds"
+    assert parse_compression("snapkv").bars_prefix_reuse == "evicts tokens"

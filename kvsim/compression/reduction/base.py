@@ -49,6 +49,11 @@ class Reduction(StrategyPart):
         return (layer.index,)
 
     @property
+    def depends_on_prompt(self) -> bool:
+        """Whether what a token becomes depends on the rest of the prompt, so that no other request can reuse it."""
+        return False
+
+    @property
     def is_replicated(self) -> bool:
         """Whether all heads read the same numbers, so that each tensor-parallel rank holds all of them (MLA)."""
         return False

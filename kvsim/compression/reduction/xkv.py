@@ -63,6 +63,10 @@ class Xkv(Reduction):
         return min(self.rank_v, self.layer_group_size * group.num_kv_heads * group.v_head_dim)
 
     @property
+    def depends_on_prompt(self) -> bool:
+        return True
+
+    @property
     def joins_layers(self) -> bool:
         return self.layer_group_size > 1
 
