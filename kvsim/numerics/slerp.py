@@ -22,7 +22,8 @@ def unit(vectors: NDArray[Any]) -> tuple[DoubleArray, DoubleArray]:
 
 def angles(first: DoubleArray, second: DoubleArray) -> DoubleArray:
     """Angle between unit vectors, (...), from 0 to pi."""
-    return np.arccos(np.clip((first * second).sum(axis=-1), -1.0, 1.0))
+    between: DoubleArray = np.arccos(np.clip((first * second).sum(axis=-1), -1.0, 1.0))
+    return between
 
 
 def slerp(first: DoubleArray, second: DoubleArray, weight: float) -> DoubleArray:

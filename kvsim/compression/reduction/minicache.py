@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from kvsim.compression.base import LayerView
@@ -182,15 +183,14 @@ class _MiniCacheCodec(ReductionCodec):
         return Reduced(replace(kv, layers=layers), restore, bits, holders)
 
     def _merge(self, first: FloatArray, second: FloatArray, native_bits: int) -> _MergedTensor:
-        directions, lengths = zip(*(unit(vectors) for vectors in (first, second)), strict=True)
-        between = angles(*directions)
+        (one, one_length), (other, other_length) = unit(first), unit(second)
+        between = angles(one, other)
         apart = _largest(between, self._method.retained_tokens(between.shape[1]))
-        joint = slerp(*directions, self._method.interpolation)
-        direction = np.where(apart[..., None], directions[0], joint)
+        direction = np.where(apart[..., None], one, slerp(one, other, self._method.interpolation))
         stored = (direction * np.sqrt(direction.shape[2])).astype(np.float32)
         return _MergedTensor(
             stored=round_bf16(stored) if native_bits == 16 else stored,
-            lengths=(round_fp16(lengths[0].astype(np.float32)), round_fp16(lengths[1].astype(np.float32))),
+            lengths=(round_fp16(one_length.astype(np.float32)), round_fp16(other_length.astype(np.float32))),
             apart=apart,
             second=second,
         )
@@ -206,7 +206,7 @@ class _MiniCacheCodec(ReductionCodec):
         return float(2 * 16 * heads * tokens) if any(index == first for first, _ in pairs) else 0.0
 
 
-def _largest(values: FloatArray, count: int) -> BoolArray:
+def _largest(values: NDArray[np.float64], count: int) -> BoolArray:
     """Mark the ``count`` largest of each row, the earlier of equal ones."""
     marked = np.zeros(values.shape, dtype=bool)
     np.put_along_axis(marked, np.argsort(-values, axis=1, kind="stable")[:, :count], True, axis=1)

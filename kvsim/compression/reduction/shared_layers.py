@@ -72,8 +72,9 @@ class CrossLayerAttention(SharedLayers):
         return 1.0 / self.sharing_factor
 
     def codec(self) -> ReductionCodec:
+        name = f"cla-{self.sharing_factor}"
         reason = "layers that share keys and values must be trained to do so (arXiv 2405.12981); only its cost is known"
-        raise NotRunnable(f"cla-{self.sharing_factor}", reason)
+        raise NotRunnable(name, reason)
 
 
 class _ReadingLayer(CrossLayerAttention):
@@ -203,11 +204,14 @@ def layer_distances(samples: Sequence[KvTensors]) -> FloatArray:
 
 def _mean_cache(layers: Sequence[LayerKv], tokens: int) -> FloatArray:
     """K and V of one layer in one row, the mean over sequences."""
-    rows = (
-        np.concatenate((layer.keys[:, :tokens].ravel(), layer.values[:, :tokens].ravel())) / len(layers)
-        for layer in layers
-    )
-    return np.sum(list(rows), axis=0, dtype=np.float32)
+    total: FloatArray = np.zeros(layers[0].num_kv_heads * tokens * _channels(layers[0]), dtype=np.float32)
+    for layer in layers:
+        total += np.concatenate((layer.keys[:, :tokens].ravel(), layer.values[:, :tokens].ravel())) / len(layers)
+    return total
+
+
+def _channels(layer: LayerKv) -> int:
+    return int(layer.keys.shape[2] + layer.values.shape[2])
 
 
 def most_dissimilar_sources(distances: FloatArray, count: int) -> dict[int, int]:

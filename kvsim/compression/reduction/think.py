@@ -36,7 +36,7 @@ class ThinK(Reduction):
 
     names: ClassVar = {"think": {}}
     summaries: ClassVar = {
-        "think": "40 % of the key channels of each head left out, scored by the last 32 queries; ThinK, arXiv 2407.21018"
+        "think": "40 % of each head's key channels left out, scored by the last 32 queries; ThinK, arXiv 2407.21018"
     }
     inline_fields: ClassVar = ("key_channel_compression_ratio",)
     family: ClassVar = "channel pruning"
@@ -146,7 +146,8 @@ def channel_scores(layer: LayerKv, window_size: int) -> FloatArray:
     heads, dim = layer.num_kv_heads, layer.keys.shape[2]
     of_queries = (queries**2).mean(axis=1).reshape(heads, -1, dim).mean(axis=1)
     of_keys = (layer.keys.astype(np.float64) ** 2).sum(axis=1) / max(1, layer.num_tokens)
-    return (of_queries * of_keys).astype(np.float32)
+    scores: FloatArray = (of_queries * of_keys).astype(np.float32)
+    return scores
 
 
 def _scatter(narrow: FloatArray, rows: IntArray, shape: tuple[int, ...]) -> FloatArray:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, BudgetedSelection, kv_heads
-from kvsim.compression.selection.scores import largest_and_newest, received_attention
+from kvsim.compression.selection.scores import heaviest_and_newest, received_attention
 from kvsim.ops import Component, OpCall, accumulate_attention, compact, select_top_k
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup
@@ -52,7 +52,9 @@ class H2O(BudgetedSelection):
         kept = self.resident_tokens(tokens, layer)(0)
         if kept >= tokens:
             return None
-        return largest_and_newest(received_attention(layer_kv, attention_scale), kept, kept - kept // 2)
+        heavy, newest = kept // 2, kept - kept // 2
+        scores = received_attention(layer_kv, attention_scale)
+        return heaviest_and_newest(scores[:, : tokens - newest], heavy, newest)
 
     def prefill_ops(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
         group = layer.group

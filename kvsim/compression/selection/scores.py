@@ -41,12 +41,12 @@ def received_attention(layer_kv: LayerKv, attention_scale: float, window: int | 
     return total.astype(np.float32)
 
 
-def largest_and_newest(scores: FloatArray, kept: int, newest: int) -> IntArray:
-    """Indices of the ``newest`` last tokens and of the best others, ``kept`` in all, (H, kept) ascending.
+def heaviest_and_newest(older_scores: FloatArray, heavy: int, newest: int) -> IntArray:
+    """Indices of the ``heavy`` best tokens of those scored, (H, older), and of the ``newest`` after them, ascending.
 
     Of equal scores the earlier token stays.
     """
-    heads, tokens = scores.shape
-    older = np.argsort(-scores[:, : tokens - newest], axis=1, kind="stable")[:, : kept - newest]
-    last = np.broadcast_to(np.arange(tokens - newest, tokens), (heads, newest))
-    return np.sort(np.concatenate((older, last), axis=1), axis=1).astype(np.int64)
+    heads, older = older_scores.shape
+    best = np.argsort(-older_scores, axis=1, kind="stable")[:, :heavy]
+    last = np.broadcast_to(np.arange(older, older + newest), (heads, newest))
+    return np.concatenate((np.sort(best, axis=1), last), axis=1).astype(np.int64)

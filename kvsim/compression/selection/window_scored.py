@@ -11,7 +11,7 @@ from pydantic import PositiveInt, model_validator
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.compression.selection.full_attention import BudgetedSelection, kv_heads
-from kvsim.compression.selection.scores import largest_and_newest, received_attention
+from kvsim.compression.selection.scores import heaviest_and_newest, received_attention
 from kvsim.ops import Component, OpCall, compact, pool_scores, score_with_window, select_top_k
 from kvsim.specs.base import DTYPE_BITS
 
@@ -62,13 +62,14 @@ class WindowScoredSelection(BudgetedSelection):
             return None
         scores = received_attention(layer_kv, attention_scale, self.window_size)
         newest = min(tokens, self.window_size)
-        return largest_and_newest(self._pooled(scores[:, : tokens - newest]), kept, newest)
+        return heaviest_and_newest(self._pooled(scores[:, : tokens - newest]), kept - newest, newest)
 
     def _pooled(self, scores: FloatArray) -> FloatArray:
         """Mean over ``kernel_size`` neighbours, with zeros beyond the ends (kvpress's average pooling)."""
         before = self.kernel_size // 2
         padded = np.pad(scores, ((0, 0), (before, self.kernel_size - 1 - before)))
-        return sliding_window_view(padded, self.kernel_size, axis=1).mean(axis=2)
+        pooled: FloatArray = sliding_window_view(padded, self.kernel_size, axis=1).mean(axis=2)
+        return pooled
 
     @property
     def query_aware(self) -> bool:
