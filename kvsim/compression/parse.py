@@ -28,7 +28,7 @@ _NEUTRAL: Final = ("keep_all", "full_width", "fixed_width")
 _PIECE: Final = re.compile(r"\s*([^\s:()]+)\s*(?::\s*([^:()]*?)\s*)?(?:\(([^()]*)\))?\s*")
 _COMBINATIONS: Final = (
     "snapkv+fp8", "snapkv+kivi-2", "pyramidkv+fp8", "quest+fp8", "streaming_llm+fp8",
-    "snapkv+think", "think+kivi-4", "minicache+int4_per_token_head", "cla-2+fp8",
+    "kv_adaquant:2/4", "snapkv+think", "think+kivi-4", "minicache+int4_per_token_head", "cla-2+fp8",
 )  # fmt: skip
 
 STRATEGIES: Final[tuple[str, ...]] = (

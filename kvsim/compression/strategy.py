@@ -15,7 +15,9 @@ from kvsim.compression.coding.base import Coding
 from kvsim.compression.coding.none import NoCoding
 from kvsim.compression.encoding.block_fp4 import MxFp4, NvFp4
 from kvsim.compression.encoding.fp8 import Fp8
+from kvsim.compression.encoding.ggml import Ggml
 from kvsim.compression.encoding.kivi import Kivi
+from kvsim.compression.encoding.kv_adaquant import KvAdaQuant
 from kvsim.compression.encoding.native import Native
 from kvsim.compression.encoding.per_token_head import PerTokenHead
 from kvsim.compression.encoding.turboquant import TurboQuant
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
 _Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
-_Encodings = Native | Fp8 | PerTokenHead | NvFp4 | MxFp4 | Kivi | TurboQuant
+_Encodings = Native | Fp8 | PerTokenHead | Ggml | NvFp4 | MxFp4 | Kivi | KvAdaQuant | TurboQuant
 _Codings = NoCoding
 
 AnySelection = Annotated[_Selections, Field(discriminator="kind")]
