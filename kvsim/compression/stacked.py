@@ -66,6 +66,10 @@ class StackedEncoding(KvEncoding):
         return self.encoding.residual_tokens
 
     @property
+    def sink_tokens(self) -> int:
+        return self.encoding.sink_tokens
+
+    @property
     def unpack_family(self) -> str | None:
         return self.coding.unpack_family or self.encoding.unpack_family
 
