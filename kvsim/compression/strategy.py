@@ -123,19 +123,21 @@ class Compression(Spec):
         ``is_hybrid``: whether the model mixes attention with linear or state-space layers.
         """
         is_sliding = layer.group.kind is LayerKind.SLIDING
-        if layer.index in engine_skip_layers or (is_sliding and "sliding_window" in engine_skip_layers):
+        together = self.reduction.stored_with(layer)
+        if set(together) & set(engine_skip_layers) or (is_sliding and "sliding_window" in engine_skip_layers):
             return Native()
-        encoding = Native() if not is_hybrid and self._is_boundary(layer) else self.encoding
+        is_boundary = not is_hybrid and any(self._is_boundary(index, layer.num_layers) for index in together)
+        encoding = Native() if is_boundary else self.encoding
         coding = NoCoding() if encoding != self.encoding else self.coding
         return _stack(self.reduction.at_layer(layer), encoding, coding)
 
-    def _is_boundary(self, layer: LayerView) -> bool:
+    def _is_boundary(self, index: int, num_layers: int) -> bool:
         """Whether the format keeps this first or last layer native.
 
         vLLM's rule spares models that mix attention with linear or state-space layers (its ``is_hybrid``).
         """
-        width = min(self.encoding.skips_boundary_layers, layer.num_layers // 2)
-        return layer.index < width or layer.index >= layer.num_layers - width
+        width = min(self.encoding.skips_boundary_layers, num_layers // 2)
+        return index < width or index >= num_layers - width
 
 
 def _stack(reduction: Reduction, encoding: KvEncoding, coding: Coding) -> KvEncoding:

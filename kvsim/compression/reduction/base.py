@@ -37,6 +37,23 @@ class Reduction(StrategyPart):
         return self
 
     @property
+    def joins_layers(self) -> bool:
+        """Whether a token is stored for several layers at once, so that these must hold the same tokens."""
+        return False
+
+    def stored_with(self, layer: LayerView) -> tuple[int, ...]:
+        """Indices of the layers whose cache is stored together with this one's, itself among them.
+
+        What they share lies in the first. Rules that keep a layer native keep all of them so.
+        """
+        return (layer.index,)
+
+    @property
+    def depends_on_prompt(self) -> bool:
+        """Whether what a token becomes depends on the rest of the prompt, so that no other request can reuse it."""
+        return False
+
+    @property
     def resident_share(self) -> float:
         """Share of the reduced KV that this layer holds itself, less than 1 where layers share; they read it all."""
         return 1.0
@@ -50,11 +67,6 @@ class Reduction(StrategyPart):
     def fixed_share(self) -> float:
         """Share of what an encoding holds once per sequence and layer (scales of a tensor) that this layer holds."""
         return 1.0 if self.resident_share else 0.0
-
-    @property
-    def joins_layers(self) -> bool:
-        """Whether one layer holds tokens for another, so that both must keep the same ones."""
-        return False
 
     @property
     def prices_mean_layer(self) -> bool:
