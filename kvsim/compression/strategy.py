@@ -20,11 +20,14 @@ from kvsim.compression.encoding.native import Native
 from kvsim.compression.encoding.per_token_head import PerTokenHead
 from kvsim.compression.encoding.turboquant import TurboQuant
 from kvsim.compression.reduction.base import Reduction
+from kvsim.compression.reduction.eigen_attention import EigenAttention
 from kvsim.compression.reduction.low_rank import LowRank
 from kvsim.compression.reduction.minicache import MiniCache
+from kvsim.compression.reduction.mla import Mla
 from kvsim.compression.reduction.none import NoReduction
 from kvsim.compression.reduction.shared_layers import CrossLayerAttention, KvSharer
 from kvsim.compression.reduction.think import ThinK
+from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
 from kvsim.compression.selection.h2o import H2O
 from kvsim.compression.selection.keep_all import KeepAll
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
 
 _Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest
-_Reductions = NoReduction | LowRank | ThinK | MiniCache | KvSharer | CrossLayerAttention
+_Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Encodings = Native | Fp8 | PerTokenHead | NvFp4 | MxFp4 | Kivi | TurboQuant
 _Codings = NoCoding
 
@@ -86,6 +89,13 @@ class Compression(Spec):
     def stored(self) -> KvEncoding:
         """Reduction, encoding and coding as one encoding: what a layer that no rule exempts stores."""
         return _stack(self.reduction, self.encoding, self.coding)
+
+    @property
+    def bars_prefix_reuse(self) -> str | None:
+        """What the strategy does that keeps another request from using a cached prefix, or None."""
+        if self.selection.evicts:
+            return "evicts tokens"
+        return "stores tokens by what the whole prompt holds" if self.reduction.depends_on_prompt else None
 
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         """Why this model or device cannot run the strategy, or None: the first reason found."""

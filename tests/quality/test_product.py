@@ -24,7 +24,7 @@ from kvsim.tensors import KvTensors
 
 SIZED = {
     "streaming_llm": "streaming_llm:192", "snapkv": "snapkv:160", "h2o": "h2o:160", "pyramidkv": "pyramidkv:160",
-    "quest": "quest:64", "minicache": "minicache(retained_fraction=0.0625)",
+    "quest": "quest:64", "mla": "mla(kv_lora_rank=48,qk_rope_head_dim=16)", "minicache": "minicache(retained_fraction=0.0625)",
 }  # fmt: skip
 """Sizes that bite at 320 tokens and divide into the groups of every format."""
 SLOTS: tuple[Sequence[type[StrategyPart]], ...] = (SELECTIONS, REDUCTIONS, ENCODINGS, CODINGS)
@@ -150,7 +150,7 @@ def _check_laws(compression: Compression, stored: StoredCache, kv: KvTensors) ->
 
 
 def test_a_refusal_reads_well() -> None:
-    with pytest.raises(InvalidSpec, match=r"minicache lets layers hold tokens for one another.*snapkv keeps other"):
+    with pytest.raises(InvalidSpec, match=r"minicache stores tokens of several layers together.*snapkv keeps other"):
         parse_compression("snapkv+minicache")
     with pytest.raises(InvalidSpec, match=r"kvsharer finds on calibration sequences.*turboquant keeps the first"):
         parse_compression("kvsharer+turboquant_4bit_nc")

@@ -54,6 +54,11 @@ class Reduction(StrategyPart):
         return False
 
     @property
+    def is_replicated(self) -> bool:
+        """Whether all heads read the same numbers, so that each tensor-parallel rank holds all of them (MLA)."""
+        return False
+
+    @property
     def resident_share(self) -> float:
         """Share of the reduced KV that this layer holds itself, less than 1 where layers share; they read it all."""
         return 1.0

@@ -85,6 +85,11 @@ class MiniCache(Reduction):
     def joins_layers(self) -> bool:
         return True
 
+    @property
+    def depends_on_prompt(self) -> bool:
+        # Which tokens stay apart is decided among all of the prompt's.
+        return 0.0 < self.retained_fraction < 1.0
+
     def metadata_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
         # Two fp16 magnitudes per head, of K and of V.
         return 4.0 * group.num_kv_heads if group.kv_elements_per_token else 0.0
