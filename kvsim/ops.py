@@ -177,3 +177,40 @@ def randomised_svd(rows: float, columns: int, rank: int, power_iterations: int, 
         bytes_written=2.0 * factors,
         launches=float(3 * products),
     )
+
+
+def score_channels(
+    context_tokens: float,
+    window_tokens: int,
+    num_attention_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    element_bytes: float,
+) -> Work:
+    """Mean square of every key channel, and of the last ``window_tokens`` queries' (ThinK, arXiv 2407.21018)."""
+    elements = (context_tokens * num_kv_heads + window_tokens * num_attention_heads) * head_dim
+    return Work(
+        bytes_read=elements * element_bytes,
+        bytes_written=num_kv_heads * head_dim * 4.0,
+        vector_flops=2.0 * elements,
+    )
+
+
+def gather_channels(rows: float, head_dim: int, kept_channels: int, element_bytes: float) -> Work:
+    """Copy ``kept_channels`` of each of ``rows`` vectors."""
+    return Work(bytes_read=rows * head_dim * element_bytes, bytes_written=rows * kept_channels * element_bytes)
+
+
+def merge_directions(tokens: float, num_kv_heads: int, channels: int, element_bytes: float) -> Work:
+    """Join two layers' vectors of ``channels`` (K and V together) per head into one direction (arXiv 2405.14366).
+
+    Per channel: two squared norms and a product (6 FLOPs), two scaled vectors added and scaled again (4). Per vector
+    two square roots, an arc cosine and two sines, counted as 20 FLOPs each. Four fp16 magnitudes are written.
+    """
+    vectors = 2.0 * tokens * num_kv_heads
+    elements = tokens * num_kv_heads * channels
+    return Work(
+        bytes_read=2.0 * elements * element_bytes,
+        bytes_written=elements * element_bytes + 4.0 * vectors,
+        vector_flops=10.0 * elements + 100.0 * vectors,
+    )

@@ -92,17 +92,19 @@ class Reduced:
     Attributes
     ----------
     kv : KvTensors
-        What is to be stored, without queries where its width is not the model's. A layer that stores nothing has 0
-        channels.
+        What is to be stored, without queries where its width is not the model's.
     restore : callable
         From ``kv`` as it is read back to a cache of the full shape.
     metadata_bits : tuple of float
-        Per layer, beside the stored K and V: per-token metadata and what is held once per sequence.
+        Per layer of the full cache, beside the stored K and V: per-token metadata and what is held once per sequence.
+    holders : tuple of int or None
+        Layer of the full cache that each layer of ``kv`` is; None where every layer stores something.
     """
 
     kv: KvTensors
     restore: Callable[[KvTensors], KvTensors]
     metadata_bits: tuple[float, ...]
+    holders: tuple[int, ...] | None = None
 
 
 class ReductionCodec(ABC):
@@ -113,6 +115,10 @@ class ReductionCodec(ABC):
     def fit(self, samples: Sequence[KvTensors]) -> Self:
         """Learn from sample caches of the same model; give a fitted codec."""
         return self
+
+    def sources(self, num_layers: int) -> tuple[int, ...]:
+        """Layer whose cache each layer reads instead of its own: itself, unless layers share a cache."""
+        return tuple(range(num_layers))
 
     @abstractmethod
     def reduce(self, kv: KvTensors) -> Reduced:

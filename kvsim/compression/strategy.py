@@ -22,8 +22,11 @@ from kvsim.compression.encoding.turboquant import TurboQuant
 from kvsim.compression.reduction.base import Reduction
 from kvsim.compression.reduction.eigen_attention import EigenAttention
 from kvsim.compression.reduction.low_rank import LowRank
+from kvsim.compression.reduction.minicache import MiniCache
 from kvsim.compression.reduction.mla import Mla
 from kvsim.compression.reduction.none import NoReduction
+from kvsim.compression.reduction.shared_layers import CrossLayerAttention, KvSharer
+from kvsim.compression.reduction.think import ThinK
 from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
 from kvsim.compression.selection.h2o import H2O
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
 
 _Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest
-_Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla
+_Reductions = NoReduction | LowRank | EigenAttention | Xkv | ThinK | MiniCache | KvSharer | CrossLayerAttention | Mla
 _Encodings = Native | Fp8 | PerTokenHead | NvFp4 | MxFp4 | Kivi | TurboQuant
 _Codings = NoCoding
 
@@ -97,7 +100,13 @@ class Compression(Spec):
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         """Why this model or device cannot run the strategy, or None: the first reason found."""
         reason = self.selection.check(model, device) or self.reduction.check(model, device)
-        return reason or self.encoding.check(self._reduced(model), device) or self.coding.check(model, device)
+        return reason or self._check_encoding(model, device) or self.coding.check(model, device)
+
+    def _check_encoding(self, model: ModelSpec, device: DeviceSpec) -> str | None:
+        reason = self.encoding.check(self._reduced(model), device)
+        if reason is None or self.encoding.check(model, device) is not None:
+            return reason
+        return f"{spell(self.encoding)} cannot store what {spell(self.reduction)} leaves: {reason}"
 
     def _reduced(self, model: ModelSpec) -> ModelSpec:
         """Give the model with the shapes that the encoding sees."""
