@@ -67,7 +67,7 @@ def resolve(scenario: Scenario, *, base_dir: Path | None = None, in_pool: bool =
         state_bytes_per_sequence=-(-state_bytes_per_sequence(model) // scenario.tensor_parallel_size),
         priors=load_priors(),
         price=price,
-        prefix_caching=scenario.engine.enable_prefix_caching and not scenario.compression.selection.evicts,
+        prefix_caching=scenario.engine.enable_prefix_caching and not scenario.compression.bars_prefix_reuse,
         notes=tuple(notes),
         calibration=calibration,
         tier_classes=_tier_classes(scenario, model, device.spec),

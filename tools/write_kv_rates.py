@@ -34,7 +34,7 @@ SEEDS = (0, 1)
 NUM_SAMPLES = 3
 CONTEXTS: tuple[Context, ...] = ("tensor", "head", "channel")
 SOURCE = (
-    "measured on synthetic caches of 1,024 tokens, 2 KV heads of 128, 4 layers (codes: first and last layer) by "
+    "measured on synthetic caches of 1,024 tokens, 2 KV heads of 128, 4 layers (codes: the first of them) by "
     "tools/write_kv_rates.py; of no model"
 )
 
@@ -133,7 +133,7 @@ def measure_codec(name: str) -> Measured:
     measured, compression = Measured(), parse_compression(name)
     for kv, samples in caches():
         stored = store_cache(fit_strategy(compression, samples), kv)
-        exempt = compression.encoding.residual_tokens
+        exempt = compression.encoding.native_tokens
         values = [(layer.keys.size + layer.values.size) // layer.num_tokens for layer in kv.layers]
         native = sum(values) * exempt * kv.native_bits
         coded = sum(one * (layer.num_tokens - exempt) for one, layer in zip(values, kv.layers, strict=True))
@@ -154,7 +154,7 @@ def main() -> None:
             continue
         codes[name] = defaultdict(Measured)
         for _, layers in stored:
-            measure_codes((layers[0], layers[-1]), codes[name])
+            measure_codes(layers[:1], codes[name])
         print(name, f"{codes[name]['rans'].bits_per_value:.3f}")
     write_atomic(RATES, rates_text(codes, codecs))
     page = PAGE.read_text(encoding="utf-8")

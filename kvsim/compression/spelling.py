@@ -23,6 +23,11 @@ def spell_part(part: StrategyPart) -> str:
 
 
 def bare_name(part: StrategyPart) -> str:
-    """Published name that a part's parameters are nearest to, without what differs from it."""
+    """Published name that stands for a part's values; failing that, one whose inline value alone differs."""
     values = part.model_dump(mode="json", exclude={"kind"})
-    return next((name for name, means in part.names.items() if means.items() <= values.items()), next(iter(part.names)))
+    fixed = {field: value for field, value in values.items() if field not in part.inline_fields}
+    for given in (values, fixed):
+        for name, means in part.names.items():
+            if all(given.get(field, value) == value for field, value in means.items()):
+                return name
+    return next(iter(part.names))

@@ -55,8 +55,8 @@ def random_eviction_error(weights: NDArray[Any], values: NDArray[Any], kept: int
 
     The first, (1 - p) tr(Sigma) / K with p = K / n and influence n a_i (v_i - o), is a reconstruction of the
     query-agnostic rate of arXiv 2607.01520, not its text; 1 - p is for drawing without replacement. It is blind to a
-    token with nearly all weight. The second, sum (1 - p) / (p + (1 - p) a_i) a_i^2 ||v_i - o_-i||^2 with o_-i the output
-    without token i, is an interpolation that the project found after the first had failed.
+    token with nearly all weight. The second, sum (1 - p) / (p + (1 - p) a_i) a_i^2 ||v_i - o_-i||^2 with o_-i the
+    output without token i, is an interpolation that the project found after the first had failed.
     """
     exact, wide = weights.astype(np.float64), values.astype(np.float64)
     outputs = exact @ wide

@@ -11,6 +11,7 @@ from kvsim.compression import Compression
 from kvsim.compression.base import LayerView
 from kvsim.compression.codec import Codec, ReductionCodec, StoredLayer, with_stored
 from kvsim.compression.encoding.native import Native
+from kvsim.compression.stacked import StackedEncoding
 from kvsim.specs.model import LayerGroup, LayerKind
 from kvsim.tensors import BoolArray, KvTensors, LayerKv
 
@@ -66,27 +67,30 @@ def fit_strategy(compression: Compression, samples: Sequence[KvTensors] = ()) ->
 def store_cache(strategy: FittedStrategy, kv: KvTensors) -> StoredCache:
     """Store a cache as the strategy does after prefill, and read it back.
 
-    The ``residual_tokens`` of what is kept (the newest, and sinks among the oldest), and layers that the format
-    exempts, stay native and are counted so.
+    The newest ``residual_tokens`` of what is kept, and layers that the format exempts, stay native and are counted so.
     """
     kept = _select(strategy.compression, kv)
-    spans = [_coded_span(strategy.compression, layer.num_tokens) for layer in kept.layers]
-    read_back, bits = _encode(strategy, _cut(kept, spans))
-    layers = []
-    for index, (layer, coded, span) in enumerate(zip(kept.layers, read_back.layers, spans, strict=True)):
-        bits[index] += _native_bits(layer, layer.num_tokens - (span.stop - span.start), kv.native_bits)
-        before, after = slice(0, span.start), slice(span.stop, None)
+    residual = strategy.compression.encoding.residual_tokens
+    tokens = [max(0, layer.num_tokens - residual) for layer in kept.layers]
+    old = _cut(kept, [slice(0, count) for count in tokens])
+    read_back, bits = _encode(strategy, old)
+    selection, sources = strategy.compression.selection, strategy.reduction.sources(kv.num_layers)
+    layers, masks = [], []
+    for index, (layer, coded, count) in enumerate(zip(kept.layers, read_back.layers, tokens, strict=True)):
+        if sources[index] == index:
+            bits[index] += _native_bits(layer, layer.num_tokens - count, kv.native_bits)
+        newest = kept.layers[sources[index]]
         layers.append(
             replace(
                 layer,
-                keys=np.concatenate((layer.keys[:, before], coded.keys, layer.keys[:, after]), axis=1),
-                values=np.concatenate((layer.values[:, before], coded.values, layer.values[:, after]), axis=1),
+                keys=np.concatenate((coded.keys, newest.keys[:, count:]), axis=1),
+                values=np.concatenate((coded.values, newest.values[:, count:]), axis=1),
             )
         )
-    final = replace(kept, layers=tuple(layers))
-    selection = strategy.compression.selection
-    masks = tuple(selection.read_mask(layer, layer_view(final, index)) for index, layer in enumerate(final.layers))
-    return StoredCache(final, masks, tuple(bits))
+        # What chooses among kept tokens was made from keys as they came, before they were stored.
+        bits[index] += selection.index_bits(layer, layer_view(kept, index), kv.native_bits)
+        masks.append(selection.read_mask(layer, layer_view(kept, index)))
+    return StoredCache(replace(kept, layers=tuple(layers)), tuple(masks), tuple(bits))
 
 
 def layer_view(kv: KvTensors, index: int) -> LayerView:
@@ -102,18 +106,10 @@ def layer_view(kv: KvTensors, index: int) -> LayerView:
     return LayerView(index, kv.num_layers, group)
 
 
-def _coded_span(compression: Compression, tokens: int) -> slice:
-    """Tokens that are encoded, by age: those between the sinks and the newest, if any."""
-    encoding = compression.encoding
-    start = min(tokens, encoding.sink_tokens)
-    newest = encoding.residual_tokens - encoding.sink_tokens
-    return slice(start, max(start, tokens - newest))
-
-
 def _select(compression: Compression, kv: KvTensors) -> KvTensors:
     layers = []
     for index, layer in enumerate(kv.layers):
-        indices = compression.selection.keep(layer, layer_view(kv, index))
+        indices = compression.selection.keep(layer, layer_view(kv, index), kv.attention_scale)
         layers.append(layer if indices is None else layer.take(indices))
     return replace(kv, layers=tuple(layers))
 
@@ -126,10 +122,10 @@ def _encode(strategy: FittedStrategy, kv: KvTensors) -> tuple[KvTensors, list[fl
     chosen = []
     bits = list(reduced.metadata_bits)
     plain = Native().codec().store(reduced.kv)
-    encoded = strategy.encoding.store(reduced.kv)
+    encoded = _encode_filled(strategy.encoding, reduced.kv, plain)
     for index in range(kv.num_layers):
         is_exempt = _is_exempt(compression, layer_view(kv, index))
-        layer: StoredLayer = plain[index] if is_exempt else encoded[index]
+        layer = plain[index] if is_exempt else encoded[index]
         payload = layer.payload_bits
         if coder is not None and layer.symbols and not is_exempt:
             payload = sum(coder.coded_bits(symbols) for symbols in layer.symbols)
@@ -140,8 +136,9 @@ def _encode(strategy: FittedStrategy, kv: KvTensors) -> tuple[KvTensors, list[fl
 
 def _is_exempt(compression: Compression, layer: LayerView) -> bool:
     """Whether the format keeps this layer native."""
-    alone = Compression(encoding=compression.encoding)
-    return not compression.encoding.is_native and alone.encoding_at(layer).is_native
+    given = compression.encoding_at(layer)
+    inner = given.encoding if isinstance(given, StackedEncoding) else given
+    return not compression.encoding.is_native and inner.is_native
 
 
 def _native_bits(layer: LayerKv, tokens: int, element_bits: int) -> float:

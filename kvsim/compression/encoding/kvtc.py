@@ -66,7 +66,7 @@ class Kvtc(PublishedRatioEncoding):
 
     @property
     def residual_tokens(self) -> int:
-        return self.num_sink_tokens + self.recent_tokens
+        return self.recent_tokens
 
     @property
     def sink_tokens(self) -> int:

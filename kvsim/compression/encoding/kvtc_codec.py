@@ -95,10 +95,12 @@ class KvtcCodec(Codec):
         return _with_layers(kv, layers)
 
     def store(self, kv: KvTensors) -> tuple[StoredLayer, ...]:
-        """Code runs of layers; a run's bits are shared equally among its layers."""
+        """Code runs of layers, sinks apart; a run's bits are shared equally among its layers."""
         if not self._runs:
             msg = "kvtc must be fitted to sample sequences before it stores"
             raise InvalidSpec(msg)
+        sinks = [_cut(layer, slice(0, self._native[0])) for layer in kv.layers]
+        kv = _with_layers(kv, [_cut(layer, slice(self._native[0], None)) for layer in kv.layers])
         stored: list[StoredLayer] = []
         for run, *transforms in self._runs:
             bits, read_back = 0.0, []
@@ -109,7 +111,7 @@ class KvtcCodec(Codec):
             stored += [
                 StoredLayer(keys, values, payload_bits=bits / len(run)) for keys, values in zip(*read_back, strict=True)
             ]
-        return tuple(stored)
+        return tuple(_with_sinks(one, head, kv.native_bits) for one, head in zip(stored, sinks, strict=True))
 
 
 def make_transform(rows: FloatArray, mean_bits: float) -> Transform:
@@ -202,6 +204,15 @@ def _split(rows: FloatArray, kv: KvTensors, run: range, is_key: bool) -> list[Fl
         found.append(np.ascontiguousarray(array, dtype=np.float32))
         start = end
     return found
+
+
+def _with_sinks(coded: StoredLayer, sinks: LayerKv, native_bits: int) -> StoredLayer:
+    """Put the native tokens before the coded ones."""
+    return StoredLayer(
+        keys=np.concatenate((sinks.keys, coded.keys), axis=1),
+        values=np.concatenate((sinks.values, coded.values), axis=1),
+        payload_bits=coded.payload_bits + float(native_bits * (sinks.keys.size + sinks.values.size)),
+    )
 
 
 def _cut(layer: LayerKv, span: slice) -> LayerKv:
