@@ -227,8 +227,8 @@ def _resolve_coding(scenario: Scenario, prefill: Deployment, base_dir: Path | No
         raise IncompatibleScenario(msg)
     if parsed.stored.unpriced_coder is not None and wanted.coder_bytes_per_s is None:
         msg = (
-            f"{where}.coder_bytes_per_s: no prior says how fast a device codes {parsed.stored.unpriced_coder}; give it, "
-            f"as in {{encoding: {wanted.encoding}, coder_bytes_per_s: 100 GB/s}}"
+            f"{where}.coder_bytes_per_s: no prior says how fast a device codes {parsed.stored.unpriced_coder}; give "
+            f"it, as in {{encoding: {wanted.encoding}, coder_bytes_per_s: 100 GB/s}}"
         )
         raise IncompatibleScenario(msg)
     compression = parsed.model_copy(update={"selection": scenario.compression.selection})

@@ -120,11 +120,23 @@ def tier_notes(deployment: Deployment, *, shares_prefixes: bool) -> tuple[str, .
         return (f"nothing is offloaded {where}: without prefix caching no request could hit a block there",)
     if not growing:
         return ("nothing is offloaded to any tier: no layer keeps a whole prompt, so no prefix can be shared",)
-    lossy = [tier for tier in plan.tiers if tier.coding.lossy]
-    return tuple(
+    lossy = tuple(
         f"KV loaded from {tier.name} is lossy ({tier.coding.name}): its effect on quality is not modelled"
-        for tier in lossy
+        for tier in plan.tiers
+        if tier.coding.lossy
     )
+    return lossy + _rate_notes(deployment)
+
+
+def _rate_notes(deployment: Deployment) -> tuple[str, ...]:
+    """Tiers whose bytes are expected ones; those with published ratios carry their band in the report."""
+    names = [
+        spec.encoding
+        for spec, classes in zip(deployment.engine.all_kv_tiers, deployment.tier_classes, strict=True)
+        if classes is not None and isinstance(spec, StoringTier)
+    ]
+    notes = (parse_compression(name).rate_note for name in dict.fromkeys(names))
+    return tuple(note for note in notes if note is not None)
 
 
 def _names(specs: Sequence[StoringTier]) -> list[str]:

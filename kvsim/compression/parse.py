@@ -33,7 +33,12 @@ _COMBINATIONS: Final = (
 )  # fmt: skip
 
 STRATEGIES: Final[tuple[str, ...]] = (
-    *(name for part in (*ENCODINGS, *REDUCTIONS, *SELECTIONS) for name in (*part.names, *part.spellings) if name not in _NEUTRAL),
+    *(
+        name
+        for part in (*ENCODINGS, *REDUCTIONS, *SELECTIONS)
+        for name in (*part.names, *part.spellings)
+        if name not in _NEUTRAL
+    ),
     *_COMBINATIONS,
 )
 """Named strategies: every part that can stand by itself, and common combinations."""

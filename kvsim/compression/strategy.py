@@ -5,14 +5,14 @@ The four unions here are the registry.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Final, Self, get_args
 
 from pydantic import Field, model_validator
 
 from kvsim.compression.base import KvEncoding, LayerView, StrategyPart, TokenSelection
-from kvsim.compression.coding.base import Coding
 from kvsim.compression.coding.arithmetic import Arithmetic
+from kvsim.compression.coding.base import Coding
 from kvsim.compression.coding.deflate import Deflate
 from kvsim.compression.coding.huffman import Huffman
 from kvsim.compression.coding.none import NoCoding
@@ -24,9 +24,9 @@ from kvsim.compression.encoding.fp8 import Fp8
 from kvsim.compression.encoding.ggml import Ggml
 from kvsim.compression.encoding.kivi import Kivi
 from kvsim.compression.encoding.kv_adaquant import KvAdaQuant
+from kvsim.compression.encoding.kvquant import KvQuant
 from kvsim.compression.encoding.kvtc import Kvtc
 from kvsim.compression.encoding.lossless import Lossless
-from kvsim.compression.encoding.kvquant import KvQuant
 from kvsim.compression.encoding.native import Native
 from kvsim.compression.encoding.per_token_head import PerTokenHead
 from kvsim.compression.encoding.quarot import QuaRot

@@ -71,4 +71,4 @@ def water_fill(variances: FloatTable, mean_bits: float) -> FloatTable:
     levels = (np.cumsum(logs) - total) / np.arange(1, len(spread) + 1)
     level = levels[np.flatnonzero(levels < logs)[-1]]
     with np.errstate(divide="ignore"):
-        return np.maximum(0.0, 0.5 * (np.log2(variances) - level))
+        return np.asarray(np.maximum(0.0, 0.5 * (np.log2(variances) - level)), dtype=np.float64)

@@ -39,7 +39,8 @@ def pack(codes: Codes, levels: int) -> NDArray[np.uint8]:
     padded = np.zeros(-(-len(codes) // per_byte) * per_byte, dtype=np.uint8)
     padded[: len(codes)] = codes
     shifts = width * np.arange(per_byte - 1, -1, -1)
-    return np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, axis=1).astype(np.uint8)
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, axis=1).astype(np.uint8)
+    return packed
 
 
 def unpack(data: NDArray[np.uint8], levels: int, count: int) -> Codes:

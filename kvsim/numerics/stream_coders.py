@@ -55,15 +55,14 @@ def range_bits(rows: Codes, levels: int) -> float:
     return float(sum(table_bits(count) for count in counts) + _range_stream(shown))
 
 
-def range_bits_under(rows: Codes, frequencies: Counts) -> float:
-    """Code each row, (R, n), under a table that both sides have already, (R, levels) of whole frequencies above 0.
+def range_bits_under(rows: Codes, probabilities: NDArray[np.float64]) -> float:
+    """Code each row, (R, n), under a law that both sides have already, (R, levels), all above 0.
 
     Raises
     ------
     RuntimeError
         What came back differs: a bug.
     """
-    probabilities = frequencies / frequencies.sum(axis=-1, keepdims=True)
     return float(_range_stream([(row, _categorical(one)) for row, one in zip(rows, probabilities, strict=True)]))
 
 
@@ -112,7 +111,7 @@ class AdaptiveModel:
     def predict(self) -> NDArray[np.float64]:
         """Probabilities, (channels, levels), all above 0."""
         shared = self._shared / self._shared.sum()
-        return (self._own + self.BELIEF * shared) / (self._seen + self.BELIEF)
+        return np.asarray((self._own + self.BELIEF * shared) / (self._seen + self.BELIEF), dtype=np.float64)
 
     def learn(self, token: Codes) -> None:
         """Take in one token's codes, (channels,)."""

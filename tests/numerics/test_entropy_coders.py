@@ -158,7 +158,9 @@ def test_a_law_known_beforehand_costs_its_cross_entropy() -> None:
     rows = context_rows(_normal_codes(6), "channel")
     other = count_rows(context_rows(_normal_codes(7), "channel"), LEVELS) + 1
     under = sum(cross_entropy_bits(one, law) for one, law in zip(count_rows(rows, LEVELS), other, strict=True))
-    assert under - 1 <= range_bits_under(rows, other / other.sum(axis=1, keepdims=True)) <= 1.001 * under + 3 * WORD_BITS
+    assert (
+        under - 1 <= range_bits_under(rows, other / other.sum(axis=1, keepdims=True)) <= 1.001 * under + 3 * WORD_BITS
+    )
 
 
 def test_adaptive_coding_lies_just_above_its_predictions() -> None:

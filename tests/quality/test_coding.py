@@ -176,7 +176,9 @@ def test_lossless_codes_fp16_too(noise: KvTensors) -> None:
     assert 13.5 < stored.total_bits / (2 * halves.keys.size) < 13.7
 
 
-def test_kvtc_keeps_its_budget_and_loses_more_with_less(smooth: KvTensors, smooth_samples: tuple[KvTensors, ...]) -> None:
+def test_kvtc_keeps_its_budget_and_loses_more_with_less(
+    smooth: KvTensors, smooth_samples: tuple[KvTensors, ...]
+) -> None:
     errors = []
     for ratio in (8, 16, 32):
         codec = KvtcCodec(ratio, 4, 128).fit(smooth_samples)
@@ -216,7 +218,9 @@ def test_decorrelating_beats_quantising_channels_at_equal_bits(smooth_samples: t
     spun = make_transform(rows, 2.0)
     shuffled = np.random.default_rng(0).permuted(rows, axis=0)  # the same channels, independent of each other
     plain = make_transform(shuffled, 2.0)
-    lost = [float(np.mean((one.decode(one.encode(data)) - data) ** 2)) for one, data in ((spun, rows), (plain, shuffled))]
+    lost = [
+        float(np.mean((one.decode(one.encode(data)) - data) ** 2)) for one, data in ((spun, rows), (plain, shuffled))
+    ]
     assert lost[0] < 0.2 * lost[1]
 
 

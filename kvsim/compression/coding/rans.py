@@ -28,7 +28,9 @@ class Rans(Coding):
 
     names: ClassVar = {"rans": {}}
     aliases: ClassVar = {"ans": "rans"}
-    summaries: ClassVar = {"rans": "rANS over codes at rest, for tiers and transfers; Duda, arXiv 1311.2540, as DietGPU"}
+    summaries: ClassVar = {
+        "rans": "rANS over codes at rest, for tiers and transfers; Duda, arXiv 1311.2540, as DietGPU"
+    }
 
     family: ClassVar = "entropy coding"
 

@@ -16,6 +16,7 @@ from kvsim.numerics.stream_coders import range_bits_under
 from kvsim.tensors import FloatArray, KvTensors, LayerKv
 
 TensorName = Literal["keys", "values"]
+TENSORS: Final[tuple[TensorName, ...]] = ("keys", "values")
 LawKey: TypeAlias = tuple[int, TensorName, Literal["anchor", "delta"]]
 
 ANCHOR_BINS: Final = 256
@@ -49,7 +50,7 @@ class CacheGenCodec(LayerCodec):
             raise InvalidSpec(msg)
         laws: dict[LawKey, NDArray[np.float64]] = {}
         for index in range(samples[0].num_layers):
-            for tensor in ("keys", "values"):
+            for tensor in TENSORS:
                 coded = [self._quantise(_rows(one.layers[index], tensor), index, tensor, one) for one in samples]
                 laws[index, tensor, "anchor"] = _law([one.anchors for one in coded], ANCHOR_BINS)
                 bins = delta_bins(index, samples[0].num_layers, tensor)
@@ -63,10 +64,10 @@ class CacheGenCodec(LayerCodec):
             raise InvalidSpec(msg)
         read_back: dict[TensorName, FloatArray] = {}
         bits = 0.0
-        for tensor in ("keys", "values"):
+        for tensor in TENSORS:
             coded = self._quantise(_rows(layer, tensor), index, tensor, kv)
-            for part, codes in (("anchor", coded.anchors), ("delta", coded.deltas)):
-                bits += range_bits_under(np.ascontiguousarray(codes.T), self._laws[index, tensor, part])
+            bits += range_bits_under(_by_channel(coded.anchors), self._laws[index, tensor, "anchor"])
+            bits += range_bits_under(_by_channel(coded.deltas), self._laws[index, tensor, "delta"])
             read_back[tensor] = _heads(coded.read_back, layer.num_kv_heads)
         scales = 2.0 * SCALE_BITS * layer.num_tokens
         return StoredLayer(read_back["keys"], read_back["values"], payload_bits=bits, metadata_bits=scales)
@@ -100,10 +101,14 @@ def _vector_quantise(rows: FloatArray, bins: int) -> tuple[CodeArray, FloatArray
 
 def _law(codes: Sequence[CodeArray], bins: int) -> NDArray[np.float64]:
     """Probability of each code in each channel, (channels, bins), all above 0."""
-    counts = count_rows(np.ascontiguousarray(np.concatenate(codes).T), bins).astype(np.float64)
+    counts = count_rows(_by_channel(np.concatenate(codes)), bins).astype(np.float64)
     shared = counts.sum(axis=0) + 0.5
     smoothed = counts + BELIEF * shared / shared.sum()
     return np.asarray(smoothed / smoothed.sum(axis=1, keepdims=True), dtype=np.float64)
+
+
+def _by_channel(codes: CodeArray) -> CodeArray:
+    return np.ascontiguousarray(codes.T)
 
 
 def _rows(layer: LayerKv, tensor: TensorName) -> FloatArray:

@@ -33,7 +33,9 @@ class Kvtc(PublishedRatioEncoding):
     """
 
     names: ClassVar = {"kvtc": {}}
-    summaries: ClassVar = {"kvtc": "principal components, bits by dynamic programming, DEFLATE, for tiers; kvtc, arXiv 2511.01815"}
+    summaries: ClassVar = {
+        "kvtc": "principal components, bits by dynamic programming, DEFLATE, for tiers; kvtc, arXiv 2511.01815"
+    }
     inline_fields: ClassVar = ("target_ratio",)
 
     family: ClassVar = "transform coding"

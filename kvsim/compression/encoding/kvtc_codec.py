@@ -9,7 +9,7 @@ from typing import Final, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from kvsim.compression.codec import Codec, CodeArray, StoredLayer
+from kvsim.compression.codec import CodeArray, Codec, StoredLayer
 from kvsim.errors import InvalidSpec, NotRunnable
 from kvsim.numerics.bit_allocation import allocate_bits
 from kvsim.numerics.byte_coders import compressed_bits, pack, unpack
@@ -80,7 +80,13 @@ class KvtcCodec(Codec):
         cut = [self._middle(sample) for sample in samples]
         budget = samples[0].native_bits / self._target_ratio
         runs = tuple(
-            (run, *(make_transform(np.concatenate([_rows(kv, run, is_key) for kv in cut]), budget) for is_key in (True, False)))
+            (
+                run,
+                *(
+                    make_transform(np.concatenate([_rows(kv, run, is_key) for kv in cut]), budget)
+                    for is_key in (True, False)
+                ),
+            )
             for run in _runs(cut)
         )
         return type(self)(self._target_ratio, *self._native, runs)  # type: ignore[arg-type]
@@ -180,7 +186,8 @@ def _rows(kv: KvTensors, run: range, is_key: bool) -> FloatArray:
     """All layers and heads of a token side by side, keys without their rotation."""
     tokens = {kv.layers[index].num_tokens for index in run}
     if len(tokens) > 1:
-        raise NotRunnable("kvtc", f"layers that share a basis must hold the same number of tokens, not {sorted(tokens)}")
+        method, reason = "kvtc", f"layers that share a basis must hold the same number of tokens, not {sorted(tokens)}"
+        raise NotRunnable(method, reason)
     parts = []
     for index in run:
         layer = kv.layers[index]

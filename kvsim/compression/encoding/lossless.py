@@ -9,7 +9,16 @@ import numpy as np
 from kvsim.compression.codec import Codec, LayerCodec, StoredLayer
 from kvsim.compression.encoding.published_ratio import PublishedRatioEncoding
 from kvsim.errors import InvalidSpec
-from kvsim.numerics.float_words import MANTISSA_BITS, HalfFormat, Words, exponent_levels, from_words, join, split, to_words
+from kvsim.numerics.float_words import (
+    MANTISSA_BITS,
+    HalfFormat,
+    Words,
+    exponent_levels,
+    from_words,
+    join,
+    split,
+    to_words,
+)
 from kvsim.numerics.stream_coders import rans_bits
 from kvsim.tensors import FloatArray, KvTensors, LayerKv
 
@@ -25,7 +34,9 @@ class Lossless(PublishedRatioEncoding):
     """
 
     names: ClassVar = {"lossless": {}}
-    summaries: ClassVar = {"lossless": "exact: entropy-coded exponents, for tiers; as DietGPU, ZipNN, DFloat11 (2504.11651)"}
+    summaries: ClassVar = {
+        "lossless": "exact: entropy-coded exponents, for tiers; as DietGPU, ZipNN, DFloat11 (2504.11651)"
+    }
 
     family: ClassVar = "entropy coding"
 
