@@ -176,19 +176,25 @@ class TokenSelection(StrategyPart):
         """Why this model or device cannot run the method, or None."""
         return None
 
-    def keep(self, layer_kv: LayerKv, layer: LayerView) -> IntArray | None:
+    @abstractmethod
+    def keep(self, layer_kv: LayerKv, layer: LayerView, attention_scale: float) -> IntArray | None:
         """Choose the tokens of a prompt that stay, as indices (H, kept) ascending per head; None keeps all.
+
+        As many as `resident_tokens` says of the prompt's length. ``attention_scale`` is what logits are multiplied by.
 
         Raises
         ------
-        NotRunnable
-            The algorithm does not run on tensors yet.
+        InvalidSpec
+            The method scores with queries of the prompt, and the cache has none.
         """
-        raise NotRunnable(self.kind)
 
     def read_mask(self, layer_kv: LayerKv, layer: LayerView) -> BoolArray | None:
         """Which kept tokens each of the layer's queries reads, (Hq, m, n); None reads all."""
         return None
+
+    def index_bits(self, layer_kv: LayerKv, layer: LayerView, native_bits: int) -> float:
+        """Bits of what is held of the kept tokens to choose among them (Quest's page bounds), 0 if nothing."""
+        return 0.0
 
 
 def acts_on(group: LayerGroup) -> bool:
@@ -225,6 +231,11 @@ class KvEncoding(StrategyPart):
         return 0
 
     @property
+    def residual_share(self) -> float:
+        """Share of those newest tokens that a layer holds itself, less than 1 where layers share a cache."""
+        return 1.0
+
+    @property
     def sink_tokens(self) -> int:
         """Tokens that the method itself picks and keeps in the native dtype (attention sinks), 0 if none.
 
@@ -245,6 +256,11 @@ class KvEncoding(StrategyPart):
     @property
     def is_native(self) -> bool:
         """Whether the encoding leaves KV as the model made it."""
+        return False
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether all heads read the same stored numbers, so that each tensor-parallel rank holds all of them."""
         return False
 
     @property

@@ -26,7 +26,10 @@ _SLOTS: Final = (
 """(field of Compression, what two of them are called, base class), in the order of a strategy's name."""
 _NEUTRAL: Final = ("keep_all", "full_width", "fixed_width")
 _PIECE: Final = re.compile(r"\s*([^\s:()]+)\s*(?::\s*([^:()]*?)\s*)?(?:\(([^()]*)\))?\s*")
-_COMBINATIONS: Final = ("snapkv+fp8", "snapkv+kivi-2", "pyramidkv+fp8", "quest+fp8", "streaming_llm+fp8")
+_COMBINATIONS: Final = (
+    "snapkv+fp8", "snapkv+kivi-2", "pyramidkv+fp8", "quest+fp8", "streaming_llm+fp8",
+    "kv_adaquant:2/4", "snapkv+think", "think+kivi-4", "minicache+int4_per_token_head", "cla-2+fp8",
+)  # fmt: skip
 
 STRATEGIES: Final[tuple[str, ...]] = (
     *(name for part in _PARTS for name in (*part.names, *part.spellings) if name not in _NEUTRAL),

@@ -46,7 +46,7 @@ def stored_bytes(
 def encoded_bytes(encoding: KvEncoding, group: LayerGroup, native: Dtype, tokens: int) -> float:
     """Bytes of ``tokens`` kept tokens in one layer: some native where the format holds a residual window or sinks."""
     residual = min(tokens, encoding.native_tokens)
-    native_bytes = Native().bytes_per_token(group, native).total_bytes
+    native_bytes = encoding.residual_share * Native().bytes_per_token(group, native).total_bytes
     return residual * native_bytes + (tokens - residual) * encoding.bytes_per_token(group, native).total_bytes
 
 
