@@ -6,6 +6,7 @@ numpy arrays over batch sizes, so that a whole table is priced at once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -103,6 +104,19 @@ def project_rows(rows: float, in_features: int, out_features: int, element_bytes
         flops=2.0 * rows * in_features * out_features,
         bytes_read=rows * in_features * element_bytes,
         bytes_written=rows * out_features * element_bytes,
+    )
+
+
+def fast_hadamard(rows: float, dim: int, element_bytes: float) -> Work:
+    """Turn ``rows`` vectors by a Hadamard matrix in ``log2 dim`` rounds of additions on the vector units."""
+    size_bytes = rows * dim * element_bytes
+    return Work(bytes_read=size_bytes, bytes_written=size_bytes, vector_flops=rows * dim * math.log2(max(2, dim)))
+
+
+def channel_energy(tokens: float, channels: float, element_bytes: float) -> Work:
+    """Sum of squares of each channel over a prompt's tokens (TurboQuant's choice of outlier channels)."""
+    return Work(
+        bytes_read=tokens * channels * element_bytes, bytes_written=channels * 4.0, vector_flops=2.0 * tokens * channels
     )
 
 

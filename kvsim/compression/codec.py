@@ -92,19 +92,17 @@ class Reduced:
     Attributes
     ----------
     kv : KvTensors
-        What is to be stored, without queries where its width is not the model's.
+        What is to be stored, without queries where its width is not the model's. A layer that stores nothing has 0
+        channels.
     restore : callable
         From ``kv`` as it is read back to a cache of the full shape.
     metadata_bits : tuple of float
-        Per layer of the full cache, beside the stored K and V: per-token metadata and what is held once per sequence.
-    holders : tuple of int or None
-        Layer of the full cache that each layer of ``kv`` is; None where every layer stores something.
+        Per layer, beside the stored K and V: per-token metadata and what is held once per sequence.
     """
 
     kv: KvTensors
     restore: Callable[[KvTensors], KvTensors]
     metadata_bits: tuple[float, ...]
-    holders: tuple[int, ...] | None = None
 
 
 class ReductionCodec(ABC):

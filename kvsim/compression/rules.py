@@ -38,25 +38,25 @@ def conflicts(parts: Parts) -> Iterator[str]:
             yield reason
 
 
-def _same_tokens_in_joined_layers(parts: Parts) -> str | None:
-    """Layers that hold tokens for one another must hold the same tokens."""
-    selection, reduction = parts.selection, parts.reduction
-    if not reduction.joins_layers or not selection.evicts or selection.granularity == "none":
-        return None
-    return (
-        f"{_name(reduction)} lets layers hold tokens for one another, so all must keep the same ones, but "
-        f"{_name(selection)} keeps other tokens in each layer and head; streaming_llm and quest go with it"
-    )
-
-
-def _one_latent_for_all_heads(parts: Parts) -> str | None:
-    """Selections score and keep tokens per head; a latent has none."""
+def _latents_keep_all_tokens(parts: Parts) -> str | None:
+    """A latent vector that all heads read has no K and V per head to choose tokens by."""
     selection, reduction = parts.selection, parts.reduction
     if not reduction.is_replicated or selection.kind == "keep_all":
         return None
     return (
         f"{_name(selection)} chooses tokens by K and V per head, but {_name(reduction)} leaves one latent vector for "
         "all heads; it keeps all tokens"
+    )
+
+
+def _same_tokens_in_joined_layers(parts: Parts) -> str | None:
+    """Layers that hold tokens for one another must hold the same tokens."""
+    selection, reduction = parts.selection, parts.reduction
+    if not reduction.joins_layers or not selection.evicts or selection.granularity == "none":
+        return None
+    return (
+        f"{_name(reduction)} stores tokens of several layers together, so these must hold the same ones, but "
+        f"{_name(selection)} keeps other tokens in each layer and head; streaming_llm and quest go with it"
     )
 
 
@@ -78,8 +78,8 @@ def _codes_that_can_be_coded(parts: Parts) -> str | None:
 
 
 RULES: Final[tuple[Callable[[Parts], str | None], ...]] = (
+    _latents_keep_all_tokens,
     _same_tokens_in_joined_layers,
-    _one_latent_for_all_heads,
     _bytes_known_before_calibration,
     _codes_that_can_be_coded,
 )

@@ -74,6 +74,10 @@ class StackedEncoding(KvEncoding):
         return self.reduction.residual_share
 
     @property
+    def sink_tokens(self) -> int:
+        return self.encoding.sink_tokens
+
+    @property
     def unpack_family(self) -> str | None:
         return self.coding.unpack_family or self.encoding.unpack_family
 

@@ -119,14 +119,13 @@ def _encode(strategy: FittedStrategy, kv: KvTensors) -> tuple[KvTensors, list[fl
     compression = strategy.compression
     reduced = strategy.reduction.reduce(kv)
     coder = None if compression.coding.is_none else compression.coding.coder()
-    holders = range(kv.num_layers) if reduced.holders is None else reduced.holders
     chosen = []
     bits = list(reduced.metadata_bits)
     plain = Native().codec().store(reduced.kv)
-    encoded = strategy.encoding.store(reduced.kv)
-    for index, native_layer, encoded_layer in zip(holders, plain, encoded, strict=True):
+    encoded = _encode_filled(strategy.encoding, reduced.kv, plain)
+    for index in range(kv.num_layers):
         is_exempt = _is_exempt(compression, layer_view(kv, index))
-        layer: StoredLayer = native_layer if is_exempt else encoded_layer
+        layer = plain[index] if is_exempt else encoded[index]
         payload = layer.payload_bits
         if coder is not None and layer.symbols and not is_exempt:
             payload = sum(coder.coded_bits(symbols) for symbols in layer.symbols)

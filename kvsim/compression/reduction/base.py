@@ -69,11 +69,6 @@ class Reduction(StrategyPart):
         return 1.0 if self.resident_share else 0.0
 
     @property
-    def joins_layers(self) -> bool:
-        """Whether one layer holds tokens for another, so that both must keep the same ones."""
-        return False
-
-    @property
     def prices_mean_layer(self) -> bool:
         """Whether a layer's bytes are the mean over layers, because calibration decides which of them store."""
         return False

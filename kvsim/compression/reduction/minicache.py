@@ -67,12 +67,16 @@ class MiniCache(Reduction):
         """Tokens per head that are not merged."""
         return round(self.retained_fraction * tokens)
 
+    def stored_with(self, layer: LayerView) -> tuple[int, ...]:
+        pairs = self.pairs(layer.group.layers, layer.num_layers)
+        return next((pair for pair in pairs if layer.index in pair), (layer.index,))
+
     def at_layer(self, layer: LayerView) -> Reduction:
-        for first, second in self.pairs(layer.group.layers, layer.num_layers):
-            if layer.index in {first, second}:
-                part = _FirstOfPair if layer.index == first else _SecondOfPair
-                return part.model_validate(self.model_dump())
-        return NoReduction()
+        together = self.stored_with(layer)
+        if len(together) == 1:
+            return NoReduction()
+        part = _FirstOfPair if layer.index == together[0] else _SecondOfPair
+        return part.model_validate(self.model_dump())
 
     def reduced_group(self, group: LayerGroup) -> LayerGroup:
         return group
@@ -80,6 +84,11 @@ class MiniCache(Reduction):
     @property
     def joins_layers(self) -> bool:
         return True
+
+    @property
+    def depends_on_prompt(self) -> bool:
+        # Which tokens stay apart is decided among all of the prompt's.
+        return 0.0 < self.retained_fraction < 1.0
 
     def metadata_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
         # Two fp16 magnitudes per head, of K and of V.
@@ -159,28 +168,24 @@ class _MiniCacheCodec(ReductionCodec):
             )
             for first, second in pairs
         }
-        seconds = {second for _, second in pairs}
-        holders = tuple(index for index in range(kv.num_layers) if index not in seconds)
-        layers = tuple(
-            replace(kv.layers[index], keys=merged[index][0].stored, values=merged[index][1].stored)
-            if index in merged
-            else kv.layers[index]
-            for index in holders
-        )
+        layers = list(kv.layers)
+        for first, second in pairs:
+            keys, values = merged[first]
+            layers[first] = replace(layers[first], keys=keys.stored, values=values.stored)
+            layers[second] = layers[second].emptied()
 
         def restore(stored: KvTensors) -> KvTensors:
-            full = dict(zip(holders, stored.layers, strict=True))
+            full = list(stored.layers)
             for first, second in pairs:
-                read = full[first]
-                keys, values = (
-                    tensor.restored(back) for tensor, back in zip(merged[first], (read.keys, read.values), strict=True)
-                )
-                full[first] = replace(kv.layers[first], keys=keys[0], values=values[0])
-                full[second] = replace(kv.layers[second], keys=keys[1], values=values[1])
-            return replace(kv, layers=tuple(full[index] for index in range(kv.num_layers)))
+                keys, values = merged[first]
+                first_keys, second_keys = keys.restored(stored.layers[first].keys)
+                first_values, second_values = values.restored(stored.layers[first].values)
+                full[first] = replace(kv.layers[first], keys=first_keys, values=first_values)
+                full[second] = replace(kv.layers[second], keys=second_keys, values=second_values)
+            return replace(kv, layers=tuple(full))
 
         bits = tuple(self._bits(kv, index, pairs) for index in range(kv.num_layers))
-        return Reduced(replace(kv, layers=layers), restore, bits, holders)
+        return Reduced(replace(kv, layers=tuple(layers)), restore, bits)
 
     def _merge(self, first: FloatArray, second: FloatArray, native_bits: int) -> _MergedTensor:
         (one, one_length), (other, other_length) = unit(first), unit(second)

@@ -63,8 +63,13 @@ class CrossLayerAttention(SharedLayers):
     sharing_factor: Annotated[int, Field(ge=2)]
     """Layers per cache."""
 
+    def stored_with(self, layer: LayerView) -> tuple[int, ...]:
+        layers = layer.group.layers
+        start = layers.index(layer.index) // self.sharing_factor * self.sharing_factor
+        return layers[start : start + self.sharing_factor]
+
     def at_layer(self, layer: LayerView) -> Reduction:
-        is_holder = layer.group.layers.index(layer.index) % self.sharing_factor == 0
+        is_holder = layer.index == self.stored_with(layer)[0]
         return NoReduction() if is_holder else _ReadingLayer.model_validate(self.model_dump())
 
     @property
@@ -177,18 +182,19 @@ class _KvSharerCodec(ReductionCodec):
     def reduce(self, kv: KvTensors) -> Reduced:
         """Leave out layers that read another one's cache."""
         sources = self.sources(kv.num_layers)
-        holders = tuple(index for index, source in enumerate(sources) if index == source)
 
         def restore(stored: KvTensors) -> KvTensors:
-            held = dict(zip(holders, stored.layers, strict=True))
             layers = (
-                replace(layer, keys=held[source].keys, values=held[source].values)
+                replace(layer, keys=stored.layers[source].keys, values=stored.layers[source].values)
                 for layer, source in zip(kv.layers, sources, strict=True)
             )
             return replace(kv, layers=tuple(layers))
 
-        layers = tuple(kv.layers[index] for index in holders)
-        return Reduced(replace(kv, layers=layers), restore, (0.0,) * kv.num_layers, holders)
+        layers = tuple(
+            layer if index == source else layer.emptied()
+            for index, (layer, source) in enumerate(zip(kv.layers, sources, strict=True))
+        )
+        return Reduced(replace(kv, layers=layers), restore, (0.0,) * kv.num_layers)
 
 
 def layer_distances(samples: Sequence[KvTensors]) -> FloatArray:

@@ -51,6 +51,10 @@ class ThinK(Reduction):
         """Key channels stored per head."""
         return head_dim - int(head_dim * self.key_channel_compression_ratio)
 
+    @property
+    def depends_on_prompt(self) -> bool:
+        return True
+
     def reduced_group(self, group: LayerGroup) -> LayerGroup:
         if group.kv_elements_per_token == 0:
             return group
