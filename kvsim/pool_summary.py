@@ -119,7 +119,7 @@ def _transfer(
         setup_s=spread([link.setup_s for link in links], links[0].basis),
         transfer=split.spec.transfer,
         encoding=split.coding.name if split.coding else None,
-        is_lossy=split.coding is not None,
+        is_lossy=split.coding is not None and not split.coding.compression.stored.is_exact,
         transfers=moved.count,
         wire_bytes=moved.size_bytes,
         bytes_per_transfer=moved.size_bytes / moved.count if moved.count else None,

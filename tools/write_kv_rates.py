@@ -33,7 +33,7 @@ PAGE = CHECKOUT / "docs" / "methods" / "entropy-coding.md"
 TABLES = re.compile(r"(<!-- rates: begin.*? -->\n).*?(<!-- rates: end -->)", re.DOTALL)
 SEEDS = (0, 1)
 NUM_SAMPLES = 3
-NUM_WORKERS = 2
+NUM_WORKERS = 3
 CONTEXTS: tuple[Context, ...] = ("tensor", "head", "channel")
 SOURCE = (
     "measured on synthetic caches of 1,024 tokens, 2 KV heads of 128, 4 layers (codes: the first of them) by "
@@ -169,10 +169,10 @@ def main() -> None:
                 codecs[name] = found
             elif found:
                 codes[name] = found
-    write_atomic(RATES, rates_text(codes, codecs))
+    write_atomic(RATES, rates_text(codes, codecs).encode())
     page = PAGE.read_text(encoding="utf-8")
     table = f"{code_table(codes)}\n{codec_table(codecs)}"
-    write_atomic(PAGE, TABLES.sub(lambda match: f"{match[1]}\n{table}\n{match[2]}", page))
+    write_atomic(PAGE, TABLES.sub(lambda match: f"{match[1]}\n{table}\n{match[2]}", page).encode())
 
 
 def rates_text(codes: dict[str, dict[str, Measured]], codecs: dict[str, Measured]) -> str:
