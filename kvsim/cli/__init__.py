@@ -18,6 +18,7 @@ from kvsim.cli.dashboard import dashboard_command
 from kvsim.cli.explain import explain_command
 from kvsim.cli.flags import ScenarioCommand
 from kvsim.cli.listing import list_app
+from kvsim.cli.quality import quality_app
 from kvsim.cli.single import estimate_command, simulate_command
 from kvsim.cli.sweep import sweep_command
 from kvsim.cli.validate import validate_command
@@ -62,6 +63,7 @@ def build_app() -> typer.Typer:
     app.command("dashboard")(dashboard_command)
     list_app.command("calibrations")(list_calibrations_command)
     app.add_typer(list_app, name="list")
+    app.add_typer(quality_app, name="quality")
     return app
 
 
