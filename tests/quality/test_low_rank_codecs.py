@@ -56,7 +56,9 @@ def _store(name: str, kv: KvTensors, samples: Sequence[KvTensors]) -> StoredCach
 def _errors(kv: KvTensors, stored: StoredCache) -> tuple[float, float]:
     """Relative squared errors of K and of V over all layers."""
     pairs = list(zip(kv.layers, stored.kv.layers, strict=True))
-    keys = sum(float(((a.keys - b.keys) ** 2).sum()) for a, b in pairs) / sum(float((a.keys**2).sum()) for a, _ in pairs)
+    keys = sum(float(((a.keys - b.keys) ** 2).sum()) for a, b in pairs) / sum(
+        float((a.keys**2).sum()) for a, _ in pairs
+    )
     values = sum(float(((a.values - b.values) ** 2).sum()) for a, b in pairs)
     return keys, values / sum(float((a.values**2).sum()) for a, _ in pairs)
 

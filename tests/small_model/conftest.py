@@ -1,17 +1,20 @@
-"""Models of a few weights, untrained unless a test says so."""
+"""Models that nobody trained, unless a test says so. Tests are skipped where torch is not installed."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-torch = pytest.importorskip("torch", reason="the small model needs torch")
-pytest.importorskip("safetensors", reason="weights are kept as safetensors")
-
-from kvsim.quality.small_model.architecture import ARCHITECTURES, Shape, SmallTransformer  # noqa: E402
+ARCHITECTURES = ("plain", "smeared", "smeared-cla2")
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)
-def model(request: pytest.FixtureRequest) -> SmallTransformer:
+def model(request: pytest.FixtureRequest) -> Any:
+    import torch
+
+    from kvsim.quality.small_model.architecture import Shape, SmallTransformer
+
     torch.manual_seed(5)
     made = SmallTransformer(Shape(request.param)).eval()
     for parameter in made.parameters():

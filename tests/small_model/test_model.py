@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
-from kvsim.compression import parse_compression
-from kvsim.quality.small_model.architecture import Shape, SmallTransformer, rotate
-from kvsim.quality.small_model.caches import Prompts, answer, calibration_caches, prefill
-from kvsim.quality.small_model.evaluation import evaluate, measured_batch, uncompressed_logits
-from kvsim.quality.small_model.tasks import TASKS, generate
-from kvsim.quality.store import fit_strategy
-from kvsim.tensors import LayerKv, Rope, attend
+torch = pytest.importorskip("torch", reason="the small model needs torch")
+
+from kvsim.compression import parse_compression  # noqa: E402
+from kvsim.quality.small_model.architecture import Shape, SmallTransformer, rotate  # noqa: E402
+from kvsim.quality.small_model.caches import Prompts, answer, calibration_caches, prefill  # noqa: E402
+from kvsim.quality.small_model.evaluation import evaluate, measured_batch, uncompressed_logits  # noqa: E402
+from kvsim.quality.small_model.tasks import TASKS, generate  # noqa: E402
+from kvsim.quality.store import fit_strategy  # noqa: E402
+from kvsim.tensors import LayerKv, Rope, attend  # noqa: E402
 
 COUNT = 3
 SEEN = [False, True]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -109,7 +111,7 @@ def test_language_follows_its_own_chain_of_few_states() -> None:
         text = row[1:].tolist()
         assert len(set(text)) <= MARKOV_STATES
         successors: dict[int, set[int]] = {}
-        for here, there in zip(text, text[1:], strict=False):
+        for here, there in pairwise(text):
             successors.setdefault(here, set()).add(there)
         assert max(map(len, successors.values())) <= 4
     assert batch.entropy_nats == pytest.approx(1.2080, abs=1e-3)

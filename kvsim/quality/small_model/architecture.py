@@ -17,12 +17,10 @@ from kvsim.errors import InvalidSpec
 from kvsim.quality.small_model.tasks import VOCABULARY
 
 ARCHITECTURES: Final = ("plain", "smeared", "smeared-cla2")
-"""``smeared``: each key is mixed with the one before it; ``cla2``: every second layer reads the cache of the one below
-it (arXiv 2405.12981)."""
+"""What tells a key which token stood before it, without which nothing can be looked up: ``plain``, the embedding
+knows it; ``smeared``, each key is mixed with the one before. ``cla2``: every second layer reads the cache of the one
+below (arXiv 2405.12981)."""
 MAX_POSITIONS: Final = 1024
-LOOK_BACK_PAIRS: Final = 8
-LOOK_BACK_BIAS: Final = 4.0
-LOOK_BACK_CONTENT: Final = 0.25
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,16 @@ class Shape:
 
     @property
     def has_bias(self) -> bool:
-        """Whether queries, keys and values have a bias, as Qwen2's: attention can then go by position alone."""
+        """Whether queries, keys and values have a bias, as Qwen2's."""
+        return self.architecture == "plain"
+
+    @property
+    def shifts_tokens(self) -> bool:
+        """Whether a token's embedding is joined by a projection of the one before it.
+
+        Something must tell a token what stood before it, or nothing can be looked up. Smeared keys do. Without
+        either, a first layer has to learn to, which took longer than we wait (see docs/small-model.md).
+        """
         return self.architecture == "plain"
 
     @property
@@ -116,7 +123,7 @@ class ForwardPass:
     caches: tuple[NewKv, ...]
 
 
-class RmsNorm(nn.Module):
+class RmsNorm(nn.Module):  # type: ignore[misc]  # torch is not installed where types are checked
     """Scale to unit root mean square."""
 
     def __init__(self, width: int) -> None:
@@ -134,7 +141,7 @@ def rotate(vectors: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
 
 
-class Attention(nn.Module):
+class Attention(nn.Module):  # type: ignore[misc]  # torch is not installed where types are checked
     """Grouped-query attention; a layer without ``makes_kv`` reads the cache of a layer below."""
 
     def __init__(self, shape: Shape, *, makes_kv: bool) -> None:
@@ -194,7 +201,7 @@ def _joint_mask(queries: Tensor, past: PastKv, group: int) -> Tensor:
     return torch.cat((seen, causal), dim=3)
 
 
-class Block(nn.Module):
+class Block(nn.Module):  # type: ignore[misc]  # torch is not installed where types are checked
     """Attention and a gated MLP."""
 
     def __init__(self, shape: Shape, *, makes_kv: bool) -> None:
@@ -210,13 +217,15 @@ class Block(nn.Module):
         return hidden + self.down(nnf.silu(gate) * up)
 
 
-class SmallTransformer(nn.Module):
+class SmallTransformer(nn.Module):  # type: ignore[misc]  # torch is not installed where types are checked
     """The model; embeddings are tied."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(VOCABULARY, shape.width)
+        if shape.shifts_tokens:
+            self.shift = nn.Linear(shape.width, shape.width, bias=False)
         every = shape.layers_per_cache
         self.blocks = nn.ModuleList(Block(shape, makes_kv=index % every == 0) for index in range(shape.num_layers))
         self.norm = RmsNorm(shape.width)
@@ -225,12 +234,17 @@ class SmallTransformer(nn.Module):
         self.register_buffer("cosine", turns.cos().float(), persistent=False)
         self.register_buffer("sine", turns.sin().float(), persistent=False)
         self.apply(_initialise)
-        if shape.has_bias:
-            _look_back(self.blocks[0].attention, self.cosine[1], self.sine[1])
 
     if TYPE_CHECKING:
         cosine: Tensor
         sine: Tensor
+
+    def _embed(self, tokens: Tensor, token_before: Tensor | None) -> Tensor:
+        embedded: Tensor = self.embedding(tokens)
+        if not self.shape.shifts_tokens:
+            return embedded
+        first = torch.zeros_like(embedded[:, :1]) if token_before is None else self.embedding(token_before)
+        return embedded + self.shift(torch.cat((first, embedded[:, :-1]), dim=1))
 
     @staticmethod
     def _dtype() -> torch.dtype:
@@ -241,19 +255,20 @@ class SmallTransformer(nn.Module):
         tokens: Tensor,
         past: Sequence[PastKv] | None = None,
         start: int = 0,
+        token_before: Tensor | None = None,
         dropped_attention: Tensor | None = None,
         *,
         round_kv: bool = False,
     ) -> ForwardPass:
         """Read tokens, (B, T), at positions from ``start``.
 
-        ``past`` holds one entry per cache. ``dropped_attention``, (layers, B), silences attention in training.
+        ``past`` holds one entry per cache; ``token_before``, (B, 1), is the one just before ``start``. ``dropped_attention``, (layers, B), silences attention in training.
         ``round_kv``: hold K and V in bf16, as a server does.
         """
         span = slice(start, start + tokens.shape[1])
         # Training runs under autocast, and single-precision angles would drag queries and keys up with them.
         angles = tuple(part[span].to(self._dtype()) for part in (self.cosine, self.sine))
-        hidden = self.embedding(tokens)
+        hidden = self._embed(tokens, token_before)
         asked: list[Tensor] = []
         caches: list[NewKv] = []
         for index, block in enumerate(self.blocks):
@@ -285,20 +300,3 @@ def _initialise(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.05)
 
-
-@torch.no_grad()
-def _look_back(attention: Attention, cosine: Tensor, sine: Tensor) -> None:
-    """Start the first KV head's queries on the token before, which a model without smearing finds late, or never.
-
-    Query bias turned by one position equals the key bias in RoPE's fastest pairs, so the product is largest one token
-    back; content counts little there at first. Training is free to undo it.
-    """
-    dim, group = attention.shape.head_dim, attention.shape.num_heads // attention.shape.num_kv_heads
-    fast = torch.zeros(dim // 2)
-    fast[:LOOK_BACK_PAIRS] = LOOK_BACK_BIAS
-    key = torch.cat((fast, fast))
-    query = torch.cat((fast * cosine + fast * sine, fast * cosine - fast * sine))
-    attention.key_value.bias[:dim] = key
-    attention.query.bias[: group * dim] = query.repeat(group)
-    attention.key_value.weight[:dim] *= LOOK_BACK_CONTENT
-    attention.query.weight[: group * dim] *= LOOK_BACK_CONTENT

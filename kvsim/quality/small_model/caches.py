@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvsim.compression.base import TokenSelection
@@ -14,6 +16,8 @@ from kvsim.quality.small_model.architecture import ForwardPass, PastKv, Shape, S
 from kvsim.quality.small_model.tasks import TaskBatch
 from kvsim.quality.store import StoredCache, layer_view
 from kvsim.tensors import FloatArray, KvTensors, LayerKv, Rope
+
+_Element = TypeVar("_Element", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +86,7 @@ class Prompts:
         return (torch.arange(self.prompt_tokens) < self.start).expand(keys.shape[:3])
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def prefill(model: SmallTransformer, batch: TaskBatch, *, sees_question: bool = False) -> Prompts:
     """Read the prompts of a batch."""
     first = batch.questions[0]
@@ -115,15 +119,16 @@ def _by_cache(found: ForwardPass, shape: Shape) -> tuple[Tensor, ...]:
     return tuple(joined)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def answer(model: SmallTransformer, prompts: Prompts, past: Sequence[PastKv]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Read questions and answers with a cache; give logits of every token after ``prompts.start``, and queries."""
     tokens = torch.from_numpy(prompts.batch.tokens[:, prompts.start : -1])
-    found = model(tokens, past, prompts.start, round_kv=True)
+    before = torch.from_numpy(prompts.batch.tokens[:, prompts.start - 1 : prompts.start])
+    found = model(tokens, past, prompts.start, before, round_kv=True)
     return found.logits, _by_cache(found, prompts.shape)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def calibration_caches(model: SmallTransformer, batches: Sequence[TaskBatch]) -> list[KvTensors]:
     """Whole caches with the queries that read them, for codecs that learn from samples."""
     samples = []
@@ -170,7 +175,7 @@ def _reader(
     return read
 
 
-def _padded(array: FloatArray, width: int, fill: int) -> FloatArray:
+def _padded(array: NDArray[_Element], width: int, fill: int) -> NDArray[_Element]:
     """Fill axis 1 up to ``width``."""
     rest = width - array.shape[1]
     if not rest:
@@ -179,4 +184,5 @@ def _padded(array: FloatArray, width: int, fill: int) -> FloatArray:
 
 
 def _numpy(tensor: Tensor) -> FloatArray:
-    return tensor.float().numpy()
+    array: FloatArray = tensor.float().numpy()
+    return array

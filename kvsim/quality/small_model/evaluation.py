@@ -33,7 +33,8 @@ def calibration_samples(model: SmallTransformer, context_tokens: int = CONTEXT_T
     rng = np.random.default_rng(CALIBRATION_SEED)
     count = CALIBRATION_SEQUENCES_PER_TASK
     batches = [generate(task, rng, count, context_tokens, 1) for task in TASKS]
-    return calibration_caches(model, batches)
+    samples: list[KvTensors] = calibration_caches(model, batches)
+    return samples
 
 
 def evaluate(model: SmallTransformer, prompts: Prompts, reference: Tensor, strategy: FittedStrategy) -> Outcome:
@@ -64,8 +65,10 @@ def compare_logits(prompts: Prompts, logits: Tensor, reference: Tensor, bits_per
     exact = torch.stack([right[:, span].all(dim=1) for span in spans], dim=1)
     if batch.entropy_nats is not None:
         exact = torch.zeros_like(exact)
-    means = [part[:, marks].float().mean(dim=1) for part in (right, agrees, divergence, loss)]
-    return Outcome(_numpy(exact.float()), *map(_numpy, means), bits_per_element=bits_per_element)
+    token_right, agreement, kl, nll = (
+        _numpy(part[:, marks].float().mean(dim=1)) for part in (right, agrees, divergence, loss)
+    )
+    return Outcome(_numpy(exact.float()), token_right, agreement, kl, nll, bits_per_element)
 
 
 def _elements(prompts: Prompts) -> float:
@@ -74,4 +77,5 @@ def _elements(prompts: Prompts) -> float:
 
 
 def _numpy(tensor: Tensor) -> FloatArray:
-    return tensor.numpy()
+    array: FloatArray = tensor.numpy()
+    return array

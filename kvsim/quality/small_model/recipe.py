@@ -21,7 +21,7 @@ class Recipe:
     weight_decay: float = 0.05
     warmup_steps: int = 50
     advance_at: float = 0.8
-    """Share of right recall answers in training at which the context grows."""
+    """Share of right answer tokens of every look-up task in training at which the context grows."""
     decay_at: float = 0.95
     """Share of right answer tokens of every look-up task at which the learning rate starts to fall."""
     criterion_exact: float = 0.97

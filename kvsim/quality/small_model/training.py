@@ -107,26 +107,26 @@ def _run(
         drop = recipe.attention_drop if is_last and decay_from is None else 0.0
         _step(model, optimizer, _draw(rng, context, recipe), drop, progress)
         log.steps = step + 1
-        if decay_from is not None:
-            if step + 1 - decay_from >= recipe.decay_steps:
-                return
+        if decay_from is not None and step + 1 - decay_from >= recipe.decay_steps:
+            return
         if (step + 1) % recipe.check_every:
             continue
         say(f"step {step + 1} context {context} training {_line(progress.right)}")
         if decay_from is not None:
             continue
-        if not is_last:
-            if min(progress.right.get(task, 1.0) for task in ("recall",)) > recipe.advance_at:
-                log.stages.append((context, step + 1))
-                stage, progress = stage + 1, _Progress()
-            continue
-        if step + 1 + recipe.decay_steps >= recipe.max_steps or _looks_up(progress, recipe):
+        if not is_last and _looks_up(progress, recipe, recipe.advance_at):
+            log.stages.append((context, step + 1))
+            stage, progress = stage + 1, _Progress()
+        elif step + 1 + recipe.decay_steps >= recipe.max_steps or (
+            is_last and _looks_up(progress, recipe, recipe.decay_at)
+        ):
+            # Language is learned while the learning rate decays.
             decay_from = step + 1
 
 
-def _looks_up(progress: _Progress, recipe: Recipe) -> bool:
-    """Whether look-ups work in training; language is learned while the learning rate decays."""
-    return all(progress.right.get(task, 0.0) > recipe.decay_at for task in LOOKUP_TASKS if task in recipe.tasks)
+def _looks_up(progress: _Progress, recipe: Recipe, share: float) -> bool:
+    """Whether look-ups work in training."""
+    return all(progress.right.get(task, 0.0) > share for task in LOOKUP_TASKS if task in recipe.tasks)
 
 
 def _step(
@@ -178,10 +178,10 @@ def _joined(batches: tuple[TaskBatch, ...]) -> tuple[Tensor, Tensor, Tensor]:
         tokens.append(np.pad(batch.tokens, ((0, 0), (0, rest))))
         scored.append(np.broadcast_to(np.pad(marks, (0, rest)), tokens[-1].shape))
         owners.append(np.full(len(batch.tokens), index))
-    return tuple(torch.from_numpy(np.concatenate(parts)) for parts in (tokens, scored, owners))  # type: ignore[return-value]
+    return tuple(torch.from_numpy(np.concatenate(parts)) for parts in (tokens, scored, owners))
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def validate(model: SmallTransformer, context: int, tasks: tuple[str, ...], count: int = 64) -> dict[str, float]:
     """Exact match per lookup task, and nats above the source's entropy for language, uncompressed."""
     rng = np.random.default_rng(VALIDATION_SEED)
