@@ -12,6 +12,8 @@ import shutil
 import time
 from pathlib import Path
 
+from small_model_page import write_page
+
 from kvsim.data_files import preset_dir
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -22,13 +24,11 @@ def main() -> None:
     options = _options()
     if not options.tables_only:
         _measure(options)
-    from small_model_page import write_page
-
     write_page(CHECKOUT / "docs" / "small-model.md")
 
 
 def _measure(options: argparse.Namespace) -> None:
-    from kvsim.quality.small_model.report import measure_all
+    from kvsim.quality.small_model.report import measure_all  # noqa: PLC0415 - needs torch
 
     outcomes = options.work / "outcomes"
     if options.fresh and outcomes.exists():
