@@ -60,17 +60,6 @@ def _same_tokens_in_joined_layers(parts: Parts) -> str | None:
     )
 
 
-def _heads_kept_apart(parts: Parts) -> str | None:
-    """A selection that looks at K and V per head needs heads."""
-    selection, reduction = parts.selection, parts.reduction
-    if not reduction.is_replicated or selection.kind == "keep_all":
-        return None
-    return (
-        f"{_name(selection)} chooses tokens by K and V per head, but {_name(reduction)} leaves one latent vector for "
-        "all heads; it keeps all tokens"
-    )
-
-
 def _bytes_known_before_calibration(parts: Parts) -> str | None:
     """Where calibration decides which layers store, each layer must store alike."""
     reduction, encoding = parts.reduction, parts.encoding
@@ -91,7 +80,6 @@ def _codes_that_can_be_coded(parts: Parts) -> str | None:
 RULES: Final[tuple[Callable[[Parts], str | None], ...]] = (
     _latents_keep_all_tokens,
     _same_tokens_in_joined_layers,
-    _heads_kept_apart,
     _bytes_known_before_calibration,
     _codes_that_can_be_coded,
 )
