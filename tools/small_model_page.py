@@ -32,6 +32,7 @@ def write_page(page: Path) -> None:
 
 def _tables(results: Results) -> Iterator[str]:
     yield from _models(results)
+    yield from _layers(results)
     yield from _budgets()
     yield from _strategies(results)
     yield from _questions(results)
@@ -40,12 +41,28 @@ def _tables(results: Results) -> Iterator[str]:
 
 def _models(results: Results) -> Iterator[str]:
     yield "### Models\n"
-    yield "| model | parameters | steps | recall | needle | chain | copy | language, nats above the source | weights, SHA-256 |"
+    lookups = " | ".join(LOOKUPS)
+    yield f"| model | parameters | steps | {lookups} | language, nats above the source | weights, SHA-256 |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, record in results.provenance["models"].items():
         found = record["validation"]
         shares = " | ".join(f"{found[task]:.3f}" for task in (*LOOKUPS, "language"))
-        yield f"| {name} | {record['parameters']:,} | {record['steps']} | {shares} | `{record['weights_sha256'][:12]}` |"
+        digest = record["weights_sha256"][:12]
+        yield f"| {name} | {record['parameters']:,} | {record['steps']} | {shares} | `{digest}` |"
+    yield ""
+
+
+def _layers(results: Results) -> Iterator[str]:
+    yield "### Which layers look things up\n"
+    yield (
+        "Score in per cent, on 50 sequences a task, when the prompt's cache of one layer is hidden (of two layers that "
+        "share it, for CLA); language: unchanged most likely tokens.\n"
+    )
+    yield f"| model | {' | '.join(TASKS)} |"
+    yield "|---|---|---|---|---|---|"
+    for name, record in results.provenance["models"].items():
+        shares = (", ".join(f"{100 * share:.0f}" for share in record["score_without_layer"][task]) for task in TASKS)
+        yield f"| {name} | {' | '.join(shares)} |"
     yield ""
 
 
@@ -81,8 +98,9 @@ def _strategies(results: Results) -> Iterator[str]:
     for row in sorted(results.over("all", "all"), key=lambda one: (-one.bits_per_element, one.strategy)):
         scores = " | ".join(f"{100 * _row(results, task, row.strategy).score:.1f}" for task in LOOKUPS)
         language = _row(results, "language", row.strategy)
+        family = family_of(parse_compression(row.strategy))
         yield (
-            f"| `{row.strategy}` | {family_of(parse_compression(row.strategy))} | {row.bits_per_element:.2f} | {scores} "
+            f"| `{row.strategy}` | {family} | {row.bits_per_element:.2f} | {scores} "
             f"| {language.perplexity:.2f} | {100 * language.score:.1f} | {1e3 * row.kl_nats:.3g} |"
         )
     yield ""

@@ -15,7 +15,7 @@ from kvsim.quality.store import fit_strategy
 from kvsim.tensors import KvTensors
 from kvsim.tensors.ensemble import PRESETS, draw
 
-SEQUENCES: Final = 3
+SEQUENCES: Final = 1
 CALIBRATION_SEQUENCES: Final = 2
 
 

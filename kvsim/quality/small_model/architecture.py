@@ -262,7 +262,8 @@ class SmallTransformer(nn.Module):  # type: ignore[misc]  # torch is not install
     ) -> ForwardPass:
         """Read tokens, (B, T), at positions from ``start``.
 
-        ``past`` holds one entry per cache; ``token_before``, (B, 1), is the one just before ``start``. ``dropped_attention``, (layers, B), silences attention in training.
+        ``past`` holds one entry per cache; ``token_before``, (B, 1), is the one just before ``start``.
+        ``dropped_attention``, (layers, B), silences attention in training.
         ``round_kv``: hold K and V in bf16, as a server does.
         """
         span = slice(start, start + tokens.shape[1])
@@ -299,4 +300,3 @@ def _initialise(module: nn.Module) -> None:
             nn.init.normal_(module.bias, std=0.5)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.05)
-

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvsim.quality.small_model.architecture import SmallTransformer
-from kvsim.quality.small_model.caches import Prompts, answer, as_past, calibration_caches
+from kvsim.quality.small_model.architecture import PastKv, SmallTransformer
+from kvsim.quality.small_model.caches import Prompts, answer, as_past, calibration_caches, prefill
 from kvsim.quality.small_model.outcomes import Outcome
 from kvsim.quality.small_model.tasks import TASKS, TaskBatch, generate
 from kvsim.quality.store import FittedStrategy, store_cache
@@ -69,6 +71,25 @@ def compare_logits(prompts: Prompts, logits: Tensor, reference: Tensor, bits_per
         _numpy(part[:, marks].float().mean(dim=1)) for part in (right, agrees, divergence, loss)
     )
     return Outcome(_numpy(exact.float()), token_right, agreement, kl, nll, bits_per_element)
+
+
+def scores_without_layer(model: SmallTransformer, count: int = 50) -> dict[str, list[float]]:
+    """Per task the score with the prompt's cache of one layer hidden, cache by cache: where look-up happens."""
+    found: dict[str, list[float]] = {}
+    for task in TASKS:
+        prompts = prefill(model, measured_batch(task, count))
+        reference = uncompressed_logits(model, prompts)
+        found[task] = [
+            float(compare_logits(prompts, answer(model, prompts, past)[0], reference, 0.0).score(task).mean())
+            for past in _each_hidden(prompts.uncompressed())
+        ]
+    return found
+
+
+def _each_hidden(past: tuple[PastKv, ...]) -> Iterator[tuple[PastKv, ...]]:
+    for hidden, one in enumerate(past):
+        nothing = replace(one, visible=torch.zeros_like(one.keys[..., 0], dtype=torch.bool))
+        yield (*past[:hidden], nothing, *past[hidden + 1 :])
 
 
 def _elements(prompts: Prompts) -> float:

@@ -4,28 +4,41 @@ from __future__ import annotations
 
 from typing import Final
 
+from pydantic import Field
+
 from kvsim.compression import STRATEGIES, parse_compression
 from kvsim.data_files import preset_dir
-from kvsim.documents import load_yaml
-from kvsim.errors import InvalidSpec
+from kvsim.documents import load_yaml, validate
+from kvsim.specs.base import Spec
 
 MODELS: Final = (("plain", 1), ("plain", 2), ("smeared", 1), ("smeared", 2), ("smeared-cla2", 1))
 """(architecture, seed of training)."""
 
 
-def measured_strategies() -> tuple[str, ...]:
-    """Give every named strategy and the further configurations of ``presets/small_model/strategies.yaml``.
+class Grid(Spec):
+    """``presets/small_model/strategies.yaml``."""
 
-    Each by its canonical name, once.
+    also: tuple[str, ...] = ()
+    """Configurations beside the named strategies."""
+    left_out: dict[str, str] = Field(default_factory=dict)
+    """Named strategy -> why it is not worth measuring."""
+
+
+def load_grid() -> Grid:
+    """Read the file; raise InvalidSpec where it has a wrong field."""
+    path = preset_dir("small_model") / "strategies.yaml"
+    return validate(Grid, load_yaml(path), path.name)
+
+
+def measured_strategies() -> tuple[str, ...]:
+    """Give every named strategy that is not left out, and the further configurations, by canonical name, each once.
 
     Raises
     ------
     InvalidSpec, UnknownName
         A line of the file names no strategy.
     """
-    path = preset_dir("small_model") / "strategies.yaml"
-    listed = load_yaml(path)
-    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-        msg = f"{path.name}: a list of strategies' names is wanted"
-        raise InvalidSpec(msg)
-    return tuple(dict.fromkeys(parse_compression(name).name for name in (*STRATEGIES, *listed)))
+    grid = load_grid()
+    left_out = {parse_compression(name).name for name in grid.left_out}
+    names = (parse_compression(name).name for name in (*STRATEGIES, *grid.also))
+    return tuple(dict.fromkeys(name for name in names if name not in left_out))

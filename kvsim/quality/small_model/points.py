@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kvsim.errors import InvalidSpec, UnknownName
 from kvsim.quality.compare import Point
-from kvsim.quality.small_model.results import Results, ResultRow, load_results
+from kvsim.quality.small_model.results import ResultRow, Results, load_results
 
 ALL = "all"
 

@@ -16,7 +16,7 @@ class Recipe:
     """How to train. The criterion is on sequences that were never trained on."""
 
     contexts: tuple[int, ...] = (32, 64, 128, 256)
-    tokens_per_step: int = 4096
+    tokens_per_step: int = 2048
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
     warmup_steps: int = 50
@@ -31,7 +31,7 @@ class Recipe:
     attention_drop: float = 0.0
     """Share of (sequence, layer) pairs whose attention is silenced in the last context."""
     check_every: int = 50
-    decay_steps: int = 500
+    decay_steps: int = 300
     max_steps: int = 6000
     threads: int = 1
     """One, so that sums do not depend on how many cores there are."""

@@ -19,8 +19,9 @@ from kvsim.quality.small_model.evaluation import (
     CALIBRATION_SEQUENCES_PER_TASK,
     CONTEXT_TOKENS,
     TEST_SEED,
+    scores_without_layer,
 )
-from kvsim.quality.small_model.grid import MODELS, measured_strategies
+from kvsim.quality.small_model.grid import MODELS, load_grid, measured_strategies
 from kvsim.quality.small_model.outcomes import OutcomeFolder
 from kvsim.quality.small_model.results import CAVEAT, write_results
 from kvsim.quality.small_model.study import SEQUENCES, run_study
@@ -62,7 +63,8 @@ def measure_all(
         models, strategies, weights=weights, results=outcomes, sequences=sequences, workers=workers, report=report
     )
     folders = {name: OutcomeFolder(outcomes / name) for name in records}
-    provenance = _provenance(records, sequences) | {"not_run": not_run(folders, strategies)}
+    reasons = {**not_run(folders, strategies), **load_grid().left_out}
+    provenance = _provenance(records, sequences) | {"not_run": reasons}
     write_results(summarise(folders, strategies), provenance, tables or outcomes)
 
 
@@ -83,7 +85,8 @@ def train_missing(weights: Path, models: Models, workers: int, say: Say) -> dict
 
 def _record(architecture: str, seed: int, weights: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
-    return load_or_train(architecture, seed, weights).record
+    trained = load_or_train(architecture, seed, weights)
+    return {**trained.record, "score_without_layer": scores_without_layer(trained.model)}
 
 
 def _hold_to(outcomes: Path, records: dict[str, dict[str, Any]], sequences: int) -> None:
@@ -100,7 +103,18 @@ def _hold_to(outcomes: Path, records: dict[str, dict[str, Any]], sequences: int)
 
 
 def _provenance(records: dict[str, dict[str, Any]], sequences: int) -> dict[str, Any]:
-    kept = ("seed", "steps", "seconds", "validation", "weights_sha256", "parameters", "torch_version", "cpu", "shape")
+    kept = (
+        "seed",
+        "steps",
+        "seconds",
+        "validation",
+        "weights_sha256",
+        "parameters",
+        "torch_version",
+        "cpu",
+        "shape",
+        "score_without_layer",
+    )
     return {
         "caveat": CAVEAT,
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
