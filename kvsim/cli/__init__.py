@@ -19,6 +19,8 @@ from kvsim.cli.explain import explain_command
 from kvsim.cli.flags import ScenarioCommand
 from kvsim.cli.listing import list_app
 from kvsim.cli.quality import quality_app
+from kvsim.cli.quality_compare import compare_command as compare_quality_command
+from kvsim.cli.quality_compare import train_command
 from kvsim.cli.single import estimate_command, simulate_command
 from kvsim.cli.sweep import sweep_command
 from kvsim.cli.validate import validate_command
@@ -63,6 +65,8 @@ def build_app() -> typer.Typer:
     app.command("dashboard")(dashboard_command)
     list_app.command("calibrations")(list_calibrations_command)
     app.add_typer(list_app, name="list")
+    quality_app.command("compare")(compare_quality_command)
+    quality_app.command("train")(train_command)
     app.add_typer(quality_app, name="quality")
     return app
 

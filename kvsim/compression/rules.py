@@ -83,11 +83,6 @@ def _keys_before_rope_keep_their_channels(parts: Parts) -> str | None:
     )
 
 
-def _reduction_that_encoding_takes(parts: Parts) -> str | None:
-    """A whole codec is published for whole keys and values."""
-    return None if parts.reduction.is_none else parts.encoding.refuses(parts.reduction)
-
-
 def _codes_that_can_be_coded(parts: Parts) -> str | None:
     """An entropy coder needs codes that it knows."""
     return parts.coding.refuses(parts.encoding)
@@ -98,7 +93,6 @@ RULES: Final[tuple[Callable[[Parts], str | None], ...]] = (
     _same_tokens_in_joined_layers,
     _bytes_known_before_calibration,
     _keys_before_rope_keep_their_channels,
-    _reduction_that_encoding_takes,
     _codes_that_can_be_coded,
 )
 _CHANGES_KEY_CHANNELS: Final = ("low rank", "channel pruning")

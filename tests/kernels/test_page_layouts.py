@@ -16,11 +16,6 @@ from kvsim.compression import ENCODINGS, parse_compression  # noqa: E402
 from kvsim.model_catalog import load_model  # noqa: E402
 
 MODELS = ("llama-3.1-8b", "qwen3-30b-a3b", "gpt-oss-20b")
-WITHOUT_LAYOUT = {
-    "fp8_per_head": "fp8's bytes; the scales of heads are no part of the cache",
-    "q8_0/q4_0": "keys of one layout beside values of another",
-    "kv_adaquant": "no kernel",
-}
 LATENT_MODELS = {"mla": "deepseek-v3", "mla_fp8_e4m3": "deepseek-v3", "fp8_ds_mla": "deepseek-v3.2"}
 
 
@@ -93,8 +88,7 @@ def test_a_block_has_the_bytes_that_the_simulator_charges(kv_format, model_name)
     assert kv_format.residual_tokens == encoding.residual_tokens
 
 
-<<<<<<< HEAD
-WITHOUT_KERNEL = ("ggml", "kv_adaquant", "quarot", "rotatekv", "kvquant")
+WITHOUT_KERNEL = ("kv_adaquant", "quarot", "rotatekv", "kvquant")
 """Kinds of encodings that no kernel of ours reads; docs/methods says so."""
 
 
@@ -105,9 +99,3 @@ def test_every_encoding_of_the_simulator_has_a_layout_or_is_known_to_have_none()
     with_layout = {encoding.kind for encoding in spelled | paper}
     kinds = {part.model_fields["kind"].default for part in ENCODINGS}
     assert kinds - with_layout == set(WITHOUT_KERNEL)
-=======
-def test_every_encoding_of_the_simulator_has_a_layout():
-    with_layout = {variant.kv_format.strategy for variant in all_variants() if variant.kv_format is not None}
-    encodings = {name for part in ENCODINGS for name in part.names}
-    assert encodings - with_layout == set(WITHOUT_LAYOUT)
->>>>>>> s6-formats
