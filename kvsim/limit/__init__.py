@@ -1,0 +1,18 @@
+"""The per-vector Shannon limit of KV tensors, and how far every encoding is from it."""
+
+from __future__ import annotations
+
+from kvsim.limit.answer import LimitAnswer
+from kvsim.limit.find import default_strategies, find_limit
+from kvsim.limit.points import EncodingPoint, family_of
+from kvsim.limit.recompute import RecomputeTier, recompute_tier
+
+__all__ = [
+    "EncodingPoint",
+    "LimitAnswer",
+    "RecomputeTier",
+    "default_strategies",
+    "family_of",
+    "find_limit",
+    "recompute_tier",
+]
