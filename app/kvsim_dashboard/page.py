@@ -136,12 +136,11 @@ def _detail(answer: Answer) -> None:
 
 def _quality(report: Report) -> None:
     st.markdown(f"**Quality**: {report.quality.status}")
-    lines = [
-        f"- {literal(note.task)}, {literal(note.metric)}: {note.value:g} against {note.baseline:g} uncompressed, "
-        f"{literal(note.model)} ({literal(note.source)})"
-        for note in report.quality.notes
-    ]
-    st.markdown("\n".join(lines))
+    for warning in report.quality.warnings:
+        st.warning(literal(warning), icon=":material/psychology:")
+    if report.quality.notes:
+        st.table(tables.quality_table(report), hide_index=True, border="horizontal")
+        st.caption("Scores of the publication's model and task, not of yours. ~: read between two published sizes.")
 
 
 def _foot(question: Question, answer: Answer) -> None:

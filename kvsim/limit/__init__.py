@@ -5,14 +5,14 @@ from __future__ import annotations
 from kvsim.limit.answer import LimitAnswer
 from kvsim.limit.find import default_strategies, find_limit
 from kvsim.limit.points import EncodingPoint, family_of
-from kvsim.limit.recompute import RecomputeTier, recompute_tier
+from kvsim.limit.token_ids import TokenIdTier, token_id_tier
 
 __all__ = [
     "EncodingPoint",
     "LimitAnswer",
-    "RecomputeTier",
+    "TokenIdTier",
     "default_strategies",
     "family_of",
     "find_limit",
-    "recompute_tier",
+    "token_id_tier",
 ]

@@ -6,7 +6,7 @@ from typing import Final
 
 from kvsim.limit.covariance import Tensor
 from kvsim.limit.points import EncodingPoint
-from kvsim.limit.recompute import RecomputeTier
+from kvsim.limit.token_ids import TokenIdTier
 from kvsim.specs.base import Spec
 
 CURVE_BITS: Final = tuple(quarter / 4 for quarter in range(41))
@@ -72,5 +72,5 @@ class LimitAnswer(Spec):
     heads: tuple[HeadLimit, ...]
     points: tuple[EncodingPoint, ...]
     not_measured: tuple[NotMeasured, ...]
-    recompute: RecomputeTier | None = None
+    token_ids: TokenIdTier | None = None
     notes: tuple[str, ...] = ()

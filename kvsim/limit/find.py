@@ -11,7 +11,7 @@ from kvsim.limit.answer import CURVE_BITS, HeadLimit, LimitAnswer, LimitCurve, N
 from kvsim.limit.covariance import Component, CovarianceLimit, covariance_limit
 from kvsim.limit.points import EncodingPoint, measure_point
 from kvsim.limit.rate_distortion import isotropic_bits, isotropic_distortion, sphere_distortion
-from kvsim.limit.recompute import RecomputeTier
+from kvsim.limit.token_ids import TokenIdTier
 from kvsim.tensors import KvTensors
 
 Progress = Callable[[float], None]
@@ -29,7 +29,7 @@ def find_limit(
     samples: Sequence[KvTensors] = (),
     strategies: Sequence[str] | None = None,
     *,
-    recompute: RecomputeTier | None = None,
+    token_ids: TokenIdTier | None = None,
     progress: Progress | None = None,
 ) -> LimitAnswer:
     """Measure limits and points.
@@ -78,7 +78,7 @@ def find_limit(
         heads=tuple(_head(component) for component in head_limit.components),
         points=tuple(sorted(points, key=lambda point: -point.bits_per_value)),
         not_measured=tuple(missing),
-        recompute=recompute,
+        token_ids=token_ids,
         notes=_notes(head_limit, layer_limit, points),
     )
 

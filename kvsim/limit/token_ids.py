@@ -25,7 +25,7 @@ CLAIM: Final = (
 )
 
 
-class RecomputeTier(Spec):
+class TokenIdTier(Spec):
     """What it takes to keep token ids alone, and to make their KV again."""
 
     model: str
@@ -41,7 +41,7 @@ class RecomputeTier(Spec):
     claim: str = CLAIM
 
 
-def recompute_tier(model: str, device: str, context_tokens: int, tensor_parallel_size: int = 1) -> RecomputeTier:
+def token_id_tier(model: str, device: str, context_tokens: int, tensor_parallel_size: int = 1) -> TokenIdTier:
     """Price the tier for one context, alone on its devices.
 
     Raises
@@ -74,7 +74,7 @@ def recompute_tier(model: str, device: str, context_tokens: int, tensor_parallel
     if not values:
         msg = f"{spec.name} keeps no KV per token"
         raise InvalidSpec(msg)
-    return RecomputeTier(
+    return TokenIdTier(
         model=spec.name,
         device=deployment.device.name,
         num_devices=deployment.parallelism.num_devices,
