@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvsim.limit.answer import LimitAnswer
 from kvsim.limit.find import default_strategies, find_limit
-from kvsim.limit.points import EncodingPoint, family_of
+from kvsim.limit.points import EncodingPoint
 from kvsim.limit.token_ids import TokenIdTier, token_id_tier
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "LimitAnswer",
     "TokenIdTier",
     "default_strategies",
-    "family_of",
     "find_limit",
     "token_id_tier",
 ]

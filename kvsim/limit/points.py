@@ -13,6 +13,7 @@ from kvsim.limit.covariance import CovarianceLimit
 from kvsim.limit.rate_distortion import DoubleArray, isotropic_bits
 from kvsim.quality.store import FittedStrategy, fit_strategy, store_cache
 from kvsim.specs.base import Spec
+from kvsim.strategy_table import family_of
 from kvsim.tensors import FloatArray, KvTensors
 
 Applies = Literal["isotropic", "head covariance", "layer covariance", "none", "lossless"]
@@ -92,13 +93,6 @@ def place(
         gap_layer_bits=gaps[2],
         applies=_applies(bits, error, head_limit, layer_limit),
     )
-
-
-def family_of(compression: Compression) -> str:
-    """Families of the parts, of those that do something."""
-    parts = (compression.selection, compression.reduction, compression.encoding, compression.coding)
-    families = [part.family for part in parts if part.family != "baseline"]
-    return " + ".join(dict.fromkeys(families)) or "baseline"
 
 
 def _applies(bits: float, error: float, head: CovarianceLimit, layer: CovarianceLimit) -> Applies:
