@@ -41,6 +41,8 @@ class LayerClass:
     @property
     def rank_share(self) -> float:
         """KV of one tensor-parallel rank as a share of the whole layer's."""
+        if self.encoding.is_replicated:
+            return 1.0
         return self.kv_heads_per_rank / self.group.num_kv_heads
 
     def attended_tokens(self, prompt_tokens: int, view: LayerView) -> TokenCurve:

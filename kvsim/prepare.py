@@ -96,9 +96,9 @@ def _prepare_pool(scenario: Scenario, deployment: Deployment, base_dir: Path | N
     elif deployment.calibration is None and scenario.calibration != DATASHEET:
         notes.append(f"no kernel of {deployment.device.name} is calibrated: priced from its datasheet and priors")
     if requests.prefix_hashes is not None and scenario.engine.enable_prefix_caching and not deployment.prefix_caching:
-        evicting = next(one for one in deployment.variants if one.compression.selection.evicts)
+        barred = next(one.compression for one in deployment.variants if one.compression.bars_prefix_reuse)
         notes.append(
-            f"prefix caching is off: {evicting.compression.name} evicts tokens, so a cached prompt cannot be reused"
+            f"prefix caching is off: {barred.name} {barred.bars_prefix_reuse}, so a cached prompt cannot be reused"
         )
     notes += tier_notes(deployment, shares_prefixes=requests.prefix_hashes is not None)
     config = scenario.engine.speculative_config

@@ -7,7 +7,7 @@ from typing import Final
 
 from kvsim.metrics import LATENCY_NAMES, METRIC_BY_TAG, METRICS, STATISTIC_NAMES, Metric, read
 from kvsim.rendering.cells import EN_DASH, UNKNOWN, format_number, format_share, metric_cell, quality_cell
-from kvsim.rendering.quality import QUALITY_HEADERS, quality_rows
+from kvsim.rendering.published import QUALITY_HEADERS, quality_rows
 from kvsim.report import Report
 from kvsim.simulate import Comparison
 from kvsim.units import format_bytes

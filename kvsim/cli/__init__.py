@@ -19,6 +19,7 @@ from kvsim.cli.explain import explain_command
 from kvsim.cli.flags import ScenarioCommand
 from kvsim.cli.limit import limit_command
 from kvsim.cli.listing import list_app
+from kvsim.cli.quality import quality_app
 from kvsim.cli.single import estimate_command, simulate_command
 from kvsim.cli.strategies import list_strategies_command
 from kvsim.cli.sweep import sweep_command
@@ -66,6 +67,7 @@ def build_app() -> typer.Typer:
     list_app.command("strategies")(list_strategies_command)
     list_app.command("calibrations")(list_calibrations_command)
     app.add_typer(list_app, name="list")
+    app.add_typer(quality_app, name="quality")
     return app
 
 

@@ -233,6 +233,11 @@ class KvEncoding(StrategyPart):
         return False
 
     @property
+    def is_replicated(self) -> bool:
+        """Whether all heads read the same stored numbers, so that each tensor-parallel rank holds all of them."""
+        return False
+
+    @property
     def unpack_family(self) -> str | None:
         """Name of the unpack-rate prior in ``calibration/priors`` that bounds reading, or None if no work."""
         return None

@@ -62,6 +62,10 @@ class StackedEncoding(KvEncoding):
         return own + self.reduction.fixed_bytes_per_sequence(group, native)
 
     @property
+    def is_replicated(self) -> bool:
+        return self.reduction.is_replicated
+
+    @property
     def residual_tokens(self) -> int:
         return self.encoding.residual_tokens
 

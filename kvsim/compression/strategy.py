@@ -20,8 +20,11 @@ from kvsim.compression.encoding.native import Native
 from kvsim.compression.encoding.per_token_head import PerTokenHead
 from kvsim.compression.encoding.turboquant import TurboQuant
 from kvsim.compression.reduction.base import Reduction
+from kvsim.compression.reduction.eigen_attention import EigenAttention
 from kvsim.compression.reduction.low_rank import LowRank
+from kvsim.compression.reduction.mla import Mla
 from kvsim.compression.reduction.none import NoReduction
+from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
 from kvsim.compression.selection.h2o import H2O
 from kvsim.compression.selection.keep_all import KeepAll
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
 
 _Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest
-_Reductions = NoReduction | LowRank
+_Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla
 _Encodings = Native | Fp8 | PerTokenHead | NvFp4 | MxFp4 | Kivi | TurboQuant
 _Codings = NoCoding
 
@@ -84,6 +87,13 @@ class Compression(Spec):
         """Reduction, encoding and coding as one encoding: what a layer that no rule exempts stores."""
         return _stack(self.reduction, self.encoding, self.coding)
 
+    @property
+    def bars_prefix_reuse(self) -> str | None:
+        """What the strategy does that keeps another request from using a cached prefix, or None."""
+        if self.selection.evicts:
+            return "evicts tokens"
+        return "stores tokens by what the whole prompt holds" if self.reduction.depends_on_prompt else None
+
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         """Why this model or device cannot run the strategy, or None: the first reason found."""
         reason = self.selection.check(model, device) or self.reduction.check(model, device)
@@ -114,19 +124,21 @@ class Compression(Spec):
         ``is_hybrid``: whether the model mixes attention with linear or state-space layers.
         """
         is_sliding = layer.group.kind is LayerKind.SLIDING
-        if layer.index in engine_skip_layers or (is_sliding and "sliding_window" in engine_skip_layers):
+        together = self.reduction.stored_with(layer)
+        if set(together) & set(engine_skip_layers) or (is_sliding and "sliding_window" in engine_skip_layers):
             return Native()
-        encoding = Native() if not is_hybrid and self._is_boundary(layer) else self.encoding
+        is_boundary = not is_hybrid and any(self._is_boundary(index, layer.num_layers) for index in together)
+        encoding = Native() if is_boundary else self.encoding
         coding = NoCoding() if encoding != self.encoding else self.coding
         return _stack(self.reduction.at_layer(layer), encoding, coding)
 
-    def _is_boundary(self, layer: LayerView) -> bool:
+    def _is_boundary(self, index: int, num_layers: int) -> bool:
         """Whether the format keeps this first or last layer native.
 
         vLLM's rule spares models that mix attention with linear or state-space layers (its ``is_hybrid``).
         """
-        width = min(self.encoding.skips_boundary_layers, layer.num_layers // 2)
-        return layer.index < width or layer.index >= layer.num_layers - width
+        width = min(self.encoding.skips_boundary_layers, num_layers // 2)
+        return index < width or index >= num_layers - width
 
 
 def _stack(reduction: Reduction, encoding: KvEncoding, coding: Coding) -> KvEncoding:

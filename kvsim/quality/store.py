@@ -11,6 +11,7 @@ from kvsim.compression import Compression
 from kvsim.compression.base import LayerView
 from kvsim.compression.codec import Codec, ReductionCodec, StoredLayer, with_stored
 from kvsim.compression.encoding.native import Native
+from kvsim.compression.stacked import StackedEncoding
 from kvsim.specs.model import LayerGroup, LayerKind
 from kvsim.tensors import BoolArray, KvTensors, LayerKv
 
@@ -59,7 +60,7 @@ def fit_strategy(compression: Compression, samples: Sequence[KvTensors] = ()) ->
         reduction = reduction.fit(samples)
     encoding = compression.encoding.codec()
     if encoding.needs_calibration:
-        encoding = encoding.fit([reduction.reduce(sample).kv for sample in samples])
+        encoding = encoding.fit([_of_layers(kv, _filled(kv)) for kv in (reduction.reduce(one).kv for one in samples)])
     return FittedStrategy(compression, reduction, encoding)
 
 
@@ -118,10 +119,10 @@ def _encode(strategy: FittedStrategy, kv: KvTensors) -> tuple[KvTensors, list[fl
     chosen = []
     bits = list(reduced.metadata_bits)
     plain = Native().codec().store(reduced.kv)
-    encoded = strategy.encoding.store(reduced.kv)
+    encoded = _encode_filled(strategy.encoding, reduced.kv, plain)
     for index in range(kv.num_layers):
         is_exempt = _is_exempt(compression, layer_view(kv, index))
-        layer: StoredLayer = plain[index] if is_exempt else encoded[index]
+        layer = plain[index] if is_exempt else encoded[index]
         payload = layer.payload_bits
         if coder is not None and layer.symbols and not is_exempt:
             payload = sum(coder.coded_bits(symbols) for symbols in layer.symbols)
@@ -130,10 +131,27 @@ def _encode(strategy: FittedStrategy, kv: KvTensors) -> tuple[KvTensors, list[fl
     return reduced.restore(with_stored(reduced.kv, chosen)), bits
 
 
+def _encode_filled(codec: Codec, kv: KvTensors, plain: Sequence[StoredLayer]) -> list[StoredLayer]:
+    """Encode the layers that store something; what another layer stores for them leaves nothing to encode."""
+    filled, stored = _filled(kv), list(plain)
+    for index, layer in zip(filled, codec.store(_of_layers(kv, filled)), strict=True):
+        stored[index] = layer
+    return stored
+
+
+def _filled(kv: KvTensors) -> list[int]:
+    return [index for index, one in enumerate(kv.layers) if one.keys.shape[2] + one.values.shape[2]]
+
+
+def _of_layers(kv: KvTensors, indices: Sequence[int]) -> KvTensors:
+    return replace(kv, layers=tuple(kv.layers[index] for index in indices))
+
+
 def _is_exempt(compression: Compression, layer: LayerView) -> bool:
     """Whether the format keeps this layer native."""
-    alone = Compression(encoding=compression.encoding)
-    return not compression.encoding.is_native and alone.encoding_at(layer).is_native
+    given = compression.encoding_at(layer)
+    inner = given.encoding if isinstance(given, StackedEncoding) else given
+    return not compression.encoding.is_native and inner.is_native
 
 
 def _native_bits(layer: LayerKv, tokens: int, element_bits: int) -> float:

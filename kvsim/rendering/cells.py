@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvsim.metrics import METRIC_BY_TAG, Metric, Reading, read
 from kvsim.rendering.numbers import EN_DASH, UNKNOWN, format_number, format_share
-from kvsim.rendering.quality import headline_text
+from kvsim.rendering.published import headline_text
 from kvsim.report import Report
 
 if TYPE_CHECKING:

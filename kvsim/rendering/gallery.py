@@ -15,7 +15,7 @@ from kvsim.errors import ScenarioError
 from kvsim.rendering.cells import COMPARISON_COLUMNS, Cell, comparison_cells, comparison_headers, failures, shared_notes
 from kvsim.rendering.charts import PANEL_WIDTH, Strategy, memory_panel, panel_height, pareto_panel, time_panel
 from kvsim.rendering.numbers import UNKNOWN
-from kvsim.rendering.quality import QUALITY_HEADERS, quality_rows
+from kvsim.rendering.published import QUALITY_HEADERS, quality_rows
 from kvsim.rendering.svg import FAINT, INK, element, hatch_patterns, shortened, text
 
 if TYPE_CHECKING:

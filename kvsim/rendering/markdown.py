@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvsim.rendering.cells import COMPARISON_COLUMNS, comparison_cells, comparison_headers, failures
-from kvsim.rendering.quality import QUALITY_HEADERS, quality_rows
+from kvsim.rendering.published import QUALITY_HEADERS, quality_rows
 
 if TYPE_CHECKING:
     from kvsim.simulate import Comparison

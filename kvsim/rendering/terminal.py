@@ -16,7 +16,7 @@ from kvsim.rendering.adaptive import adaptive_view
 from kvsim.rendering.cells import COMPARISON_COLUMNS, Cell, comparison_cells, comparison_headers, failures, metric_cell
 from kvsim.rendering.numbers import UNKNOWN, format_number, format_share
 from kvsim.rendering.pools import pools_view
-from kvsim.rendering.quality import QUALITY_HEADERS, quality_rows
+from kvsim.rendering.published import QUALITY_HEADERS, quality_rows
 from kvsim.rendering.tiers import tier_tables
 from kvsim.report import Report
 from kvsim.units import format_bytes, format_seconds

@@ -115,7 +115,8 @@ def test_never_more_than_native_and_declared_metadata(runs: Runs) -> None:
             for group in model.kv_groups:
                 scan = compression.selection.scan_bytes_per_token(group, 2.0) if acts_on(group) else 0.0
                 encoded = compression.stored.bytes_per_token(group, model.dtype).metadata_bytes
-                metadata += group.num_layers * context * (scan + encoded)
+                fixed = compression.stored.fixed_bytes_per_sequence(group, model.dtype)
+                metadata += group.num_layers * (context * (scan + encoded) + fixed)
             native = stored_bytes(NATIVE, model, prompt, generated)
             assert stored_bytes(compression, model, prompt, generated) <= native + metadata
 

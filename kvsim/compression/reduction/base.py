@@ -37,6 +37,28 @@ class Reduction(StrategyPart):
         return self
 
     @property
+    def joins_layers(self) -> bool:
+        """Whether a token is stored for several layers at once, so that these must hold the same tokens."""
+        return False
+
+    def stored_with(self, layer: LayerView) -> tuple[int, ...]:
+        """Indices of the layers whose cache is stored together with this one's, itself among them.
+
+        What they share lies in the first. Rules that keep a layer native keep all of them so.
+        """
+        return (layer.index,)
+
+    @property
+    def depends_on_prompt(self) -> bool:
+        """Whether what a token becomes depends on the rest of the prompt, so that no other request can reuse it."""
+        return False
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether all heads read the same numbers, so that each tensor-parallel rank holds all of them (MLA)."""
+        return False
+
+    @property
     def resident_share(self) -> float:
         """Share of the reduced KV that this layer holds itself, less than 1 where layers share; they read it all."""
         return 1.0

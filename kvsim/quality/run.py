@@ -1,0 +1,198 @@
+"""Run strategies on one cache, each with its three kinds of risk side by side and apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvsim.compression import Compression, parse_compression
+from kvsim.errors import KvsimError, NotRunnable
+from kvsim.quality.dropping import evict
+from kvsim.quality.measure import MeasuredRisk, compare_caches, kept_indices
+from kvsim.quality.published import published_quality
+from kvsim.quality.store import FittedStrategy, StoredCache, fit_strategy, store_cache
+from kvsim.quality.theory import distortion, predict_layer
+from kvsim.report import Quality
+from kvsim.tensors import KvTensors, attend
+
+
+@dataclass(frozen=True)
+class HeadTheory:
+    """Predictions for one query head; errors are relative to the output of what was kept, the bound to the whole's.
+
+    Attributes
+    ----------
+    eviction_bound : float or None
+        2 m max ||v|| beside ||o||, rooted means over queries; None where nothing is dropped.
+    """
+
+    layer: int
+    head: int
+    logit_error: float
+    output_error: float
+    eviction_bound: float | None
+    cautions: frozenset[str]
+
+
+@dataclass(frozen=True)
+class TheoryRisk:
+    """Predictions for a cache."""
+
+    heads: tuple[HeadTheory, ...]
+
+    @property
+    def output_error(self) -> float:
+        """Root mean square over heads."""
+        return float(np.sqrt(np.mean([head.output_error**2 for head in self.heads])))
+
+    @property
+    def logit_error(self) -> float:
+        """Mean over heads."""
+        return float(np.mean([head.logit_error for head in self.heads]))
+
+    @property
+    def eviction_bound(self) -> float | None:
+        """Root mean square over heads; None where nothing is dropped."""
+        bounds = [head.eviction_bound for head in self.heads if head.eviction_bound is not None]
+        return float(np.sqrt(np.sum(np.square(bounds)) / len(self.heads))) if bounds else None
+
+    @property
+    def cautions(self) -> dict[str, int]:
+        """Why predictions may fail -> how many heads it concerns, the most frequent first."""
+        return dict(Counter(name for head in self.heads for name in sorted(head.cautions)).most_common())
+
+
+@dataclass(frozen=True)
+class ContinuationRisk:
+    """What the model itself says of what comes next, with the stored cache in the place of its own.
+
+    Attributes
+    ----------
+    kl : tuple of float
+        Per token of the continuation, KL divergence in nats from the model's next-token distribution.
+    top1_agreement : float
+        Share of tokens whose likeliest successor is the same.
+    """
+
+    kl: tuple[float, ...]
+    top1_agreement: float
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean over tokens, in nats."""
+        return float(np.mean(self.kl))
+
+
+@dataclass(frozen=True)
+class StrategyRisk:
+    """One strategy on one cache; ``reason`` says why it did not run, and then only ``published`` is known."""
+
+    strategy: str
+    published: Quality
+    theory: TheoryRisk | None = None
+    measured: MeasuredRisk | None = None
+    continuation: ContinuationRisk | None = None
+    reason: str | None = None
+
+
+Continue = Callable[[Compression, StoredCache], ContinuationRisk]
+
+
+def run_strategies(
+    kv: KvTensors,
+    names: Iterable[str],
+    samples: Callable[[], Sequence[KvTensors]] = tuple,
+    continuation: Continue | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> tuple[StrategyRisk, ...]:
+    """Run each strategy; one that cannot run keeps a row with the reason.
+
+    ``samples`` gives caches of other sequences of the same model, and is asked only where a method calibrates;
+    ``continuation`` runs the model itself on.
+
+    Raises
+    ------
+    UnknownName, InvalidSpec
+        A name is wrong; or the cache has no queries.
+    """
+    parsed = [(name, parse_compression(name)) for name in names]
+    rows = []
+    for name, compression in parsed:
+        progress(name)
+        published = published_quality(compression)
+        try:
+            stored = store_cache(_fit(compression, samples), kv)
+        except KvsimError as error:
+            rows.append(StrategyRisk(name, published, reason=_reason(error)))
+            continue
+        rows.append(
+            StrategyRisk(
+                name,
+                published,
+                theory=predict(kv, stored),
+                measured=compare_caches(kv, stored),
+                continuation=None if continuation is None else continuation(compression, stored),
+            )
+        )
+    return tuple(rows)
+
+
+def _fit(compression: Compression, samples: Callable[[], Sequence[KvTensors]]) -> FittedStrategy:
+    calibrates = compression.reduction.codec().needs_calibration or compression.encoding.codec().needs_calibration
+    if not calibrates:
+        return fit_strategy(compression)
+    seen = samples()
+    if not seen:
+        raise NotRunnable(compression.name, "it calibrates on other sequences of the model, and none are given")
+    return fit_strategy(compression, seen)
+
+
+def _reason(error: KvsimError) -> str:
+    return error.reason if isinstance(error, NotRunnable) else str(error)
+
+
+def predict(kv: KvTensors, stored: StoredCache) -> TheoryRisk:
+    """Predict the risk of what was stored from its distortion and from what was dropped."""
+    heads: list[HeadTheory] = []
+    for index in range(kv.num_layers):
+        heads += _predict_layer(kv, stored, index)
+    return TheoryRisk(tuple(heads))
+
+
+def _predict_layer(kv: KvTensors, stored: StoredCache, index: int) -> list[HeadTheory]:
+    before, after, mask = kv.layers[index], stored.kv.layers[index], stored.read_masks[index]
+    source = kept_indices(before, after)
+    kept = before.take(source)
+    theory = predict_layer(kept, kv.attention_scale, distortion(kept, after), mask)
+    bounds = _eviction_bounds(kv, stored, index)
+    return [
+        HeadTheory(
+            index,
+            head,
+            logit_error=float(theory.logit_error[head]),
+            output_error=float(theory.output_error[head]),
+            eviction_bound=None if bounds is None else float(bounds[head]),
+            cautions=theory.cautions[head],
+        )
+        for head in range(len(theory.output_error))
+    ]
+
+
+def _eviction_bounds(kv: KvTensors, stored: StoredCache, index: int) -> np.ndarray | None:
+    """2 m max ||v|| beside ||o||, (Hq,); None where all tokens are read."""
+    before, after, mask = kv.layers[index], stored.kv.layers[index], stored.read_masks[index]
+    if mask is None and after.num_tokens == before.num_tokens:
+        return None
+    seen = attend(before, kv.attention_scale)
+    source = np.repeat(kept_indices(before, after), before.group_size, axis=0)[:, None, :]
+    shape = (*seen.weights.shape[:2], after.num_tokens)
+    is_kept = np.zeros(seen.weights.shape, dtype=bool)
+    is_read = np.ones(shape, dtype=bool) if mask is None else mask.reshape(shape)
+    np.put_along_axis(is_kept, np.broadcast_to(source, shape), is_read, axis=-1)
+    values = np.repeat(before.values, before.group_size, axis=0)
+    bound = evict(seen.weights, values, is_kept).bound
+    size = (seen.outputs.astype(np.float64) ** 2).sum(axis=(1, 2))
+    return np.asarray(np.sqrt((bound**2).sum(axis=1) / np.where(size > 0.0, size, 1.0)))
