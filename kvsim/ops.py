@@ -6,6 +6,7 @@ numpy arrays over batch sizes, so that a whole table is priced at once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -106,6 +107,19 @@ def project_rows(rows: float, in_features: int, out_features: int, element_bytes
     )
 
 
+def fast_hadamard(rows: float, dim: int, element_bytes: float) -> Work:
+    """Turn ``rows`` vectors by a Hadamard matrix in ``log2 dim`` rounds of additions on the vector units."""
+    size_bytes = rows * dim * element_bytes
+    return Work(bytes_read=size_bytes, bytes_written=size_bytes, vector_flops=rows * dim * math.log2(max(2, dim)))
+
+
+def channel_energy(tokens: float, channels: float, element_bytes: float) -> Work:
+    """Sum of squares of each channel over a prompt's tokens (TurboQuant's choice of outlier channels)."""
+    return Work(
+        bytes_read=tokens * channels * element_bytes, bytes_written=channels * 4.0, vector_flops=2.0 * tokens * channels
+    )
+
+
 def pool_scores(context_tokens: float, num_kv_heads: int, kernel_size: int) -> Work:
     """Smooth fp32 scores over neighbouring tokens (SnapKV's pooling): one add per kernel position."""
     scores_bytes = context_tokens * num_kv_heads * 4.0
@@ -176,4 +190,41 @@ def randomised_svd(rows: float, columns: int, rank: int, power_iterations: int, 
         bytes_read=products * rows * columns * element_bytes + 3.0 * factors,
         bytes_written=2.0 * factors,
         launches=float(3 * products),
+    )
+
+
+def score_channels(
+    context_tokens: float,
+    window_tokens: int,
+    num_attention_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    element_bytes: float,
+) -> Work:
+    """Mean square of every key channel, and of the last ``window_tokens`` queries' (ThinK, arXiv 2407.21018)."""
+    elements = (context_tokens * num_kv_heads + window_tokens * num_attention_heads) * head_dim
+    return Work(
+        bytes_read=elements * element_bytes,
+        bytes_written=num_kv_heads * head_dim * 4.0,
+        vector_flops=2.0 * elements,
+    )
+
+
+def gather_channels(rows: float, head_dim: int, kept_channels: int, element_bytes: float) -> Work:
+    """Copy ``kept_channels`` of each of ``rows`` vectors."""
+    return Work(bytes_read=rows * head_dim * element_bytes, bytes_written=rows * kept_channels * element_bytes)
+
+
+def merge_directions(tokens: float, num_kv_heads: int, channels: int, element_bytes: float) -> Work:
+    """Join two layers' vectors of ``channels`` (K and V together) per head into one direction (arXiv 2405.14366).
+
+    Per channel: two squared norms and a product (6 FLOPs), two scaled vectors added and scaled again (4). Per vector
+    two square roots, an arc cosine and two sines, counted as 20 FLOPs each. Four fp16 magnitudes are written.
+    """
+    vectors = 2.0 * tokens * num_kv_heads
+    elements = tokens * num_kv_heads * channels
+    return Work(
+        bytes_read=2.0 * elements * element_bytes,
+        bytes_written=elements * element_bytes + 4.0 * vectors,
+        vector_flops=10.0 * elements + 100.0 * vectors,
     )

@@ -85,7 +85,9 @@ class StrategyPart(Spec):
     names: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Published name -> the parameters that it stands for; anything else keeps the field's default."""
     aliases: ClassVar[Mapping[str, str]] = {}
-    """Other spelling -> one of ``names``."""
+    """Other spelling -> one of ``names``, with ``:value`` behind it where it stands for one."""
+    spellings: ClassVar[tuple[str, ...]] = ()
+    """Canonical spellings beside ``names`` that listings and laws include: a name with a value."""
     summaries: ClassVar[Mapping[str, str]] = {}
     """One of ``names`` -> one line with the paper or the engine that defines it."""
     inline_fields: ClassVar[tuple[str, ...]] = ()
@@ -174,19 +176,25 @@ class TokenSelection(StrategyPart):
         """Why this model or device cannot run the method, or None."""
         return None
 
-    def keep(self, layer_kv: LayerKv, layer: LayerView) -> IntArray | None:
+    @abstractmethod
+    def keep(self, layer_kv: LayerKv, layer: LayerView, attention_scale: float) -> IntArray | None:
         """Choose the tokens of a prompt that stay, as indices (H, kept) ascending per head; None keeps all.
+
+        As many as `resident_tokens` says of the prompt's length. ``attention_scale`` is what logits are multiplied by.
 
         Raises
         ------
-        NotRunnable
-            The algorithm does not run on tensors yet.
+        InvalidSpec
+            The method scores with queries of the prompt, and the cache has none.
         """
-        raise NotRunnable(self.kind)
 
     def read_mask(self, layer_kv: LayerKv, layer: LayerView) -> BoolArray | None:
         """Which kept tokens each of the layer's queries reads, (Hq, m, n); None reads all."""
         return None
+
+    def index_bits(self, layer_kv: LayerKv, layer: LayerView, native_bits: int) -> float:
+        """Bits of what is held of the kept tokens to choose among them (Quest's page bounds), 0 if nothing."""
+        return 0.0
 
 
 def acts_on(group: LayerGroup) -> bool:
@@ -221,6 +229,24 @@ class KvEncoding(StrategyPart):
     def residual_tokens(self) -> int:
         """Newest tokens kept in the native dtype before they are encoded (KIVI's R), 0 if none."""
         return 0
+
+    @property
+    def residual_share(self) -> float:
+        """Share of those newest tokens that a layer holds itself, less than 1 where layers share a cache."""
+        return 1.0
+
+    @property
+    def sink_tokens(self) -> int:
+        """Tokens that the method itself picks and keeps in the native dtype (attention sinks), 0 if none.
+
+        Which they are is bookkeeping of the engine, as block tables are, and not counted.
+        """
+        return 0
+
+    @property
+    def native_tokens(self) -> int:
+        """Tokens in the native dtype of a sequence that is long enough, whatever the reason."""
+        return self.residual_tokens + self.sink_tokens
 
     @property
     def skips_boundary_layers(self) -> int:

@@ -114,6 +114,10 @@ class ReductionCodec(ABC):
         """Learn from sample caches of the same model; give a fitted codec."""
         return self
 
+    def sources(self, num_layers: int) -> tuple[int, ...]:
+        """Layer whose cache each layer reads instead of its own: itself, unless layers share a cache."""
+        return tuple(range(num_layers))
+
     @abstractmethod
     def reduce(self, kv: KvTensors) -> Reduced:
         """Reduce a cache."""

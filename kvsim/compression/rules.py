@@ -1,27 +1,89 @@
-"""Which parts of a strategy cannot go together, whatever the model: the composition rules."""
+"""Which parts of a strategy cannot go together, whatever the model: the composition rules.
+
+Everything else composes: any encoding after any selection, any encoding after a reduction within a layer, a coding
+after every encoding whose codes it takes. What depends on the model's shape is each part's ``check``.
+"""
 
 from __future__ import annotations
 
-from kvsim.compression.base import KvEncoding, TokenSelection
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from kvsim.compression.base import KvEncoding, StrategyPart, TokenSelection
 from kvsim.compression.coding.base import Coding
 from kvsim.compression.reduction.base import Reduction
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The four parts of a strategy to be."""
+
+    selection: TokenSelection
+    reduction: Reduction
+    encoding: KvEncoding
+    coding: Coding
+
+
 def conflict(selection: TokenSelection, reduction: Reduction, encoding: KvEncoding, coding: Coding) -> str | None:
-    """Why these parts cannot be one strategy, or None: the first reason found."""
-    return _tokens_differ(selection, reduction) or coding.refuses(encoding)
+    """Why these parts cannot be one strategy, or None: the first reason found, with what would go instead."""
+    return next(conflicts(Parts(selection, reduction, encoding, coding)), None)
 
 
-def _tokens_differ(selection: TokenSelection, reduction: Reduction) -> str | None:
-    """What is stored together must be the same tokens."""
-    if reduction.is_replicated and selection.kind != "keep_all":
-        return (
-            f"{selection.kind} chooses tokens by K and V per head, but {reduction.kind} leaves one latent vector for "
-            "all heads; it keeps all tokens"
-        )
-    if reduction.joins_layers and selection.evicts and selection.granularity != "none":
-        return (
-            f"{reduction.kind} stores the same tokens of several layers together, but {selection.kind} keeps other "
-            f"tokens in each {selection.granularity}; streaming_llm and quest leave layers alike"
-        )
-    return None
+def conflicts(parts: Parts) -> Iterator[str]:
+    """Every reason why these parts cannot be one strategy."""
+    for rule in RULES:
+        reason = rule(parts)
+        if reason:
+            yield reason
+
+
+def _latents_keep_all_tokens(parts: Parts) -> str | None:
+    """A latent vector that all heads read has no K and V per head to choose tokens by."""
+    selection, reduction = parts.selection, parts.reduction
+    if not reduction.is_replicated or selection.kind == "keep_all":
+        return None
+    return (
+        f"{_name(selection)} chooses tokens by K and V per head, but {_name(reduction)} leaves one latent vector for "
+        "all heads; it keeps all tokens"
+    )
+
+
+def _same_tokens_in_joined_layers(parts: Parts) -> str | None:
+    """Layers that hold tokens for one another must hold the same tokens."""
+    selection, reduction = parts.selection, parts.reduction
+    if not reduction.joins_layers or not selection.evicts or selection.granularity == "none":
+        return None
+    return (
+        f"{_name(reduction)} stores tokens of several layers together, so these must hold the same ones, but "
+        f"{_name(selection)} keeps other tokens in each layer and head; streaming_llm and quest go with it"
+    )
+
+
+def _bytes_known_before_calibration(parts: Parts) -> str | None:
+    """Where calibration decides which layers store, each layer must store alike."""
+    reduction, encoding = parts.reduction, parts.encoding
+    if not reduction.prices_mean_layer or not encoding.skips_boundary_layers:
+        return None
+    return (
+        f"{_name(reduction)} finds on calibration sequences which layers store, and {_name(encoding)} keeps the first "
+        f"and last {encoding.skips_boundary_layers} layers native, so bytes would depend on the data; take an encoding "
+        "of equal layers, such as fp8, or cla-2"
+    )
+
+
+def _codes_that_can_be_coded(parts: Parts) -> str | None:
+    """An entropy coder needs codes that it knows."""
+    return parts.coding.refuses(parts.encoding)
+
+
+RULES: Final[tuple[Callable[[Parts], str | None], ...]] = (
+    _latents_keep_all_tokens,
+    _same_tokens_in_joined_layers,
+    _bytes_known_before_calibration,
+    _codes_that_can_be_coded,
+)
+
+
+def _name(part: StrategyPart) -> str:
+    return part.kind

@@ -59,7 +59,7 @@ class StackedEncoding(KvEncoding):
 
     def fixed_bytes_per_sequence(self, group: LayerGroup, native: Dtype) -> float:
         own = self.encoding.fixed_bytes_per_sequence(self.reduction.reduced_group(group), native)
-        return own + self.reduction.fixed_bytes_per_sequence(group, native)
+        return self.reduction.fixed_share * own + self.reduction.fixed_bytes_per_sequence(group, native)
 
     @property
     def is_replicated(self) -> bool:
@@ -68,6 +68,14 @@ class StackedEncoding(KvEncoding):
     @property
     def residual_tokens(self) -> int:
         return self.encoding.residual_tokens
+
+    @property
+    def residual_share(self) -> float:
+        return self.reduction.residual_share
+
+    @property
+    def sink_tokens(self) -> int:
+        return self.encoding.sink_tokens
 
     @property
     def unpack_family(self) -> str | None:
@@ -79,10 +87,14 @@ class StackedEncoding(KvEncoding):
     def append_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
         reduced = self.reduction.reduced_group(group)
         own = self.reduction.append_ops(group, model)
+        if not self.reduction.resident_share:
+            return tuple(own)
         return (*own, *self.encoding.append_ops(reduced, model), *self.coding.append_ops(reduced, model))
 
     def prefill_ops(self, prompt_tokens: int, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
         own = self.reduction.prefill_ops(prompt_tokens, group, model)
+        if not self.reduction.resident_share:
+            return tuple(own)
         return (*own, *self.encoding.prefill_ops(prompt_tokens, self.reduction.reduced_group(group), model))
 
     def decode_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:

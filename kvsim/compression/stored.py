@@ -44,9 +44,9 @@ def stored_bytes(
 
 
 def encoded_bytes(encoding: KvEncoding, group: LayerGroup, native: Dtype, tokens: int) -> float:
-    """Bytes of ``tokens`` kept tokens in one layer: the newest ones native where the format holds a residual."""
-    residual = min(tokens, encoding.residual_tokens)
-    native_bytes = Native().bytes_per_token(group, native).total_bytes
+    """Bytes of ``tokens`` kept tokens in one layer: some native where the format holds a residual window or sinks."""
+    residual = min(tokens, encoding.native_tokens)
+    native_bytes = encoding.residual_share * Native().bytes_per_token(group, native).total_bytes
     return residual * native_bytes + (tokens - residual) * encoding.bytes_per_token(group, native).total_bytes
 
 

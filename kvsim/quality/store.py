@@ -60,7 +60,7 @@ def fit_strategy(compression: Compression, samples: Sequence[KvTensors] = ()) ->
         reduction = reduction.fit(samples)
     encoding = compression.encoding.codec()
     if encoding.needs_calibration:
-        encoding = encoding.fit([_of_layers(kv, _filled(kv)) for kv in (reduction.reduce(one).kv for one in samples)])
+        encoding = encoding.fit([reduction.reduce(sample).kv for sample in samples])
     return FittedStrategy(compression, reduction, encoding)
 
 
@@ -74,20 +74,23 @@ def store_cache(strategy: FittedStrategy, kv: KvTensors) -> StoredCache:
     tokens = [max(0, layer.num_tokens - residual) for layer in kept.layers]
     old = _cut(kept, [slice(0, count) for count in tokens])
     read_back, bits = _encode(strategy, old)
-    layers = []
+    selection, sources = strategy.compression.selection, strategy.reduction.sources(kv.num_layers)
+    layers, masks = [], []
     for index, (layer, coded, count) in enumerate(zip(kept.layers, read_back.layers, tokens, strict=True)):
-        bits[index] += _native_bits(layer, layer.num_tokens - count, kv.native_bits)
+        if sources[index] == index:
+            bits[index] += _native_bits(layer, layer.num_tokens - count, kv.native_bits)
+        newest = kept.layers[sources[index]]
         layers.append(
             replace(
                 layer,
-                keys=np.concatenate((coded.keys, layer.keys[:, count:]), axis=1),
-                values=np.concatenate((coded.values, layer.values[:, count:]), axis=1),
+                keys=np.concatenate((coded.keys, newest.keys[:, count:]), axis=1),
+                values=np.concatenate((coded.values, newest.values[:, count:]), axis=1),
             )
         )
-    final = replace(kept, layers=tuple(layers))
-    selection = strategy.compression.selection
-    masks = tuple(selection.read_mask(layer, layer_view(final, index)) for index, layer in enumerate(final.layers))
-    return StoredCache(final, masks, tuple(bits))
+        # What chooses among kept tokens was made from keys as they came, before they were stored.
+        bits[index] += selection.index_bits(layer, layer_view(kept, index), kv.native_bits)
+        masks.append(selection.read_mask(layer, layer_view(kept, index)))
+    return StoredCache(replace(kept, layers=tuple(layers)), tuple(masks), tuple(bits))
 
 
 def layer_view(kv: KvTensors, index: int) -> LayerView:
@@ -106,7 +109,7 @@ def layer_view(kv: KvTensors, index: int) -> LayerView:
 def _select(compression: Compression, kv: KvTensors) -> KvTensors:
     layers = []
     for index, layer in enumerate(kv.layers):
-        indices = compression.selection.keep(layer, layer_view(kv, index))
+        indices = compression.selection.keep(layer, layer_view(kv, index), kv.attention_scale)
         layers.append(layer if indices is None else layer.take(indices))
     return replace(kv, layers=tuple(layers))
 
@@ -129,22 +132,6 @@ def _encode(strategy: FittedStrategy, kv: KvTensors) -> tuple[KvTensors, list[fl
         bits[index] += payload + layer.metadata_bits
         chosen.append(layer)
     return reduced.restore(with_stored(reduced.kv, chosen)), bits
-
-
-def _encode_filled(codec: Codec, kv: KvTensors, plain: Sequence[StoredLayer]) -> list[StoredLayer]:
-    """Encode the layers that store something; what another layer stores for them leaves nothing to encode."""
-    filled, stored = _filled(kv), list(plain)
-    for index, layer in zip(filled, codec.store(_of_layers(kv, filled)), strict=True):
-        stored[index] = layer
-    return stored
-
-
-def _filled(kv: KvTensors) -> list[int]:
-    return [index for index, one in enumerate(kv.layers) if one.keys.shape[2] + one.values.shape[2]]
-
-
-def _of_layers(kv: KvTensors, indices: Sequence[int]) -> KvTensors:
-    return replace(kv, layers=tuple(kv.layers[index] for index in indices))
 
 
 def _is_exempt(compression: Compression, layer: LayerView) -> bool:

@@ -111,6 +111,11 @@ class LayerKv:
             prompt_queries=self.prompt_queries,
         )
 
+    def emptied(self) -> LayerKv:
+        """Leave no channels and no queries: a layer whose numbers lie elsewhere."""
+        queries = self.queries[:, :0]
+        return LayerKv(self.keys[..., :0], self.values[..., :0], self.positions, queries, queries)
+
 
 @dataclass(frozen=True, eq=False)
 class KvTensors:

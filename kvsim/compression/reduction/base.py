@@ -36,11 +36,6 @@ class Reduction(StrategyPart):
         """Give what the method does in one layer; methods over several layers differ from layer to layer."""
         return self
 
-    @property
-    def joins_layers(self) -> bool:
-        """Whether a token is stored for several layers at once, so that these must hold the same tokens."""
-        return False
-
     def stored_with(self, layer: LayerView) -> tuple[int, ...]:
         """Indices of the layers whose cache is stored together with this one's, itself among them.
 
@@ -62,6 +57,21 @@ class Reduction(StrategyPart):
     def resident_share(self) -> float:
         """Share of the reduced KV that this layer holds itself, less than 1 where layers share; they read it all."""
         return 1.0
+
+    @property
+    def residual_share(self) -> float:
+        """Share of an encoding's newest native tokens that this layer holds itself."""
+        return 1.0
+
+    @property
+    def fixed_share(self) -> float:
+        """Share of what an encoding holds once per sequence and layer (scales of a tensor) that this layer holds."""
+        return 1.0 if self.resident_share else 0.0
+
+    @property
+    def prices_mean_layer(self) -> bool:
+        """Whether a layer's bytes are the mean over layers, because calibration decides which of them store."""
+        return False
 
     def metadata_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
         """Bytes per token in one layer beside the reduced K and V (magnitudes of merged vectors)."""

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, BudgetedSelection, kv_heads
+from kvsim.compression.selection.scores import heaviest_and_newest, received_attention
 from kvsim.ops import Component, OpCall, accumulate_attention, compact, select_top_k
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup
 
 if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
+    from kvsim.tensors import IntArray, LayerKv
 
 
 class H2O(BudgetedSelection):
@@ -43,6 +45,16 @@ class H2O(BudgetedSelection):
 
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return self.resident_tokens(prompt_tokens, layer)
+
+    def keep(self, layer_kv: LayerKv, layer: LayerView, attention_scale: float) -> IntArray | None:
+        """Sums over all prompt queries that the tensors have: H2O's own scores only where that is all of them."""
+        tokens = layer_kv.num_tokens
+        kept = self.resident_tokens(tokens, layer)(0)
+        if kept >= tokens:
+            return None
+        heavy, newest = kept // 2, kept - kept // 2
+        scores = received_attention(layer_kv, attention_scale)
+        return heaviest_and_newest(scores[:, : tokens - newest], heavy, newest)
 
     def prefill_ops(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
         group = layer.group

@@ -27,5 +27,5 @@ class KeepAll(TokenSelection):
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return growing(prompt_tokens)
 
-    def keep(self, layer_kv: LayerKv, layer: LayerView) -> IntArray | None:
+    def keep(self, layer_kv: LayerKv, layer: LayerView, attention_scale: float) -> IntArray | None:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
+import numpy as np
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
@@ -15,6 +16,7 @@ from kvsim.specs.model import LayerGroup
 
 if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
+    from kvsim.tensors import BoolArray, FloatArray, IntArray, LayerKv
 
 DEFAULT_TOKEN_BUDGET = 1024
 
@@ -62,6 +64,30 @@ class Quest(FullAttentionSelection):
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return growing(prompt_tokens, None if self._is_dense(layer) else self.token_budget)
 
+    def keep(self, layer_kv: LayerKv, layer: LayerView, attention_scale: float) -> IntArray | None:
+        return None
+
+    def read_mask(self, layer_kv: LayerKv, layer: LayerView) -> BoolArray | None:
+        """Pages by the largest product that any key within their bounds could have with the query."""
+        tokens = layer_kv.num_tokens
+        if self._is_dense(layer) or tokens <= self.token_budget:
+            return None
+        low, high = page_extremes(layer_kv.keys, self.page_size)
+        heads, pages, dim = low.shape
+        queries = layer_kv.queries.reshape(heads, -1, dim)
+        # max(q·low, q·high) channel by channel: the negative part of q meets the minimum, the positive the maximum.
+        bounds = np.minimum(queries, 0) @ low.transpose(0, 2, 1) + np.maximum(queries, 0) @ high.transpose(0, 2, 1)
+        chosen = np.argsort(-bounds, axis=2, kind="stable")[:, :, : self.token_budget // self.page_size]
+        reads = np.zeros((*bounds.shape[:2], pages), dtype=bool)
+        np.put_along_axis(reads, chosen, True, axis=2)
+        return np.repeat(reads, self.page_size, axis=2)[:, :, :tokens].reshape(*layer_kv.queries.shape[:2], tokens)
+
+    def index_bits(self, layer_kv: LayerKv, layer: LayerView, native_bits: int) -> float:
+        if self._is_dense(layer):
+            return 0.0
+        low, high = page_extremes(layer_kv.keys, self.page_size)
+        return float((low.size + high.size) * native_bits)
+
     def scanned_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve | None:
         return None if self._is_dense(layer) or kv_heads(layer.group) == 0 else growing(prompt_tokens)
 
@@ -96,3 +122,9 @@ class Quest(FullAttentionSelection):
 
     def inline_text(self) -> str | None:
         return str(self.token_budget)
+
+
+def page_extremes(keys: FloatArray, page_size: int) -> tuple[FloatArray, FloatArray]:
+    """Channel-wise minimum and maximum of each page of keys, (H, pages, D) each; the last page may be short."""
+    starts = np.arange(0, keys.shape[1], page_size)
+    return np.minimum.reduceat(keys, starts, axis=1), np.maximum.reduceat(keys, starts, axis=1)

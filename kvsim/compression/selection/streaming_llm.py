@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.compression.selection.full_attention import FullAttentionSelection, whole_tokens
 from kvsim.errors import InvalidSpec
+
+if TYPE_CHECKING:
+    from kvsim.tensors import IntArray, LayerKv
 
 DEFAULT_SINK_TOKENS = 4
 DEFAULT_BUDGET_TOKENS = 2048
@@ -48,6 +52,13 @@ class StreamingLlm(FullAttentionSelection):
 
     def prefill_resident_tokens(self, processed_tokens: int, layer: LayerView) -> int:
         return min(processed_tokens, self.budget_tokens)
+
+    def keep(self, layer_kv: LayerKv, layer: LayerView, attention_scale: float) -> IntArray | None:
+        tokens = layer_kv.num_tokens
+        if tokens <= self.budget_tokens:
+            return None
+        kept = np.concatenate((np.arange(self.num_sink_tokens), np.arange(tokens - self.window_length, tokens)))
+        return np.broadcast_to(kept, (layer_kv.num_kv_heads, self.budget_tokens)).copy()
 
     @property
     def evicts(self) -> bool:

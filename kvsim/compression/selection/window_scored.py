@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Self
 
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import PositiveInt, model_validator
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.compression.selection.full_attention import BudgetedSelection, kv_heads
+from kvsim.compression.selection.scores import heaviest_and_newest, received_attention
 from kvsim.ops import Component, OpCall, compact, pool_scores, score_with_window, select_top_k
 from kvsim.specs.base import DTYPE_BITS
 
 if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
+    from kvsim.tensors import FloatArray, IntArray, LayerKv
 
 
 class WindowScoredSelection(BudgetedSelection):
@@ -50,6 +54,22 @@ class WindowScoredSelection(BudgetedSelection):
 
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return self.resident_tokens(prompt_tokens, layer)
+
+    def keep(self, layer_kv: LayerKv, layer: LayerView, attention_scale: float) -> IntArray | None:
+        tokens = layer_kv.num_tokens
+        kept = self.kept_tokens(tokens, layer)
+        if kept >= tokens:
+            return None
+        scores = received_attention(layer_kv, attention_scale, self.window_size)
+        newest = min(tokens, self.window_size)
+        return heaviest_and_newest(self._pooled(scores[:, : tokens - newest]), kept - newest, newest)
+
+    def _pooled(self, scores: FloatArray) -> FloatArray:
+        """Mean over ``kernel_size`` neighbours, with zeros beyond the ends (kvpress's average pooling)."""
+        before = self.kernel_size // 2
+        padded = np.pad(scores, ((0, 0), (before, self.kernel_size - 1 - before)))
+        pooled: FloatArray = sliding_window_view(padded, self.kernel_size, axis=1).mean(axis=2)
+        return pooled
 
     @property
     def query_aware(self) -> bool:

@@ -1,0 +1,52 @@
+"""Attention that prompt queries give to the prompt's own tokens: what evicting methods rank by."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvsim.errors import InvalidSpec
+from kvsim.tensors import FloatArray, IntArray, LayerKv
+
+_CHUNK = 128
+"""Queries whose weights are held at a time."""
+
+
+def received_attention(layer_kv: LayerKv, attention_scale: float, window: int | None = None) -> FloatArray:
+    """Sum over the last ``window`` prompt queries (None: all there are) of causal attention, (H, n).
+
+    A query at position p sees tokens up to p. Query heads of a group are averaged.
+
+    Raises
+    ------
+    InvalidSpec
+        The cache has no prompt queries.
+    """
+    queries = layer_kv.prompt_queries if window is None else layer_kv.prompt_queries[:, -window:]
+    heads, tokens, dim = layer_kv.keys.shape
+    if queries.size == 0:
+        msg = "the method scores tokens with the prompt's queries, and the KV tensors have no prompt_queries"
+        raise InvalidSpec(msg)
+    queries = queries[:, -tokens:]
+    count = queries.shape[1]
+    keys = layer_kv.keys.astype(np.float64)
+    total = np.zeros((heads, tokens))
+    for start in range(0, count, _CHUNK):
+        part = queries[:, start : start + _CHUNK].reshape(heads, -1, min(_CHUNK, count - start), dim)
+        logits = attention_scale * np.einsum("hgqd,hnd->hgqn", part.astype(np.float64), keys)
+        last_seen = tokens - count + start + np.arange(part.shape[2])
+        logits = np.where(np.arange(tokens) <= last_seen[:, None], logits, -np.inf)
+        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        total += weights.sum(axis=2).mean(axis=1)
+    return total.astype(np.float32)
+
+
+def heaviest_and_newest(older_scores: FloatArray, heavy: int, newest: int) -> IntArray:
+    """Indices of the ``heavy`` best tokens of those scored, (H, older), and of the ``newest`` after them, ascending.
+
+    Of equal scores the earlier token stays.
+    """
+    heads, older = older_scores.shape
+    best = np.argsort(-older_scores, axis=1, kind="stable")[:, :heavy]
+    last = np.broadcast_to(np.arange(older, older + newest), (heads, newest))
+    return np.concatenate((np.sort(best, axis=1), last), axis=1).astype(np.int64)

@@ -1,0 +1,156 @@
+"""Every part with every other: it runs and keeps its laws, or is refused with a reason that names both."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from kvsim.compression import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS, Compression, parse_compression
+from kvsim.compression.base import StrategyPart
+from kvsim.compression.rules import RULES, Parts, conflicts
+from kvsim.compression.stored import encoded_bytes
+from kvsim.compression.strategy import spell
+from kvsim.device_catalog import load_device
+from kvsim.errors import InvalidSpec, NotRunnable
+from kvsim.quality.store import StoredCache, fit_strategy, layer_view, store_cache
+from kvsim.specs.base import Dtype
+from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
+from kvsim.tensors import KvTensors
+
+SIZED = {
+    "streaming_llm": "streaming_llm:192", "snapkv": "snapkv:160", "h2o": "h2o:160", "pyramidkv": "pyramidkv:160",
+    "quest": "quest:64", "mla": "mla(kv_lora_rank=48,qk_rope_head_dim=16)", "minicache": "minicache(retained_fraction=0.0625)",
+}  # fmt: skip
+"""Sizes that bite at 320 tokens and divide into the groups of every format."""
+SLOTS: tuple[Sequence[type[StrategyPart]], ...] = (SELECTIONS, REDUCTIONS, ENCODINGS, CODINGS)
+NAMES = tuple(tuple(SIZED.get(name, name) for part in slot for name in part.names) for slot in SLOTS)
+NEUTRAL = ("keep_all", "full_width", "native", "fixed_width")
+SAMPLE = 120
+"""Products of three or four parts that run; all pairs do."""
+
+
+def _part(slot: int, name: str) -> StrategyPart:
+    compression = parse_compression(name)
+    return (compression.selection, compression.reduction, compression.encoding, compression.coding)[slot]
+
+
+PARTS = {name: _part(slot, name) for slot, names in enumerate(NAMES) for name in names if name not in NEUTRAL}
+PARTS |= dict(zip(NEUTRAL, (getattr(Compression(), name) for name in Compression.model_fields), strict=True))
+
+
+def _together(names: Sequence[str]) -> Parts:
+    return Parts(*(PARTS[name] for name in names))
+
+
+def _changed(names: Sequence[str]) -> int:
+    return sum(name != neutral for name, neutral in zip(names, NEUTRAL, strict=True))
+
+
+PRODUCT = tuple(product(*NAMES))
+ALLOWED = tuple(names for names in PRODUCT if not any(conflicts(_together(names))))
+PAIRS = tuple(names for names in ALLOWED if _changed(names) <= 2)
+LARGER = tuple(names for names in ALLOWED if _changed(names) > 2)
+RUN = (*PAIRS, *random.Random(6).sample(LARGER, min(SAMPLE, len(LARGER))))
+
+
+@pytest.fixture(scope="module")
+def model(noise: KvTensors) -> ModelSpec:
+    """A model whose cache has the shape of ``noise``."""
+    first = noise.layers[0]
+    group = LayerGroup(
+        kind=LayerKind.FULL, layers=tuple(range(noise.num_layers)), num_kv_heads=first.num_kv_heads,
+        k_head_dim=first.keys.shape[2], v_head_dim=first.values.shape[2],
+    )  # fmt: skip
+    return ModelSpec(
+        name="noise", source="built by hand", architecture="Test", hidden_size=256,
+        num_attention_heads=first.queries.shape[0], vocab_size=1000, intermediate_size=512,
+        max_position_embeddings=4096, groups=(group,), num_parameters=10**7, num_active_parameters=10**7,
+        num_embedding_parameters=10**6,
+    )  # fmt: skip
+
+
+def test_every_product_is_a_strategy_or_refused_with_both_names() -> None:
+    refused = 0
+    for names in PRODUCT:
+        parts = _together(names)
+        values = dict(zip(Compression.model_fields, vars(parts).values(), strict=True))
+        reason = next(conflicts(parts), None)
+        if reason is None:
+            compression = Compression(**values)
+            assert parse_compression(compression.name) == compression
+            continue
+        refused += 1
+        with pytest.raises(ValidationError) as caught:
+            Compression(**values)
+        assert reason in str(caught.value)
+        named = [part for part in vars(parts).values() if part.kind in reason or spell(part) in reason]
+        assert len(named) >= 2, reason
+    assert 0 < refused < len(PRODUCT) / 2
+
+
+def test_every_rule_refuses_something() -> None:
+    # The last rule asks codings, and the neutral one takes everything.
+    for rule in RULES if len(CODINGS) > 1 else RULES[:-1]:
+        assert any(rule(_together(names)) for names in PRODUCT), rule.__name__
+
+
+@pytest.mark.parametrize("names", RUN, ids="+".join)
+def test_what_is_allowed_runs_or_says_why_not(
+    names: tuple[str, ...], model: ModelSpec, noise: KvTensors, samples: Sequence[KvTensors]
+) -> None:
+    compression = Compression(**dict(zip(Compression.model_fields, vars(_together(names)).values(), strict=True)))
+    reason = compression.check(model, load_device("h100-sxm").spec)
+    if reason is not None:
+        assert any(spell(part) in reason or part.kind in reason for part in vars(_together(names)).values()), reason
+        return
+    untold = _cannot_run(compression)
+    if untold is None:
+        _check_laws(compression, store_cache(fit_strategy(compression, samples), noise), noise)
+    else:
+        assert untold.reason
+        assert any(untold.method in {spell(part), part.kind} for part in vars(_together(names)).values())
+
+
+def _cannot_run(compression: Compression) -> NotRunnable | None:
+    """Why an algorithm does not run on tensors at all."""
+    try:
+        compression.reduction.codec()
+        compression.encoding.codec()
+        if not compression.coding.is_none:
+            compression.coding.coder()
+    except NotRunnable as refusal:
+        return refusal
+    return None
+
+
+def _check_laws(compression: Compression, stored: StoredCache, kv: KvTensors) -> None:
+    residual, priced, whole_groups = compression.encoding.residual_tokens, 0.0, True
+    for index, (before, after) in enumerate(zip(kv.layers, stored.kv.layers, strict=True)):
+        assert np.isfinite(after.keys).all()
+        assert np.isfinite(after.values).all()
+        assert after.keys.dtype == np.float32
+        assert np.array_equal(after.queries, before.queries)
+        layer = layer_view(kv, index)
+        kept = compression.selection.resident_tokens(before.num_tokens, layer)(0)
+        assert after.keys.shape == (before.num_kv_heads, kept, before.keys.shape[2])
+        assert after.values.shape == (before.num_kv_heads, kept, before.values.shape[2])
+        encoding = compression.encoding_at(layer)
+        priced += encoded_bytes(encoding, layer.group, Dtype.BF16, kept)
+        priced += encoding.fixed_bytes_per_sequence(layer.group, Dtype.BF16)
+        scanned = compression.selection.scanned_tokens(before.num_tokens, layer)
+        priced += scanned(0) * compression.selection.scan_bytes_per_token(layer.group, 2.0) if scanned else 0.0
+        whole_groups &= kept <= residual or (kept - residual) % 32 == 0
+    if compression.coding.is_none and whole_groups:
+        assert stored.total_bits == pytest.approx(8 * priced, rel=1e-9)
+
+
+def test_a_refusal_reads_well() -> None:
+    with pytest.raises(InvalidSpec, match=r"minicache stores tokens of several layers together.*snapkv keeps other"):
+        parse_compression("snapkv+minicache")
+    with pytest.raises(InvalidSpec, match=r"kvsharer finds on calibration sequences.*turboquant keeps the first"):
+        parse_compression("kvsharer+turboquant_4bit_nc")
