@@ -29,10 +29,10 @@ def limit_command(
         str | None,
         typer.Option(
             help="Seeded ensemble instead of files: NAME, NAME:SEED or NAME(field=value):SEED.",
-            show_default="llama-like",
+            show_default="llama-like(num_layers=6,num_tokens=2048)",
         ),
     ] = None,
-    sequences: Annotated[int, typer.Option(min=1, max=64, help="Sequences of the ensemble to measure.")] = 2,
+    sequences: Annotated[int, typer.Option(min=1, max=64, help="Sequences of the ensemble to measure.")] = 1,
     strategies: Annotated[
         str | None,
         typer.Option(

@@ -9,6 +9,7 @@ so that limit is, on average, not too low. Both are kept: ``plug_in`` below, ``h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -71,6 +72,12 @@ class CovarianceLimit:
     def only(self, tensor: Tensor) -> CovarianceLimit:
         """The limit of K alone, or of V."""
         return CovarianceLimit.of([one for one in self.components if one.tensor == tensor])
+
+    def within(self, layers: AbstractSet[int]) -> CovarianceLimit:
+        """The limit of some layers."""
+        if layers >= {one.layer for one in self.components}:
+            return self
+        return CovarianceLimit.of([one for one in self.components if one.layer in layers])
 
 
 def covariance_limit(caches: Sequence[KvTensors], scope: Scope = "head") -> CovarianceLimit:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 
 from kvsim.compression import Compression
+from kvsim.compression.base import LayerView
+from kvsim.compression.stacked import StackedEncoding
 from kvsim.errors import IncompatibleScenario
 from kvsim.limit.covariance import CovarianceLimit
 from kvsim.limit.rate_distortion import DoubleArray, isotropic_bits
-from kvsim.quality.store import FittedStrategy, fit_strategy, store_cache
+from kvsim.quality.store import FittedStrategy, fit_strategy, layer_view, store_cache
 from kvsim.specs.base import Spec
 from kvsim.strategy_table import family_of
 from kvsim.tensors import FloatArray, KvTensors
@@ -26,7 +28,10 @@ class EncodingPoint(Spec):
     strategy: str
     family: str
     bits_per_value: float
-    """All that is stored over K and V values of the uncompressed cache: codes, metadata, residual windows, bases."""
+    """All that is stored over K and V values of the uncompressed cache: codes, metadata, residual windows, bases.
+
+    Layers that a format exempts are left out, here and in the errors.
+    """
     relative_mse: float
     """Error over energy, of every head's K and V by itself, then averaged by number of values."""
     key_relative_mse: float
@@ -72,10 +77,16 @@ def place(
     layer_limit: CovarianceLimit,
 ) -> EncodingPoint:
     """Give the point of a strategy that is fitted already."""
+    layers = _encoded_layers(compression, caches[0])
+    if not layers:
+        msg = f"{compression.name}: keeps all {caches[0].num_layers} layers of this cache native; take more layers"
+        raise IncompatibleScenario(msg)
+    head_limit, layer_limit = head_limit.within(layers), layer_limit.within(layers)
     stored = [store_cache(strategy, cache) for cache in caches]
     read_back = [one.kv for one in stored]
-    bits = sum(one.total_bits for one in stored) / sum(_num_values(cache) for cache in caches)
-    errors = {tensor: _relative_errors(caches, read_back, tensor) for tensor in ("keys", "values")}
+    bits = sum(one.bits[index] for one in stored for index in layers)
+    bits /= sum(_num_values(cache, index) for cache in caches for index in layers)
+    errors = {tensor: _relative_errors(caches, read_back, tensor, layers) for tensor in ("keys", "values")}
     error = _weighted_mean([*errors["keys"], *errors["values"]])
     gaps = [
         None if error == 0 else bits - limit(error)
@@ -107,14 +118,29 @@ def _applies(bits: float, error: float, head: CovarianceLimit, layer: Covariance
     return "layer covariance" if enough >= layer.plug_in.bits(error) else "none"
 
 
-def _num_values(cache: KvTensors) -> int:
-    return sum(layer.keys.size + layer.values.size for layer in cache.layers)
+def _encoded_layers(compression: Compression, cache: KvTensors) -> frozenset[int]:
+    """Layers that the format does not exempt: what it keeps native says nothing of the format."""
+    return frozenset(
+        index for index in range(cache.num_layers) if not _is_exempt(compression, layer_view(cache, index))
+    )
 
 
-def _relative_errors(before: Sequence[KvTensors], after: Sequence[KvTensors], tensor: str) -> list[tuple[float, int]]:
+def _is_exempt(compression: Compression, layer: LayerView) -> bool:
+    given = compression.encoding_at(layer)
+    inner = given.encoding if isinstance(given, StackedEncoding) else given
+    return inner.is_native and not compression.encoding.is_native
+
+
+def _num_values(cache: KvTensors, layer: int) -> int:
+    return cache.layers[layer].keys.size + cache.layers[layer].values.size
+
+
+def _relative_errors(
+    before: Sequence[KvTensors], after: Sequence[KvTensors], tensor: str, layers: Iterable[int]
+) -> list[tuple[float, int]]:
     """(error over energy, values per token) of every head, tokens of all caches together; none without channels."""
     found: list[tuple[float, int]] = []
-    for index in range(before[0].num_layers):
+    for index in layers:
         pairs = [
             (getattr(one.layers[index], tensor), getattr(two.layers[index], tensor))
             for one, two in zip(before, after, strict=True)

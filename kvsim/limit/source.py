@@ -9,8 +9,9 @@ from pathlib import Path
 from kvsim.errors import InvalidSpec
 from kvsim.tensors import KvTensors
 
-DEFAULT_ENSEMBLE = "llama-like"
-DEFAULT_SEQUENCES = 2
+DEFAULT_ENSEMBLE = "llama-like(num_layers=6,num_tokens=2048)"
+"""Six layers, as some formats keep the first two and the last two native."""
+DEFAULT_SEQUENCES = 1
 SAMPLE_SEQUENCES = 2
 
 

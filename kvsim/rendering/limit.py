@@ -92,7 +92,7 @@ def _tier(tier: TokenIdTier) -> Text:
         band = f" ({format_seconds(seconds.low)}{EN_DASH}{format_seconds(seconds.high)}, {seconds.basis})"
     return Text(
         f"Apart from the curve: token ids and recompute. {tier.bytes_per_token} B per token are "
-        f"{format_number(tier.bits_per_value)} bits per value of {tier.model}, {format_number(tier.fold)} times less "
+        f"{tier.bits_per_value:.3g} bits per value of {tier.model}, {format_number(tier.fold)} times less "
         f"than its KV, and each use of {tier.context_tokens:,} tokens costs a prefill of "
         f"{format_rate(tier.prefill_flops, 'FLOP')}, {format_seconds(seconds.value)}{band} on {tier.num_devices} x "
         f"{tier.device}. {tier.claim}"

@@ -220,3 +220,12 @@ def test_wrong_caches_are_refused_with_the_reason() -> None:
         find_limit([gaussian_cache(), gaussian_cache(heads=3)])
     with pytest.raises(InvalidSpec, match="no KV tensors"):
         find_limit([])
+
+
+def test_layers_that_a_format_exempts_are_left_out() -> None:
+    caches = [gaussian_cache(layers=6, head_dim=64, tokens=640)]
+    answer = find_limit(caches, strategies=["turboquant_4bit_nc"])
+    if answer.points:
+        assert answer.points[0].bits_per_value < 5, "four of six layers are native, and not counted"
+    (refused,) = find_limit([gaussian_cache(layers=4, head_dim=64)], strategies=["turboquant_4bit_nc"]).not_measured
+    assert "take more layers" in refused.reason or "does not run" in refused.reason
