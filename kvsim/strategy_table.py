@@ -139,7 +139,7 @@ def _decode_basis(compression: Compression, model: str, device: str) -> tuple[Ba
 def kernels_of(compression: Compression, *, is_latent: bool = False) -> Iterator[str]:
     """Variants of ours that make, read or choose this strategy's cache; ``is_latent`` on a model with MLA."""
     parts = [part for part in _parts(compression) if not _is_neutral(part)]
-    wanted = {_plain(spell(part)) for part in parts}
+    wanted = {_plain(name) for part in parts for name in _spellings(part)}
     if compression.stores_native:
         wanted.add("native")
     prefixes = tuple(prefix for part in parts for prefix in OPERATIONS.get(part.kind, ()))
@@ -149,6 +149,14 @@ def kernels_of(compression: Compression, *, is_latent: bool = False) -> Iterator
         named = {_plain(kernel.strategy or ""), _plain(kernel.kv_format or "")}
         if kernel.operation.startswith(prefixes) or (is_of_model and named & wanted):
             yield kernel.variant
+
+
+def _spellings(part: StrategyPart) -> Iterator[str]:
+    """Name of a part, and the name with its bits where they are the default and so not spoken."""
+    yield spell(part)
+    bits = getattr(part, "bits", None)
+    if bits is not None and "bits" in part.inline_fields:
+        yield f"{spell(part)}:{bits:g}"
 
 
 def _plain(name: str) -> str:

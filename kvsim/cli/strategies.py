@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvsim.strategy_table import StrategyRow
 
 WIDE_COLUMNS = 150
+NAME_WIDTH = 22
 CLASS_LETTERS = {
     "language modelling": "L", "knowledge": "K", "short reasoning": "S", "reasoning": "R", "code": "C",
     "long-context retrieval": "N", "long-context understanding": "U", "unstated": "?",
@@ -55,12 +56,12 @@ def _table(rows: Sequence[StrategyRow], *, is_wide: bool) -> Table:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("name", no_wrap=True)
+    table.add_column("name", no_wrap=is_wide, overflow="fold", max_width=None if is_wide else NAME_WIDTH)
     for header in ("B/token", "bits", "fold"):
         table.add_column(header, justify="right", no_wrap=True)
     for header in ("kernel", "price"):
         table.add_column(header, no_wrap=True)
-    table.add_column("risk", overflow="fold")
+    table.add_column("risk", no_wrap=not is_wide, overflow="fold")
     if is_wide:
         table.add_column("description", overflow="fold")
     for family in dict.fromkeys(_heading(row) for row in rows):

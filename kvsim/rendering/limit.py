@@ -37,7 +37,7 @@ def limit_view(answer: LimitAnswer, width: int) -> RenderableType:
     parts: list[RenderableType] = [head, _curves(answer), _points(answer, is_wide=width >= WIDE_COLUMNS)]
     parts += [Text(f"{one.strategy} has no point: {one.reason}", style="yellow") for one in answer.not_measured]
     if answer.token_ids is not None:
-        parts.append(_tier(answer.token_ids))
+        parts.append(Text(token_id_sentence(answer.token_ids)))
     return Group(*parts)
 
 
@@ -85,12 +85,13 @@ def _numbers(point: EncodingPoint, *, is_wide: bool) -> list[str]:
     return shown + ["-" if gap is None else f"{gap:+.2f}" for gap in gaps]
 
 
-def _tier(tier: TokenIdTier) -> Text:
+def token_id_sentence(tier: TokenIdTier) -> str:
+    """What token ids alone take and cost, and what claims of huge ratios amount to."""
     seconds = tier.prefill_s
     band = ""
     if seconds.low is not None and seconds.high is not None:
         band = f" ({format_seconds(seconds.low)}{EN_DASH}{format_seconds(seconds.high)}, {seconds.basis})"
-    return Text(
+    return (
         f"Apart from the curve: token ids and recompute. {tier.bytes_per_token} B per token are "
         f"{tier.bits_per_value:.3g} bits per value of {tier.model}, {format_number(tier.fold)} times less "
         f"than its KV, and each use of {tier.context_tokens:,} tokens costs a prefill of "
