@@ -72,6 +72,11 @@ def _bytes_known_before_calibration(parts: Parts) -> str | None:
     )
 
 
+def _reduction_that_encoding_takes(parts: Parts) -> str | None:
+    """A whole codec is published for whole keys and values."""
+    return None if parts.reduction.is_none else parts.encoding.refuses(parts.reduction)
+
+
 def _keys_before_rope_keep_their_channels(parts: Parts) -> str | None:
     """What turned keys before they were projected or pruned cannot be undone after."""
     reduction, encoding = parts.reduction, parts.encoding
@@ -92,6 +97,7 @@ RULES: Final[tuple[Callable[[Parts], str | None], ...]] = (
     _latents_keep_all_tokens,
     _same_tokens_in_joined_layers,
     _bytes_known_before_calibration,
+    _reduction_that_encoding_takes,
     _keys_before_rope_keep_their_channels,
     _codes_that_can_be_coded,
 )
