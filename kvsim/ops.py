@@ -6,6 +6,7 @@ numpy arrays over batch sizes, so that a whole table is priced at once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -106,6 +107,19 @@ def project_rows(rows: float, in_features: int, out_features: int, element_bytes
     )
 
 
+def fast_hadamard(rows: float, dim: int, element_bytes: float) -> Work:
+    """Turn ``rows`` vectors by a Hadamard matrix in ``log2 dim`` rounds of additions on the vector units."""
+    size_bytes = rows * dim * element_bytes
+    return Work(bytes_read=size_bytes, bytes_written=size_bytes, vector_flops=rows * dim * math.log2(max(2, dim)))
+
+
+def channel_energy(tokens: float, channels: float, element_bytes: float) -> Work:
+    """Sum of squares of each channel over a prompt's tokens (TurboQuant's choice of outlier channels)."""
+    return Work(
+        bytes_read=tokens * channels * element_bytes, bytes_written=channels * 4.0, vector_flops=2.0 * tokens * channels
+    )
+
+
 def pool_scores(context_tokens: float, num_kv_heads: int, kernel_size: int) -> Work:
     """Smooth fp32 scores over neighbouring tokens (SnapKV's pooling): one add per kernel position."""
     scores_bytes = context_tokens * num_kv_heads * 4.0
@@ -143,6 +157,42 @@ def page_bounds(tokens: float, page_size: int, num_kv_heads: int, head_dim: int,
     )
 
 
+def expand_in_own_basis(
+    rows: float, in_features: int, out_features: int, element_bytes: float, *, basis_reads: float = 1.0
+) -> Work:
+    """As `project_rows`, with a matrix that belongs to one sequence: no other row of the batch shares its bytes.
+
+    ``basis_reads``: how often the step reads all of the matrix.
+    """
+    matrix_bytes = in_features * out_features * element_bytes
+    return Work(
+        flops=2.0 * rows * in_features * out_features,
+        bytes_read=rows * in_features * element_bytes + basis_reads * matrix_bytes,
+        bytes_written=rows * out_features * element_bytes,
+    )
+
+
+def randomised_svd(rows: float, columns: int, rank: int, power_iterations: int, element_bytes: float) -> Work:
+    """Leading ``rank`` right singular vectors of a rows x columns matrix by sketching (arXiv 0909.4061).
+
+    2·rows·columns·rank FLOPs for the sketch, for each half of a power iteration and for the last product; every tall
+    factor is made orthonormal by its Gram matrix and a triangular solve (Cholesky QR, 3·length·rank² FLOPs); the small
+    factor takes 4·columns·rank² for its Gram matrix and the vectors, and 9·rank³ for the symmetric eigenproblem. The
+    matrix is read once per product. Coordinates of the rows are not in it.
+    """
+    rank = int(min(rank, columns, rows))
+    products = 2 + 2 * power_iterations
+    orthonormal = 3.0 * rank * rank * ((1 + power_iterations) * rows + power_iterations * columns)
+    small = 4.0 * columns * rank * rank + 9.0 * rank**3
+    factors = (1 + power_iterations) * (rows + columns) * rank * element_bytes
+    return Work(
+        flops=2.0 * products * rows * columns * rank + orthonormal + small,
+        bytes_read=products * rows * columns * element_bytes + 3.0 * factors,
+        bytes_written=2.0 * factors,
+        launches=float(3 * products),
+    )
+
+
 def score_channels(
     context_tokens: float,
     window_tokens: int,
@@ -177,40 +227,4 @@ def merge_directions(tokens: float, num_kv_heads: int, channels: int, element_by
         bytes_read=2.0 * elements * element_bytes,
         bytes_written=elements * element_bytes + 4.0 * vectors,
         vector_flops=10.0 * elements + 100.0 * vectors,
-    )
-
-
-def expand_in_own_basis(
-    rows: float, in_features: int, out_features: int, element_bytes: float, *, basis_reads: float = 1.0
-) -> Work:
-    """As `project_rows`, with a matrix that belongs to one sequence: no other row of the batch shares its bytes.
-
-    ``basis_reads``: how often the step reads all of the matrix.
-    """
-    matrix_bytes = in_features * out_features * element_bytes
-    return Work(
-        flops=2.0 * rows * in_features * out_features,
-        bytes_read=rows * in_features * element_bytes + basis_reads * matrix_bytes,
-        bytes_written=rows * out_features * element_bytes,
-    )
-
-
-def randomised_svd(rows: float, columns: int, rank: int, power_iterations: int, element_bytes: float) -> Work:
-    """Leading ``rank`` right singular vectors of a rows x columns matrix by sketching (arXiv 0909.4061).
-
-    2·rows·columns·rank FLOPs for the sketch, for each half of a power iteration and for the last product; every tall
-    factor is made orthonormal by its Gram matrix and a triangular solve (Cholesky QR, 3·length·rank² FLOPs); the small
-    factor takes 4·columns·rank² for its Gram matrix and the vectors, and 9·rank³ for the symmetric eigenproblem. The
-    matrix is read once per product. Coordinates of the rows are not in it.
-    """
-    rank = int(min(rank, columns, rows))
-    products = 2 + 2 * power_iterations
-    orthonormal = 3.0 * rank * rank * ((1 + power_iterations) * rows + power_iterations * columns)
-    small = 4.0 * columns * rank * rank + 9.0 * rank**3
-    factors = (1 + power_iterations) * (rows + columns) * rank * element_bytes
-    return Work(
-        flops=2.0 * products * rows * columns * rank + orthonormal + small,
-        bytes_read=products * rows * columns * element_bytes + 3.0 * factors,
-        bytes_written=2.0 * factors,
-        launches=float(3 * products),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,9 +16,21 @@ if TYPE_CHECKING:
     from kvsim.quality.run import Continue, StrategyRisk
     from kvsim.tensors import KvTensors
 
+    Samples = Callable[[], Sequence[KvTensors]]
+
 DEFAULT_STRATEGIES = "native,fp8,int4_per_token_head,kivi-4,kivi-2,turboquant_4bit_nc,turboquant_3bit_nc,snapkv:0.5"
 CALIBRATION_SEQUENCES = (1, 2)
 quality_app = typer.Typer(no_args_is_help=True, help="Risk of strategies: theory, measured on tensors, published.")
+
+
+TextOption = Annotated[Path | None, typer.Option("--text", metavar="FILE", help="What the model reads: UTF-8.")]
+TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the text that are cached.")]
+QueriesOption = Annotated[
+    int, typer.Option("--queries", min=1, help="Tokens after them, whose queries read the cache.")
+]
+PromptQueriesOption = Annotated[
+    int, typer.Option("--prompt-queries", min=0, help="Last queries of the cached tokens that a method may look at.")
+]
 
 
 @quality_app.command("run")
@@ -27,9 +40,16 @@ def run_command(
         str | None,
         typer.Option(
             metavar="NAME[:SEED]",
-            help="Draw them: llama-like, heavy-keys, retrieval or diffuse, with (field=value,...).",
+            help="Draw them: llama-like, heavy-keys, retrieval or diffuse, with (field=value,...) after it.",
         ),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH_OR_ID", help="Capture them, and let the model continue (capture extra).")
+    ] = None,
+    text: TextOption = None,
+    tokens: TokensOption = 1024,
+    queries: QueriesOption = 32,
+    prompt_queries: PromptQueriesOption = 64,
     strategies: Annotated[
         str, typer.Option("--strategies", "-s", help="Names with commas between them, or all.")
     ] = DEFAULT_STRATEGIES,
@@ -48,8 +68,19 @@ def run_command(
     if as_json and as_csv:
         msg = "--json and --csv exclude each other"
         raise InvalidSpec(msg)
+    if (kv, ensemble, model).count(None) != 2 or (model is None) != (text is None):
+        msg = "give one of --kv FILE.safetensors, --ensemble NAME[:SEED], and --model PATH_OR_ID with --text FILE"
+        raise InvalidSpec(msg)
     names = parse_strategies(strategies)
-    cache, samples, continuation = _input(kv, ensemble, calibrate or ())
+    continuation: Continue | None = None
+    if model is not None and text is not None:
+        cache, continuation = _captured(model, text, tokens, queries, prompt_queries)
+        samples = _calibration_files(cache, calibrate or ())
+    elif kv is not None:
+        cache = _read(kv)
+        samples = _calibration_files(cache, calibrate or ())
+    else:
+        cache, samples = _drawn(str(ensemble), calibrate or ())
     with timed(f"ran {len(names)} strategies on {cache.source}"):
         rows = run_strategies(cache, names, samples, continuation)
     _show(rows, cache, heads=heads, as_json=as_json, as_csv=as_csv)
@@ -58,28 +89,79 @@ def run_command(
         raise IncompatibleScenario(msg)
 
 
-def _input(
-    kv: Path | None, ensemble: str | None, calibrate: Sequence[Path]
-) -> tuple[KvTensors, Callable[[], Sequence[KvTensors]], Continue | None]:
-    """Give the cache, where others for calibration come from, and how to run the model on."""
-    if (kv is None) == (ensemble is None):
-        msg = "give one of --kv FILE.safetensors and --ensemble NAME[:SEED]"
-        raise InvalidSpec(msg)
+@quality_app.command("capture")
+def capture_command(
+    model: Annotated[str, typer.Option(metavar="PATH_OR_ID", help="Hugging Face causal language model.")],
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="What the model reads: UTF-8.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to: .safetensors.")],
+    tokens: TokensOption = 1024,
+    queries: QueriesOption = 32,
+    prompt_queries: PromptQueriesOption = 64,
+) -> None:
+    """Record K, V and Q of a Hugging Face model while it reads a text (capture extra)."""
+    from kvsim.documents import check_output_path
+    from kvsim.quality.capture import capture, encode_text, load_model
+    from kvsim.tensors.files import SUFFIX, write_kv
+
+    check_output_path(out, (SUFFIX,))
+    loaded, tokenizer = load_model(model)
+    with timed(f"captured {out}"):
+        ids = encode_text(tokenizer, text, tokens + queries)
+        captured = capture(
+            loaded, ids, num_queries=queries, num_prompt_queries=min(prompt_queries, tokens),
+            source=f"{model}, {text.name}",
+        )  # fmt: skip
+        write_kv(captured.kv, out)
+
+
+def _captured(model: str, text: Path, tokens: int, queries: int, prompt_queries: int) -> tuple[KvTensors, Continue]:
+    """Read the text with the model; give its cache, and how to continue with another."""
+    from kvsim.quality.capture import capture, encode_text, load_model
+    from kvsim.quality.continuation import continue_with
+
+    loaded, tokenizer = load_model(model)
+    ids = encode_text(tokenizer, text, tokens + queries)
+    captured = capture(
+        loaded, ids, num_queries=queries, num_prompt_queries=min(prompt_queries, tokens), source=f"{model}, {text.name}"
+    )
+    return captured.kv, partial(continue_with, loaded, captured)
+
+
+def _read(path: Path) -> KvTensors:
     from kvsim.tensors.files import read_kv
 
-    if kv is not None:
-        return read_kv(kv), lambda: [read_kv(path) for path in calibrate], None
+    return read_kv(path)
+
+
+def _calibration_files(cache: KvTensors, paths: Sequence[Path]) -> Samples:
+    """Read calibration sequences when a method asks for them; refuse those of another model."""
+
+    def read() -> list[KvTensors]:
+        samples = [_read(path) for path in paths]
+        for path, sample in zip(paths, samples, strict=True):
+            if _shape(sample) != _shape(cache):
+                msg = f"--calibrate {path}: layers, heads or dimensions {_shape(sample)} are not {_shape(cache)}"
+                raise InvalidSpec(msg)
+        return samples
+
+    return read
+
+
+def _shape(kv: KvTensors) -> tuple[int, ...]:
+    layer = kv.layers[0]
+    return kv.num_layers, layer.num_kv_heads, layer.keys.shape[2], layer.values.shape[2]
+
+
+def _drawn(ensemble: str, calibrate: Sequence[Path]) -> tuple[KvTensors, Samples]:
+    """Draw a sequence, and others of the same model when a method calibrates."""
     from kvsim.tensors.ensemble import draw, parse_ensemble
 
     if calibrate:
-        msg = "--calibrate goes with --kv; an ensemble calibrates on its own sequences 1 and 2"
+        msg = "--calibrate goes with --kv and --model; an ensemble calibrates on its own sequences 1 and 2"
         raise InvalidSpec(msg)
-    spec, seed = parse_ensemble(str(ensemble))
-    return (
-        draw(spec, seed, name=str(ensemble).partition("(")[0].partition(":")[0]),
-        lambda: [draw(spec, seed, sequence=sequence) for sequence in CALIBRATION_SEQUENCES],
-        None,
-    )
+    spec, seed = parse_ensemble(ensemble)
+    name = ensemble.partition("(")[0].partition(":")[0].strip()
+    return draw(spec, seed, name=name), lambda: [draw(spec, seed, sequence=one) for one in CALIBRATION_SEQUENCES]
 
 
 def _show(rows: Sequence[StrategyRisk], cache: KvTensors, *, heads: bool, as_json: bool, as_csv: bool) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kvsim.errors import InvalidSpec, NotRunnable
-from kvsim.specs.base import Dtype, Spec
+from kvsim.specs.base import DTYPE_BITS, Dtype, Spec
 from kvsim.specs.model import LayerGroup, LayerKind
 
 if TYPE_CHECKING:
@@ -85,7 +85,9 @@ class StrategyPart(Spec):
     names: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Published name -> the parameters that it stands for; anything else keeps the field's default."""
     aliases: ClassVar[Mapping[str, str]] = {}
-    """Other spelling -> one of ``names``."""
+    """Other spelling -> one of ``names``, with ``:value`` behind it where it stands for one."""
+    spellings: ClassVar[tuple[str, ...]] = ()
+    """Canonical spellings beside ``names`` that listings and laws include: a name with a value."""
     summaries: ClassVar[Mapping[str, str]] = {}
     """One of ``names`` -> one line with the paper or the engine that defines it."""
     inline_fields: ClassVar[tuple[str, ...]] = ()
@@ -232,6 +234,23 @@ class KvEncoding(StrategyPart):
     def residual_share(self) -> float:
         """Share of those newest tokens that a layer holds itself, less than 1 where layers share a cache."""
         return 1.0
+
+    @property
+    def sink_tokens(self) -> int:
+        """Tokens that the method itself picks and keeps in the native dtype (attention sinks), 0 if none.
+
+        Which they are is bookkeeping of the engine, as block tables are, and not counted.
+        """
+        return 0
+
+    def sink_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
+        """Bytes of one of those tokens in one layer: what the encoding is given to store, uncoded."""
+        return group.kv_elements_per_token * DTYPE_BITS[native] / 8
+
+    @property
+    def native_tokens(self) -> int:
+        """Tokens in the native dtype of a sequence that is long enough, whatever the reason."""
+        return self.residual_tokens + self.sink_tokens
 
     @property
     def skips_boundary_layers(self) -> int:

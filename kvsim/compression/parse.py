@@ -28,11 +28,11 @@ _NEUTRAL: Final = ("keep_all", "full_width", "fixed_width")
 _PIECE: Final = re.compile(r"\s*([^\s:()]+)\s*(?::\s*([^:()]*?)\s*)?(?:\(([^()]*)\))?\s*")
 _COMBINATIONS: Final = (
     "snapkv+fp8", "snapkv+kivi-2", "pyramidkv+fp8", "quest+fp8", "streaming_llm+fp8",
-    "snapkv+think", "think+kivi-4", "minicache+int4_per_token_head", "cla-2+fp8",
+    "kv_adaquant:2/4", "snapkv+think", "think+kivi-4", "minicache+int4_per_token_head", "cla-2+fp8",
 )  # fmt: skip
 
 STRATEGIES: Final[tuple[str, ...]] = (
-    *(name for part in _PARTS for name in part.names if name not in _NEUTRAL),
+    *(name for part in _PARTS for name in (*part.names, *part.spellings) if name not in _NEUTRAL),
     *_COMBINATIONS,
 )
 """Named strategies: every part by itself, and common combinations."""
@@ -99,6 +99,11 @@ def _parse_part(piece: str, text: str) -> StrategyPart:
         raise UnknownName(kind="strategy", name=text, known=STRATEGIES)
     written, inline, named = match.groups()
     part, name = _look_up(written)
+    name, _, implied = name.partition(":")
+    if implied and inline is not None:
+        msg = f"strategy {text!r}: {written!r} already means {name}:{implied} and takes no value after ':'"
+        raise InvalidSpec(msg)
+    inline = inline if inline is not None else implied or None
     given = _named_parameters(named, text)
     set_here: dict[str, object] = {}
     if inline is not None:

@@ -13,6 +13,7 @@ from typing import Final
 from kvsim.compression.base import KvEncoding, StrategyPart, TokenSelection
 from kvsim.compression.coding.base import Coding
 from kvsim.compression.reduction.base import Reduction
+from kvsim.errors import NotRunnable
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,24 @@ def _bytes_known_before_calibration(parts: Parts) -> str | None:
     )
 
 
+def _channels_known_before(parts: Parts) -> str | None:
+    """What is calibrated channel by channel needs channels that are the same in every prompt."""
+    reduction, encoding = parts.reduction, parts.encoding
+    if not reduction.picks_channels or not _is_calibrated(encoding):
+        return None
+    return (
+        f"{_name(encoding)} is calibrated on other sequences channel by channel, but {_name(reduction)} picks the "
+        "channels (or the basis) of each prompt anew; take an encoding without calibration, such as kivi-4 or fp8"
+    )
+
+
+def _is_calibrated(encoding: KvEncoding) -> bool:
+    try:
+        return encoding.codec().needs_calibration
+    except NotRunnable:
+        return False
+
+
 def _codes_that_can_be_coded(parts: Parts) -> str | None:
     """An entropy coder needs codes that it knows."""
     return parts.coding.refuses(parts.encoding)
@@ -81,6 +100,7 @@ RULES: Final[tuple[Callable[[Parts], str | None], ...]] = (
     _latents_keep_all_tokens,
     _same_tokens_in_joined_layers,
     _bytes_known_before_calibration,
+    _channels_known_before,
     _codes_that_can_be_coded,
 )
 

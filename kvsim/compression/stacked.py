@@ -74,6 +74,15 @@ class StackedEncoding(KvEncoding):
         return self.reduction.residual_share
 
     @property
+    def sink_tokens(self) -> int:
+        return self.encoding.sink_tokens
+
+    def sink_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
+        # The encoding picks sinks among what the reduction leaves.
+        reduced = self.encoding.sink_bytes_per_token(self.reduction.reduced_group(group), native)
+        return self.reduction.resident_share * reduced + self.reduction.metadata_bytes_per_token(group, native)
+
+    @property
     def unpack_family(self) -> str | None:
         return self.coding.unpack_family or self.encoding.unpack_family
 

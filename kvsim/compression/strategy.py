@@ -5,7 +5,7 @@ The four unions here are the registry.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Final, Self, get_args
 
 from pydantic import Field, model_validator
@@ -15,10 +15,16 @@ from kvsim.compression.coding.base import Coding
 from kvsim.compression.coding.none import NoCoding
 from kvsim.compression.encoding.block_fp4 import MxFp4, NvFp4
 from kvsim.compression.encoding.fp8 import Fp8
+from kvsim.compression.encoding.ggml import Ggml
 from kvsim.compression.encoding.kivi import Kivi
+from kvsim.compression.encoding.kv_adaquant import KvAdaQuant
+from kvsim.compression.encoding.kvquant import KvQuant
 from kvsim.compression.encoding.native import Native
 from kvsim.compression.encoding.per_token_head import PerTokenHead
+from kvsim.compression.encoding.quarot import QuaRot
+from kvsim.compression.encoding.rotatekv import RotateKv
 from kvsim.compression.encoding.turboquant import TurboQuant
+from kvsim.compression.encoding.turboquant_paper import TurboQuantPaper
 from kvsim.compression.reduction.base import Reduction
 from kvsim.compression.reduction.eigen_attention import EigenAttention
 from kvsim.compression.reduction.low_rank import LowRank
@@ -45,7 +51,8 @@ if TYPE_CHECKING:
 
 _Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
-_Encodings = Native | Fp8 | PerTokenHead | NvFp4 | MxFp4 | Kivi | TurboQuant
+_Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
+_Encodings = Native | Fp8 | PerTokenHead | Ggml | NvFp4 | MxFp4 | Kivi | KvAdaQuant | _Rotations
 _Codings = NoCoding
 
 AnySelection = Annotated[_Selections, Field(discriminator="kind")]
@@ -163,7 +170,7 @@ def spell(part: StrategyPart) -> str:
     values = part.model_dump(mode="json", exclude={"kind"})
     fields = type(part).model_fields
     defaults = {field: fields[field].default for field in values}
-    name = next((name for name, means in part.names.items() if means.items() <= values.items()), next(iter(part.names)))
+    name = _name(part, values)
     defaults |= part.names[name]
     changed = {field: value for field, value in values.items() if value != defaults[field]}
     inline = part.inline_text() if any(field in changed for field in part.inline_fields) else None
@@ -173,3 +180,13 @@ def spell(part: StrategyPart) -> str:
         if value is not None and not (inline is not None and field in part.inline_fields)
     ]
     return name + (f":{inline}" if inline is not None else "") + (f"({','.join(named)})" if named else "")
+
+
+def _name(part: StrategyPart, values: Mapping[str, object]) -> str:
+    """Published name that stands for these values; failing that, one whose inline value alone differs."""
+    fixed = {field: value for field, value in values.items() if field not in part.inline_fields}
+    for given in (values, fixed):
+        for name, means in part.names.items():
+            if all(given.get(field, value) == value for field, value in means.items()):
+                return name
+    return next(iter(part.names))

@@ -53,7 +53,7 @@ class SequenceModel:
         return all(
             layer_class.selection is not None
             and layer_class.selection.kind == "keep_all"
-            and layer_class.encoding.residual_tokens == 0
+            and layer_class.encoding.native_tokens == 0
             for layer_class in self._deployment.layer_classes
         )
 
@@ -123,9 +123,9 @@ class SequenceModel:
     ) -> None:
         encoded, native = prices
         _add(priced, attended, layers * encoded.whole, layers * encoded.unpack)
-        window = layer_class.encoding.residual_tokens
+        window = layer_class.encoding.native_tokens
         if window:
-            # The newest tokens are still native: swap their price.
+            # So many tokens are native: swap their price.
             recent = clip(attended, window)
             _add(priced, recent, layers * (native.whole - encoded.whole), layers * (native.unpack - encoded.unpack))
 
@@ -167,7 +167,7 @@ class SequenceModel:
         prices = []
         for layer_class, kernels in zip(self.classes, attention_kernels(self._deployment), strict=True):
             encoded = self._token_price(layer_class, kernels, native=False)
-            has_window = layer_class.encoding.residual_tokens > 0
+            has_window = layer_class.encoding.native_tokens > 0
             prices.append((encoded, self._token_price(layer_class, kernels, native=True) if has_window else encoded))
         return tuple(prices)
 

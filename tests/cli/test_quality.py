@@ -68,7 +68,7 @@ def test_tensors_from_a_file(invoke, tmp_path):
         (("--kv", "x.safetensors", "--ensemble", "diffuse"), "give one of --kv"),
         (("--kv", "none.safetensors"), "none.safetensors: no such file"),
         (("--ensemble", "lama"), "unknown ensemble 'lama'"),
-        (("--ensemble", "diffuse", "--calibrate", "x.safetensors"), "--calibrate goes with --kv"),
+        (("--ensemble", "diffuse", "--calibrate", "x.safetensors"), "--calibrate goes with --kv and --model"),
         (("--ensemble", "diffuse", "--json", "--csv"), "exclude each other"),
         (("--ensemble", "diffuse", "-s", "natve"), "unknown strategy 'natve'"),
     ],

@@ -22,7 +22,13 @@ def _bytes_per_token(name: str, model: ModelSpec) -> float:
     # Llama-3.1-8B, all 32 layers encoded. TurboQuant: vLLM slot bytes 196/134/118/102 x 8 heads x 32 layers.
     [
         ("native", 131_072), ("fp8", 65_536), ("fp8_e5m2", 65_536), ("fp8_per_token_head", 67_584),
-        ("int8_per_token_head", 67_584), ("int4_per_token_head", 34_816), ("nvfp4", 36_864), ("mxfp4", 34_816),
+        ("int8_per_token_head", 67_584), ("int4_per_token_head", 34_816), ("fp8_per_head", 65_536),
+        # ggml-common.h: 34, 24, 22, 20 and 18 B per block of 32.
+        ("q8_0", 69_632), ("q5_1", 49_152), ("q4_0", 36_864), ("q8_0/q4_0", 53_248),
+        ("q8_0(key_type=q5_0,value_type=q4_1)", 43_008), ("q8_0(value_type=f16)", 100_352),
+        # Groups of 64 with 4 B: 64 + 8 B and 32 + 8 B per vector of 128.
+        ("kv_adaquant", 28_672), ("kv_adaquant:2/4", 28_672), ("kv_adaquant:8/4", 53_248),
+        ("nvfp4", 36_864), ("mxfp4", 34_816),
         ("kivi-4", 40_960), ("kivi-2", 24_576), ("turboquant_k8v4", 50_176), ("turboquant_4bit_nc", 34_304),
         ("turboquant_k3v4_nc", 30_208), ("turboquant_3bit_nc", 26_112), ("low_rank", 65_536),
     ],

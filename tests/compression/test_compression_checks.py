@@ -96,3 +96,16 @@ def test_check_reports_the_first_reason(models: dict[str, ModelSpec], fp8_device
     reason = parse_compression("snapkv+kivi-2").check(models["mla"], fp8_device)
     assert reason is not None
     assert reason.startswith("snapkv")
+
+
+def test_ggml_blocks_must_divide_the_head(models: dict[str, ModelSpec], fp8_device: DeviceSpec) -> None:
+    group = models["llama-3.1-8b"].groups[0].model_copy(update={"k_head_dim": 80})
+    odd = models["llama-3.1-8b"].model_copy(update={"groups": (group,)})
+    reason = parse_compression("q8_0").check(odd, fp8_device)
+    assert reason is not None
+    assert "-ctk q8_0" in reason
+    assert "the 80 of a head" in reason
+    assert parse_compression("q8_0(key_type=f16)").check(odd, fp8_device) is None
+    latent = parse_compression("q8_0").check(models["mla"], fp8_device)
+    assert latent is not None
+    assert "MLA" in latent

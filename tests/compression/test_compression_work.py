@@ -14,7 +14,9 @@ FAMILIES = {
     "int8_per_token_head": "int8_per_token_head", "int4_per_token_head": "int4_per_token_head", "nvfp4": "nvfp4",
     "mxfp4": "mxfp4", "kivi-4": "kivi_4", "kivi-2": "kivi_2", "turboquant_k8v4": "turboquant_k8v4",
     "turboquant_4bit_nc": "turboquant_4bit", "turboquant_k3v4_nc": "turboquant_k3v4",
-    "turboquant_3bit_nc": "turboquant_3bit", "low_rank": None,
+    "turboquant_3bit_nc": "turboquant_3bit", "low_rank": None, "q8_0": "ggml_q8_0", "q4_0": "ggml_q4_0",
+    "q5_1": "ggml_q5_1", "q8_0/q4_0": "ggml_q4_0",
+    "q8_0(key_type=f16,value_type=f16)": None, "kv_adaquant": "kv_adaquant",
 }  # fmt: skip
 
 
@@ -55,6 +57,21 @@ def test_turboquant_rotates_only_quantised_keys_and_the_query(llama: ModelSpec) 
 def test_int4_per_token_head_turns_query_and_output(llama: ModelSpec) -> None:
     calls = tuple(parse_compression("int4_per_token_head").stored.decode_ops(llama.groups[0], llama))
     assert sum(float(call.work.flops) for call in calls) == 4 * 128 * 128 * 32
+
+
+def test_llama_cpp_turns_keys_by_the_head_and_values_by_sixty_fours(llama: ModelSpec) -> None:
+    group = llama.groups[0]
+    both = parse_compression("q8_0/q4_0").stored
+    assert [call.name for call in both.append_ops(group, llama)] == ["rotate_keys", "rotate_values", "quantize_kv"]
+    query, output = both.decode_ops(group, llama)
+    assert query.work.flops == 2 * 128 * 128 * 32
+    assert output.work.flops == 2 * 64 * 128 * 32
+    (query,) = parse_compression("q8_0(value_type=f16)").stored.decode_ops(group, llama)
+    assert query.name == "rotate_query"
+    plain = parse_compression("q4_0(hadamard=false)").stored
+    assert tuple(plain.decode_ops(group, llama)) == ()
+    odd = group.model_copy(update={"k_head_dim": 96, "v_head_dim": 96})
+    assert tuple(both.decode_ops(odd, llama)) == ()
 
 
 def test_low_rank_rebuilds_keys_per_attended_token(llama: ModelSpec) -> None:

@@ -36,7 +36,9 @@ def test_xkv_bases_are_a_debt_that_short_prompts_do_not_repay(llama: ModelSpec) 
     bases = 8 * (512 + 768) * 4 * 1024 * 2
     assert stored_bytes(parse_compression("xkv"), llama, 1, 0) == 20_480 + bases
     native = parse_compression("native")
-    smaller = [stored_bytes(parse_compression("xkv"), llama, n, 0) < stored_bytes(native, llama, n, 0) for n in (758, 759)]
+    smaller = [
+        stored_bytes(parse_compression("xkv"), llama, n, 0) < stored_bytes(native, llama, n, 0) for n in (758, 759)
+    ]
     assert smaller == [False, True]
 
 
@@ -131,7 +133,7 @@ def test_latents_are_neither_made_twice_nor_larger_than_what_they_replace(
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("snapkv+xkv", "other tokens in each head"), ("pyramidkv+xkv", "other tokens"),
+    [("snapkv+xkv", "other tokens in each layer and head"), ("pyramidkv+xkv", "other tokens"),
      ("h2o+xkv", "other tokens"), ("snapkv+mla", "one latent vector"), ("quest+mla", "one latent vector")],
 )  # fmt: skip
 def test_selections_that_part_what_is_stored_together_are_refused(name: str, reason: str) -> None:
@@ -139,7 +141,9 @@ def test_selections_that_part_what_is_stored_together_are_refused(name: str, rea
         parse_compression(name)
 
 
-@pytest.mark.parametrize("name", ["streaming_llm+xkv", "quest+xkv", "snapkv+xkv(layer_group_size=1)", "snapkv+low_rank"])
+@pytest.mark.parametrize(
+    "name", ["streaming_llm+xkv", "quest+xkv", "snapkv+xkv(layer_group_size=1)", "snapkv+low_rank"]
+)
 def test_selections_that_leave_them_together_are_not(name: str) -> None:
     parse_compression(name)
 

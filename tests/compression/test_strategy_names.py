@@ -34,7 +34,12 @@ def test_at_least_twenty_named_strategies_each_described_and_canonical() -> None
         ("quest:1024", "quest"), ("quest:2048+fp8", "quest:2048+fp8"), ("keep_all+native", "native"),
         ("snapkv(budget_tokens=256)", "snapkv:256"), ("snapkv:0.3(window_size=32)", "snapkv:0.3(window_size=32)"),
         ("streaming_llm(num_sink_tokens=8,window_length=100)", "streaming_llm(num_sink_tokens=8,window_length=100)"),
-        ("kivi-2(residual_length=64)", "kivi-2(residual_length=64)"),
+        ("kivi-2(residual_length=64)", "kivi-2(residual_length=64)"), ("Q8_0", "q8_0"), ("q4-0", "q4_0"),
+        ("q8_0(value_type=q4_0)", "q8_0/q4_0"), ("q4_0(value_type=q8_0)", "q8_0(key_type=q4_0)"),
+        ("q4_0(hadamard=false)", "q4_0(hadamard=False)"), ("fp8_attn_head", "fp8_per_head"),
+        ("fp8(scale=calibrated,granularity=head)", "fp8_per_head"), ("fp8(scale=calibrated)", "fp8(scale=calibrated)"),
+        ("kv_adaquant:4/2", "kv_adaquant"), ("kv_adaquant:8/4", "kv_adaquant:8/4"),
+        ("kv_adaquant(key_bits=8)", "kv_adaquant:8/2"), ("kv-adaquant:2 / 4", "kv_adaquant:2/4"),
     ],
 )  # fmt: skip
 def test_spellings(written: str, canonical: str) -> None:
@@ -69,7 +74,10 @@ def test_malformed_names_are_unknown(written: str) -> None:
         ("streaming_llm:0.5", "whole number"), ("streaming_llm:4", "leaves no window"),
         ("streaming_llm:64(num_sink_tokens=2)", "window_length by name"),
         ("snapkv(compression_ratio=0.5,budget_tokens=99)", "exactly one"), ("kivi-2(bits=3)", "bits"),
-        ("kivi-2(residual_length=100)", "multiple of group_size"), ("low_rank(retained_fraction=0)", "greater than 0"),
+        ("kivi-2(residual_length=100)", "multiple of group_size"), ("kv_adaquant:4", "such as kv_adaquant:4/2"),
+        ("kv_adaquant:9/2", "key_bits"), ("kv_adaquant(key_groups=channel,residual_length=9)", "multiple of group_si"),
+        ("q8_0(value_type=q6_k)", "value_type"), ("fp8(granularity=head)", "use scale calibrated"),
+        ("low_rank(retained_fraction=0)", "greater than 0"),
     ],
 )  # fmt: skip
 def test_wrong_parameters_say_what_is_allowed(written: str, match: str) -> None:

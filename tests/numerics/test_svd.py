@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -113,7 +115,7 @@ def test_error_falls_with_rank_and_is_zero_at_full_rank(maker: str) -> None:
         return float(((keys - _kept(keys, randomised_projection(keys, rank, 2))) ** 2).sum())
 
     errors = [error(rank) for rank in range(1, DIM + 1)]
-    assert all(later < earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(errors))
     assert errors[-1] < 1e-18 * (keys**2).sum() * (queries**2).sum()
 
 

@@ -57,18 +57,19 @@ def test_bits_are_what_pricing_says(run: Run, noise: KvTensors) -> None:
     if not compression.coding.is_none:
         pytest.skip("an entropy coder's rate depends on the data; see its own tests")
     priced = []
-    for index in range(noise.num_layers):
+    for index, kept in enumerate(noise.layers):
         layer = layer_view(noise, index)
         encoding = compression.encoding_at(layer)
-        tokens_bytes = encoded_bytes(encoding, layer.group, Dtype.BF16, noise.layers[index].num_tokens)
-        priced.append(8 * (tokens_bytes + encoding.fixed_bytes_per_sequence(layer.group, Dtype.BF16)))
-        if compression.reduction.prices_mean_layer:
-            continue
-        if index + 1 == noise.num_layers or index + 1 not in compression.reduction.stored_with(layer):
-            # Layers that are stored together: each is priced its share, and the first of them holds all.
-            start = compression.reduction.stored_with(layer)[0]
-            assert sum(stored.bits[start : index + 1]) == pytest.approx(sum(priced[start:]), rel=1e-9), index
-    assert stored.total_bits == pytest.approx(sum(priced), rel=1e-9)
+        whole = encoded_bytes(encoding, layer.group, Dtype.BF16, kept.num_tokens)
+        priced.append(8 * (whole + encoding.fixed_bytes_per_sequence(layer.group, Dtype.BF16)))
+    if compression.reduction.prices_mean_layer:
+        assert stored.total_bits == pytest.approx(sum(priced), rel=1e-9)
+        return
+    for index in range(noise.num_layers):
+        # Layers that are stored together are priced a share each, and the first of them holds it all.
+        together = compression.reduction.stored_with(layer_view(noise, index))
+        held, expected = (sum(side[one] for one in together) for side in (stored.bits, priced))
+        assert held == pytest.approx(expected, rel=1e-9), index
 
 
 def test_newest_tokens_of_a_residual_window_are_exact(run: Run, noise: KvTensors) -> None:

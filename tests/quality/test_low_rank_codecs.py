@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -56,7 +57,9 @@ def _store(name: str, kv: KvTensors, samples: Sequence[KvTensors]) -> StoredCach
 def _errors(kv: KvTensors, stored: StoredCache) -> tuple[float, float]:
     """Relative squared errors of K and of V over all layers."""
     pairs = list(zip(kv.layers, stored.kv.layers, strict=True))
-    keys = sum(float(((a.keys - b.keys) ** 2).sum()) for a, b in pairs) / sum(float((a.keys**2).sum()) for a, _ in pairs)
+    keys = sum(float(((a.keys - b.keys) ** 2).sum()) for a, b in pairs) / sum(
+        float((a.keys**2).sum()) for a, _ in pairs
+    )
     values = sum(float(((a.values - b.values) ** 2).sum()) for a, b in pairs)
     return keys, values / sum(float((a.values**2).sum()) for a, _ in pairs)
 
@@ -95,7 +98,7 @@ def test_full_rank_is_exact(method: str, samples: Sequence[KvTensors]) -> None:
 def test_error_falls_with_rank(method: str, samples: Sequence[KvTensors]) -> None:
     kv = _cache(3)
     found = [_errors(kv, _store(_with_fraction(method, one), kv, samples)) for one in (0.06, 0.12, 0.2, 0.29)]
-    for earlier, later in zip(found, found[1:], strict=False):
+    for earlier, later in pairwise(found):
         assert later[0] < earlier[0]
         assert later[1] < earlier[1]
 

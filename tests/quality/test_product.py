@@ -24,7 +24,8 @@ from kvsim.tensors import KvTensors
 
 SIZED = {
     "streaming_llm": "streaming_llm:192", "snapkv": "snapkv:160", "h2o": "h2o:160", "pyramidkv": "pyramidkv:160",
-    "quest": "quest:64", "mla": "mla(kv_lora_rank=48,qk_rope_head_dim=16)", "minicache": "minicache(retained_fraction=0.0625)",
+    "quest": "quest:64", "mla": "mla(kv_lora_rank=48,qk_rope_head_dim=16)",
+    "minicache": "minicache(retained_fraction=0.0625)",
 }  # fmt: skip
 """Sizes that bite at 320 tokens and divide into the groups of every format."""
 SLOTS: tuple[Sequence[type[StrategyPart]], ...] = (SELECTIONS, REDUCTIONS, ENCODINGS, CODINGS)

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, Self
+
+import numpy as np
 
 from kvsim.compression.base import KvBytes
+from kvsim.compression.codec import Codec
 from kvsim.compression.encoding.per_vector import PerVectorEncoding
+from kvsim.compression.encoding.tensor_codec import (
+    StoredTensor,
+    TensorCodec,
+    TensorName,
+    codes_out_of_blocks,
+    in_blocks,
+    largest_magnitudes,
+    out_of_blocks,
+)
+from kvsim.numerics.floats import LARGEST, LEVELS, decode_float, encode_float, round_float
+from kvsim.numerics.uniform import largest_magnitude, reciprocal
 from kvsim.specs.model import LayerKind
+from kvsim.tensors import FloatArray, KvTensors
 
 if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
+
+
+E2M1_MAX_EXPONENT: Final = 2
+"""Of the largest E2M1 value, 6 = 1.5 * 2^2."""
 
 
 class BlockFp4(PerVectorEncoding):
@@ -53,6 +75,9 @@ class NvFp4(BlockFp4):
 
     kind: Literal["nvfp4"] = "nvfp4"
 
+    def codec(self) -> Codec:
+        return _NvFp4Codec()
+
 
 class MxFp4(BlockFp4):
     """MXFP4 (OCP microscaling): blocks of 32 with an E8M0 scale, 68 B per vector of 128."""
@@ -64,3 +89,69 @@ class MxFp4(BlockFp4):
     family: ClassVar = "quantisation"
 
     kind: Literal["mxfp4"] = "mxfp4"
+
+    def codec(self) -> Codec:
+        return _MxFp4Codec()
+
+
+class _BlockFp4Codec(TensorCodec):
+    """Scales each block so that its largest element lies near the largest E2M1 value, 6, and rounds to nearest."""
+
+    block_elements: ClassVar[int]
+
+    def store_tensor(self, vectors: FloatArray, tensor: TensorName, layer: int) -> StoredTensor:
+        dim = vectors.shape[-1]
+        blocks = in_blocks(vectors, self.block_elements)
+        scale = self.scales(largest_magnitude(blocks), tensor, layer)
+        codes = encode_float(blocks * reciprocal(scale), "e2m1")
+        num_vectors = vectors.size // dim
+        return StoredTensor(
+            vectors=out_of_blocks(decode_float(codes, "e2m1") * scale, dim),
+            payload_bits=8.0 * ceil(dim / 2) * num_vectors,
+            metadata_bits=8.0 * scale.size,
+            codes=codes_out_of_blocks(codes.astype(np.int32), dim),
+            levels=LEVELS["e2m1"],
+        )
+
+    @abstractmethod
+    def scales(self, largest: FloatArray, tensor: TensorName, layer: int) -> FloatArray:
+        """Give what the stored one-byte scales stand for, of blocks with these largest magnitudes."""
+
+
+@dataclass(frozen=True, eq=False)
+class _NvFp4Codec(_BlockFp4Codec):
+    """Scales are E4M3 numbers times an fp32 scale per tensor, which takes the largest calibration magnitude to 6 * 448.
+
+    Unfitted, or without a sample, that scale is 1, as engines take it for a checkpoint without scales.
+    """
+
+    block_elements = NvFp4.block_elements
+    needs_calibration = True
+    magnitudes: tuple[dict[TensorName, FloatArray], ...] = ()
+
+    def fit(self, samples: Sequence[KvTensors]) -> Self:
+        """Take the scales per tensor from sample caches."""
+        return replace(self, magnitudes=largest_magnitudes(samples, "nvfp4")) if samples else self
+
+    def scales(self, largest: FloatArray, tensor: TensorName, layer: int) -> FloatArray:
+        shared = self._tensor_scale(tensor, layer)
+        factor = np.float32(1.0 / (LARGEST["e2m1"] * float(shared)))
+        return round_float(largest * factor, "e4m3") * shared
+
+    def _tensor_scale(self, tensor: TensorName, layer: int) -> np.float32:
+        largest = float(self.magnitudes[layer][tensor].item()) if self.magnitudes else 0.0
+        return np.float32(largest / (LARGEST["e2m1"] * LARGEST["e4m3"]) if largest else 1.0)
+
+
+class _MxFp4Codec(_BlockFp4Codec):
+    """Scales are powers of two: the exponent of the largest magnitude less 2 (OCP Microscaling v1.0, section 6.3).
+
+    So elements above 6 times the scale saturate: those within a quarter of the next power of two.
+    """
+
+    block_elements = MxFp4.block_elements
+
+    def scales(self, largest: FloatArray, tensor: TensorName, layer: int) -> FloatArray:
+        biased_exponent = (np.ascontiguousarray(largest).view(np.uint32) >> np.uint32(23)).astype(np.int64)
+        stored = np.clip(biased_exponent - E2M1_MAX_EXPONENT, 1, 254).astype(np.uint32)
+        return (stored << np.uint32(23)).view(np.float32)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar, Literal, Self
 
 from pydantic import PositiveInt, model_validator
 
 from kvsim.compression.base import KvBytes
+from kvsim.compression.codec import Codec
+from kvsim.compression.encoding.grouped import store_channel_groups, store_token_groups
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
+from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec, TensorName
+from kvsim.tensors import FloatArray
 
 
 class Kivi(PerHeadEncoding):
@@ -52,3 +57,18 @@ class Kivi(PerHeadEncoding):
     @property
     def unpack_family(self) -> str | None:
         return f"kivi_{self.bits}"
+
+    def codec(self) -> Codec:
+        return _KiviCodec(self.bits, self.group_size)
+
+
+@dataclass(frozen=True, eq=False)
+class _KiviCodec(TensorCodec):
+    """Keys in groups of tokens of one channel, values in groups of channels of one token."""
+
+    bits: int
+    group_size: int
+
+    def store_tensor(self, vectors: FloatArray, tensor: TensorName, layer: int) -> StoredTensor:
+        store = store_channel_groups if tensor == "key" else store_token_groups
+        return store(vectors, self.bits, self.group_size)

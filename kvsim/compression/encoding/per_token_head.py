@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
+
+import numpy as np
 
 from kvsim.compression.base import KvBytes
+from kvsim.compression.codec import Codec
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
+from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec, TensorName
+from kvsim.numerics.floats import LARGEST, LEVELS, decode_float, encode_float
+from kvsim.numerics.hadamard import largest_block, random_signs, rotate
+from kvsim.numerics.uniform import largest_magnitude, quantise_range, quantise_symmetric, reciprocal
 from kvsim.ops import Component, OpCall, project_rows
 from kvsim.specs.base import DTYPE_BITS, Dtype
 from kvsim.specs.model import LayerGroup
+from kvsim.tensors import FloatArray
 
 if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
+
+
+_SMALLEST_SCALE: Final = np.float32(1e-6)
+"""vLLM's floor of an fp32 scale."""
+_SMALLEST_FP16_SCALE: Final = 2.0**-14
+"""Smallest normal half: the floor of scales that are stored as such."""
+_LARGEST_INT8: Final = 127
+_SIGN_SEED: Final = 40835
 
 
 class PerTokenHead(PerHeadEncoding):
@@ -76,3 +93,64 @@ class PerTokenHead(PerHeadEncoding):
                 f"(NVIDIA from sm_89), which {device.name} lacks; int8_per_token_head has the same size"
             )
         return super().check(model, device)
+
+    def codec(self) -> Codec:
+        return _CODECS[self.dtype]()
+
+
+@dataclass(frozen=True, eq=False)
+class _Fp8Codec(TensorCodec):
+    """E4M3 codes of a vector over its largest magnitude times 448."""
+
+    def store_tensor(self, vectors: FloatArray, tensor: TensorName, layer: int) -> StoredTensor:
+        scale = np.maximum(largest_magnitude(vectors) / np.float32(LARGEST["e4m3"]), _SMALLEST_SCALE)
+        codes = encode_float(vectors * reciprocal(scale), "e4m3")
+        return StoredTensor(
+            vectors=decode_float(codes, "e4m3") * scale,
+            payload_bits=8.0 * vectors.size,
+            metadata_bits=32.0 * scale.size,
+            codes=codes.astype(np.int32),
+            levels=LEVELS["e4m3"],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Int8Codec(TensorCodec):
+    """Symmetric codes from -127 to 127."""
+
+    def store_tensor(self, vectors: FloatArray, tensor: TensorName, layer: int) -> StoredTensor:
+        scale = np.maximum(largest_magnitude(vectors) / np.float32(_LARGEST_INT8), _SMALLEST_SCALE)
+        made = quantise_symmetric(vectors, 8, scale)
+        return StoredTensor(
+            vectors=made.read_back(),
+            payload_bits=8.0 * vectors.size,
+            metadata_bits=32.0 * scale.size,
+            codes=made.codes + _LARGEST_INT8,
+            levels=2 * _LARGEST_INT8 + 1,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Int4Codec(TensorCodec):
+    """Vectors with fixed random signs, Hadamard-rotated, over their own range, with an fp16 scale and zero point.
+
+    The rotation is vLLM's (PR 40835), its signs are ours; where head_dim is no power of two, blocks of the largest one
+    that divides it are turned (vLLM PR 56198). Scale and zero point are those of our kernels: vLLM spends its 4 B on an
+    fp32 scale whose lowest mantissa bits hold an integer zero point, which cannot follow a vector whose elements all
+    have one sign; after the rotation there is hardly one.
+    """
+
+    def store_tensor(self, vectors: FloatArray, tensor: TensorName, layer: int) -> StoredTensor:
+        dim = vectors.shape[-1]
+        signs, block = random_signs(dim, _SIGN_SEED), largest_block(dim)
+        made = quantise_range(rotate(vectors * signs, block), 4, smallest_scale=_SMALLEST_FP16_SCALE)
+        return StoredTensor(
+            vectors=rotate(made.read_back(), block) * signs,
+            payload_bits=8.0 * ceil(dim / 2) * (vectors.size // dim),
+            metadata_bits=32.0 * made.scale.size,
+            codes=made.codes,
+            levels=16,
+        )
+
+
+_CODECS: Final[dict[str, type[TensorCodec]]] = {"fp8": _Fp8Codec, "int8": _Int8Codec, "int4": _Int4Codec}

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import ceil
+from math import ceil, sqrt
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, NamedTuple
 
+import numpy as np
+
 from kvsim.compression.base import KvBytes
+from kvsim.compression.codec import CodeArray, Codec, LayerCodec, StoredLayer, Symbols
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
+from kvsim.numerics.floats import decode_float, encode_float, round_fp16
+from kvsim.numerics.hadamard import rotate
+from kvsim.numerics.lloyd_max import lloyd_max
+from kvsim.numerics.turboquant import lengths, over
+from kvsim.numerics.uniform import Quantised
 from kvsim.ops import Component, OpCall, project_rows
 from kvsim.specs.base import DTYPE_BITS, Dtype
 from kvsim.specs.model import LayerGroup
+from kvsim.tensors import FloatArray, KvTensors, LayerKv
 
 if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
@@ -31,6 +40,8 @@ _BITS: Final[dict[Preset, _Bits]] = {
     "turboquant_3bit_nc": _Bits(3, 3),
 }
 _FP8_KEY_BITS: Final = 8
+_SMALLEST_SCALE: Final = np.float32(1e-8)
+"""Step of a vector whose elements are all equal."""
 
 
 class TurboQuant(PerHeadEncoding):
@@ -103,3 +114,59 @@ class TurboQuant(PerHeadEncoding):
                         f"{model.name} has head_dim {group.k_head_dim}; turboquant_k8v4 does not rotate"
                     )
         return super().check(model, device)
+
+    def codec(self) -> Codec:
+        return _PresetCodec(_BITS[self.preset], corrects_norm=self.preset.endswith("_nc"))
+
+
+class _PresetCodec(LayerCodec):
+    """vLLM's kernels step by step: Sylvester's matrix without signs, N(0, 1) levels, uniform values."""
+
+    def __init__(self, bits: _Bits, *, corrects_norm: bool) -> None:
+        self._bits = bits
+        self._corrects_norm = corrects_norm
+
+    def store_layer(self, layer: LayerKv, index: int, kv: KvTensors) -> StoredLayer:
+        key_codes, keys = self._keys(layer.keys)
+        values = _uniform(layer.values, self._bits.value)
+        count = layer.num_kv_heads * layer.num_tokens
+        key_bytes = ceil(layer.keys.shape[2] * self._bits.key / 8)
+        value_bytes = ceil(layer.values.shape[2] * self._bits.value / 8)
+        metadata_bytes = 4 + (0 if self._is_fp8 else 2)
+        padding = (key_bytes + value_bytes + metadata_bytes) % 2
+        return StoredLayer(
+            keys,
+            values.read_back(),
+            payload_bits=8.0 * count * (key_bytes + value_bytes),
+            metadata_bits=8.0 * count * (metadata_bytes + padding),
+            symbols=(
+                Symbols("key", key_codes, 2**self._bits.key),
+                Symbols("value", values.codes, 2**self._bits.value),
+            ),
+        )
+
+    @property
+    def _is_fp8(self) -> bool:
+        return self._bits.key == _FP8_KEY_BITS
+
+    def _keys(self, keys: FloatArray) -> tuple[CodeArray, FloatArray]:
+        """Codes, and keys as read back."""
+        if self._is_fp8:
+            stored = encode_float(keys, "e4m3")
+            return stored.astype(np.int32), decode_float(stored, "e4m3")
+        norm = lengths(keys)
+        unit = np.float32(sqrt(keys.shape[2]))
+        codebook = lloyd_max(self._bits.key)
+        codes = codebook.quantise(over(rotate(keys) * unit, norm))
+        levels = codebook.read_back(codes)
+        length = lengths(levels) if self._corrects_norm else unit
+        return codes, rotate(levels * (round_fp16(norm) / length))
+
+
+def _uniform(values: FloatArray, bits: int) -> Quantised:
+    """Quantise each vector over its range; scale and zero point become fp16 only when they are stored."""
+    low = values.min(axis=-1, keepdims=True)
+    largest = np.float32(2**bits - 1)
+    scale = np.maximum((values.max(axis=-1, keepdims=True) - low) / largest, _SMALLEST_SCALE)
+    codes = np.clip(np.floor((values - low) / scale + np.float32(0.5)), 0, largest)
+    return Quantised(codes.astype(np.int32), round_fp16(scale), round_fp16(low))

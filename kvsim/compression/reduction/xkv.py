@@ -67,6 +67,10 @@ class Xkv(Reduction):
         return True
 
     @property
+    def picks_channels(self) -> bool:
+        return True
+
+    @property
     def joins_layers(self) -> bool:
         return self.layer_group_size > 1
 
@@ -95,6 +99,10 @@ class Xkv(Reduction):
     @property
     def resident_share(self) -> float:
         return 1.0 / self.layer_group_size
+
+    @property
+    def fixed_share(self) -> float:
+        return self.resident_share
 
     def fixed_bytes_per_sequence(self, group: LayerGroup, native: Dtype) -> float:
         if group.kv_elements_per_token == 0:

@@ -1,0 +1,202 @@
+"""Record K, V and Q of a Hugging Face causal language model while it reads a text (extra ``capture``).
+
+The model runs as it is, with its attention replaced by the same attention that also writes down what it was given: keys
+and queries after RoPE (and after Qwen3's norms), as a cache holds them. Weights are read from safetensors only, and no
+code of a model repository is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from kvsim.errors import IncompatibleScenario, InvalidSpec
+from kvsim.tensors import FloatArray, KvTensors, LayerKv, Rope
+
+FAMILIES: Final = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+"""``model_type`` of families whose RoPE has the half-split layout and whose attention is plain softmax over K and V."""
+_NAME: Final = "kvsim"
+_EXTRA: Final = 'needs torch and transformers; install them with: pip install "kvsim[capture]"'
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A text as the model read it.
+
+    Attributes
+    ----------
+    kv : KvTensors
+        The cache after the prompt; ``queries`` are those of the continuation.
+    continuation : tuple of int
+        Token ids after the prompt.
+    log_probabilities : (m, vocabulary)
+        The model's own next-token distribution after each of them.
+    """
+
+    kv: KvTensors
+    continuation: tuple[int, ...]
+    log_probabilities: FloatArray
+
+
+def load_model(path_or_id: str) -> tuple[Any, Any]:
+    """Load model and tokenizer from a folder or the Hub, in the dtype that the checkpoint has.
+
+    Raises
+    ------
+    InvalidSpec
+        The extra is not installed, or nothing loadable is there.
+    IncompatibleScenario
+        The family's cache is not K and V per head with RoPE.
+    """
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        msg = f"--model {path_or_id}: {_EXTRA}"
+        raise InvalidSpec(msg) from error
+    try:
+        check_family(AutoConfig.from_pretrained(path_or_id), path_or_id)
+        model = AutoModelForCausalLM.from_pretrained(path_or_id, dtype="auto", use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id)
+    except (OSError, ValueError) as error:
+        msg = f"--model {path_or_id}: cannot load it: {str(error).splitlines()[0]}"
+        raise InvalidSpec(msg) from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
+
+
+def check_family(config: Any, name: str) -> None:
+    """Raise IncompatibleScenario where a model's cache cannot be captured, with what can."""
+    if config.model_type not in FAMILIES:
+        msg = f"{name}: model type {config.model_type!r} cannot be captured; families that can: {', '.join(FAMILIES)}"
+        raise IncompatibleScenario(msg)
+
+
+def encode_text(tokenizer: Any, text: Path, tokens: int) -> list[int]:
+    """First ``tokens`` token ids of a file.
+
+    Raises
+    ------
+    InvalidSpec
+        The file cannot be read as UTF-8, or is too short.
+    """
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        msg = f"--text {text}: cannot read: {reason}"
+        raise InvalidSpec(msg) from error
+    ids: list[int] = tokenizer(content)["input_ids"]
+    if len(ids) < tokens:
+        msg = f"--text {text}: has {len(ids)} tokens, but --tokens and --queries ask for {tokens} together"
+        raise InvalidSpec(msg)
+    return ids[:tokens]
+
+
+def capture(
+    model: Any, token_ids: Sequence[int], *, num_queries: int, num_prompt_queries: int, source: str
+) -> Captured:
+    """Let the model read a text, and record the cache of all but the last ``num_queries`` tokens.
+
+    Raises
+    ------
+    InvalidSpec
+        Too few tokens, or more than the model's context.
+    IncompatibleScenario
+        A layer does not keep K and V of all tokens per head.
+    """
+    import torch
+
+    prompt = len(token_ids) - num_queries
+    _check_size(model.config, len(token_ids), prompt, num_queries, num_prompt_queries)
+    recorder = _Recorder(prompt, num_prompt_queries)
+    ids = torch.tensor([list(token_ids)], device=model.device)
+    with torch.no_grad(), attention_of(model, recorder.attend):
+        logits = model(ids, use_cache=False).logits[0, prompt:]
+    if len(recorder.layers) != model.config.num_hidden_layers:
+        found = f"{len(recorder.layers)} of {model.config.num_hidden_layers} layers"
+        msg = f"{source}: only {found} call the attention that can be recorded"
+        raise IncompatibleScenario(msg)
+    bits = torch.finfo(model.dtype).bits
+    layers = tuple(recorder.layers[index] for index in sorted(recorder.layers))
+    kv = KvTensors(layers, _rope(model), recorder.scale, source, native_bits=bits)
+    probabilities = torch.log_softmax(logits.float(), dim=-1)
+    return Captured(kv, tuple(token_ids[prompt:]), probabilities.cpu().numpy())
+
+
+def _check_size(config: Any, tokens: int, prompt: int, queries: int, prompt_queries: int) -> None:
+    if queries < 1 or prompt < 1 or not 0 <= prompt_queries <= prompt:
+        msg = (
+            f"{prompt} prompt tokens, {queries} queries after them and {prompt_queries} in the prompt: at least one "
+            "prompt token and one query are needed, and no more prompt queries than prompt tokens"
+        )
+        raise InvalidSpec(msg)
+    if tokens > config.max_position_embeddings:
+        msg = f"{tokens} tokens are more than the model's context of {config.max_position_embeddings}"
+        raise InvalidSpec(msg)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True) and window < tokens:
+        msg = f"the model attends to a window of {window} tokens; ask for fewer than that in all, not {tokens}"
+        raise IncompatibleScenario(msg)
+
+
+class _Recorder:
+    """Causal attention that keeps what it is given."""
+
+    def __init__(self, prompt: int, num_prompt_queries: int) -> None:
+        self.prompt, self.window = prompt, num_prompt_queries
+        self.layers: dict[int, LayerKv] = {}
+        self.scale = 0.0
+
+    def attend(
+        self, module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **options: Any
+    ) -> tuple[Any, None]:
+        """Stand in for a function of transformers' attention interface; tensors are (1, heads, tokens, D)."""
+        from torch.nn.functional import scaled_dot_product_attention
+
+        self.scale = float(scaling)
+        count = self.prompt
+        positions = np.broadcast_to(np.arange(count), (key.shape[1], count)).copy()
+        queries = _array(query[0, :, count - self.window :])
+        self.layers[module.layer_idx] = LayerKv(
+            keys=_array(key[0, :, :count]),
+            values=_array(value[0, :, :count]),
+            positions=positions,
+            queries=queries[:, self.window :],
+            prompt_queries=queries[:, : self.window],
+        )
+        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2).contiguous(), None
+
+
+def _array(tensor: Any) -> FloatArray:
+    array: FloatArray = tensor.detach().float().cpu().numpy()
+    return np.ascontiguousarray(array)
+
+
+@contextmanager
+def attention_of(model: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Let the model attend by ``function`` within the block; it gets no mask and has to be causal by itself."""
+    from transformers import AttentionInterface
+
+    before = model.config._attn_implementation
+    AttentionInterface.register(_NAME, function)
+    try:
+        model.set_attn_implementation(_NAME)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _rope(model: Any) -> Rope:
+    """RoPE's frequencies as the model uses them, after the scaling that its config asks for (linear, Llama 3, YaRN).
+
+    A scaling that depends on the length is taken as it was for the text that has just been read.
+    """
+    frequencies = model.base_model.rotary_emb.inv_freq
+    return Rope(frequencies.detach().float().cpu().numpy().copy())
