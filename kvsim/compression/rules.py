@@ -13,7 +13,6 @@ from typing import Final
 from kvsim.compression.base import KvEncoding, StrategyPart, TokenSelection
 from kvsim.compression.coding.base import Coding
 from kvsim.compression.reduction.base import Reduction
-from kvsim.errors import NotRunnable
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def _same_tokens_in_joined_layers(parts: Parts) -> str | None:
         return None
     return (
         f"{_name(reduction)} stores tokens of several layers together, so these must hold the same ones, but "
-        f"{_name(selection)} keeps other tokens in each {selection.granularity}; streaming_llm and quest go with it"
+        f"{_name(selection)} keeps other tokens in each layer and head; streaming_llm and quest go with it"
     )
 
 
@@ -71,24 +70,6 @@ def _bytes_known_before_calibration(parts: Parts) -> str | None:
         f"and last {encoding.skips_boundary_layers} layers native, so bytes would depend on the data; take an encoding "
         "of equal layers, such as fp8, or cla-2"
     )
-
-
-def _channels_known_before(parts: Parts) -> str | None:
-    """What is calibrated channel by channel needs channels that are the same in every prompt."""
-    reduction, encoding = parts.reduction, parts.encoding
-    if not reduction.picks_channels or not _is_calibrated(encoding):
-        return None
-    return (
-        f"{_name(encoding)} is calibrated on other sequences channel by channel, but {_name(reduction)} picks the "
-        "channels (or the basis) of each prompt anew; take an encoding without calibration, such as kivi-4 or fp8"
-    )
-
-
-def _is_calibrated(encoding: KvEncoding) -> bool:
-    try:
-        return encoding.codec().needs_calibration
-    except NotRunnable:
-        return False
 
 
 def _keys_before_rope_keep_their_channels(parts: Parts) -> str | None:
@@ -111,7 +92,6 @@ RULES: Final[tuple[Callable[[Parts], str | None], ...]] = (
     _latents_keep_all_tokens,
     _same_tokens_in_joined_layers,
     _bytes_known_before_calibration,
-    _channels_known_before,
     _keys_before_rope_keep_their_channels,
     _codes_that_can_be_coded,
 )

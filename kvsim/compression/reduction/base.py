@@ -54,11 +54,6 @@ class Reduction(StrategyPart):
         return False
 
     @property
-    def picks_channels(self) -> bool:
-        """Whether a stored channel is another one in each prompt, so that nothing can be learnt about it beforehand."""
-        return False
-
-    @property
     def is_replicated(self) -> bool:
         """Whether all heads read the same numbers, so that each tensor-parallel rank holds all of them (MLA)."""
         return False

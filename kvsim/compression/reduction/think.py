@@ -55,10 +55,6 @@ class ThinK(Reduction):
     def depends_on_prompt(self) -> bool:
         return True
 
-    @property
-    def picks_channels(self) -> bool:
-        return True
-
     def reduced_group(self, group: LayerGroup) -> LayerGroup:
         if group.kv_elements_per_token == 0:
             return group

@@ -67,10 +67,6 @@ class Xkv(Reduction):
         return True
 
     @property
-    def picks_channels(self) -> bool:
-        return True
-
-    @property
     def joins_layers(self) -> bool:
         return self.layer_group_size > 1
 
