@@ -133,7 +133,7 @@ def test_latents_are_neither_made_twice_nor_larger_than_what_they_replace(
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("snapkv+xkv", "other tokens in each layer and head"), ("pyramidkv+xkv", "other tokens"),
+    [("snapkv+xkv", "several layers together"), ("pyramidkv+xkv", "other tokens"),
      ("h2o+xkv", "other tokens"), ("snapkv+mla", "one latent vector"), ("quest+mla", "one latent vector")],
 )  # fmt: skip
 def test_selections_that_part_what_is_stored_together_are_refused(name: str, reason: str) -> None:

@@ -336,3 +336,11 @@ def test_layers_stored_together_are_native_together() -> None:
     assert spared == [True] * 4 + [False] * 4 + [True] * 4
     skipped = [compression.encoding_at(layer_view(kv, index), (5,)) == Native() for index in range(12)]
     assert skipped == [False] * 4 + [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_cache_stays_empty(method: str, samples: Sequence[KvTensors]) -> None:
+    full = _cache(3)
+    nothing = np.zeros((HEADS, 0), dtype=np.int64)
+    stored = _store(method, replace(full, layers=tuple(layer.take(nothing) for layer in full.layers)), samples)
+    assert all(layer.keys.shape == layer.values.shape == (HEADS, 0, DIM) for layer in stored.kv.layers)
