@@ -21,6 +21,7 @@ from kvsim.scenario import Scenario
 from kvsim.sim.disaggregated import Crossing
 from kvsim.sim.handover import TransferRules
 from kvsim.specs.disaggregation import Disaggregation, PoolSpec
+from kvsim.tier_rules import cannot_store_what_is_there
 from kvsim.units import TICKS_PER_SECOND
 
 
@@ -222,6 +223,9 @@ def _resolve_coding(scenario: Scenario, prefill: Deployment, base_dir: Path | No
             "for the link is not modelled"
         )
         raise IncompatibleScenario(msg)
+    reason = cannot_store_what_is_there(parsed)
+    if reason:
+        raise IncompatibleScenario(f"{where}: {reason}")
     if parsed.stored.residual_tokens:
         msg = f"{where}: {wanted.encoding!r} keeps its newest tokens native, which makes no sense in transit"
         raise IncompatibleScenario(msg)
