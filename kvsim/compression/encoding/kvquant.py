@@ -46,13 +46,14 @@ class KvQuant(BeforeRopeEncoding):
 
     Theirs: keys before RoPE, over a range per channel that is calibrated offline (the 0.5 and 99.5 % quantiles) and so
     costs no bytes; values over the range of each token of all heads, fp16 scale and offset; one codebook of ``2**b``
-    levels per layer for K and one for V, by k-means over calibration data; 1 % of the numbers as fp16 with their
-    index, of keys those outside their channel's range, of values the largest and smallest of each token; the first
-    token native.
+    levels per layer for K and one for V, by k-means over calibration data; 1 % of the numbers as fp16 with a 16-bit
+    index and a 32-bit pointer per token, of keys those outside their channel's range, of values the largest and
+    smallest of each token; the first token native.
 
     Ours: k-means is not weighted by Fisher information, for which gradients are needed; Q-Norm for 2 bits is left out;
-    an index has 16 bits; of a cache's keys exactly 1 % are kept apart, those farthest out by their channels' ranges,
-    where theirs depend on the data. A cap per token, as in their later code, would clip keys unlike all others. The dense code of an outlier stays and is not read, as in theirs.
+    of a cache's keys exactly 1 % are kept apart, those farthest out by their channels' ranges, where theirs depend on
+    the data. A cap per token, as in their later code, would clip keys unlike all others. The number of a token's
+    values is fixed, so they need no pointer. The dense code of an outlier stays and is not read, as in theirs.
     """
 
     names: ClassVar = {"kvquant-4": {"bits": 4}, "kvquant-3": {"bits": 3}, "kvquant-2": {"bits": 2}}
