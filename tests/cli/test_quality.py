@@ -77,3 +77,24 @@ def test_wrong_input_is_named(invoke, options, message):
     result = invoke("quality", "run", *options)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_methods_that_calibrate_need_other_sequences(invoke, tmp_path):
+    pytest.importorskip("safetensors")
+    from kvsim.tensors.files import write_kv
+
+    spec = preset("llama-like", num_layers=2, num_tokens=128, num_needles=2, num_queries=4)
+    paths = [tmp_path / f"{sequence}.safetensors" for sequence in range(2)]
+    for sequence, path in enumerate(paths):
+        write_kv(draw(spec, 0, sequence=sequence), path)
+    run = ("quality", "run", "--kv", paths[0], "-s", "eigen_attention")
+    alone = invoke(*run)
+    assert alone.exit_code == 2
+    assert "it calibrates on other sequences of the model, and none are given" in alone.stderr
+    calibrated = invoke(*run, "--calibrate", paths[1])
+    assert calibrated.exit_code == 0, calibrated.stderr
+    other = tmp_path / "other.safetensors"
+    write_kv(draw(preset("diffuse", num_layers=1, num_tokens=64), 0), other)
+    wrong = invoke(*run, "--calibrate", other)
+    assert wrong.exit_code == 2
+    assert "other.safetensors: layers, heads or dimensions" in wrong.stderr
