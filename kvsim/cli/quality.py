@@ -192,6 +192,9 @@ def _show(rows: Sequence[StrategyRisk], cache: KvTensors, *, heads: bool, as_jso
     for row in rows:
         if row.reason is not None:
             notice(f"{row.strategy} did not run: {row.reason}")
+        if row.native_layers:
+            left = f"{row.native_layers} of {cache.num_layers} layers"
+            notice(f"{row.strategy} leaves {left} native by its own rule, more of them here than in a deep model")
     print_notes(_notes(rows))
 
 

@@ -24,6 +24,15 @@ def test_a_table_has_its_groups_apart(invoke):
     assert "three kinds of risk" in result.stderr
 
 
+def test_layers_that_a_format_leaves_alone_are_told(invoke):
+    result = invoke("quality", "run", "--ensemble", SMALL, "-s", "turboquant_4bit_nc")
+    assert result.exit_code == 0, result.stderr
+    deep = SMALL.replace("num_layers=1", "num_layers=5")
+    assert (
+        "leaves 4 of 5 layers native" in invoke("quality", "run", "--ensemble", deep, "-s", "turboquant_4bit_nc").stderr
+    )
+
+
 def test_json_keeps_the_layers_apart(invoke):
     result = invoke("quality", "run", "--ensemble", f"{SMALL}:3", "-s", "native", "--heads", "--json")
     document = json.loads(result.stdout)
