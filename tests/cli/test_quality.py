@@ -78,6 +78,7 @@ def test_tensors_from_a_file(invoke, tmp_path):
         (("--kv", "none.safetensors"), "none.safetensors: no such file"),
         (("--ensemble", "lama"), "unknown ensemble 'lama'"),
         (("--ensemble", "diffuse", "--calibrate", "x.safetensors"), "--calibrate goes with --kv and --model"),
+        (("--ensemble", "diffuse", "--tokens", "64"), "--prompt-queries go with --model"),
         (("--ensemble", "diffuse", "--json", "--csv"), "exclude each other"),
         (("--ensemble", "diffuse", "-s", "natve"), "unknown strategy 'natve'"),
     ],
