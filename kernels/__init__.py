@@ -26,6 +26,7 @@ KERNELS = (
     "decode_attention.sparse_latent",
     "decode_attention.block_fp4",
     "decode_attention.kivi",
+    "decode_attention.ggml",
     "append.native",
     "append.fp8",
     "append.per_token_head",

@@ -20,6 +20,8 @@ from kvsim.cli.flags import ScenarioCommand
 from kvsim.cli.limit import limit_command
 from kvsim.cli.listing import list_app
 from kvsim.cli.quality import quality_app
+from kvsim.cli.quality_compare import compare_command as compare_quality_command
+from kvsim.cli.quality_compare import train_command
 from kvsim.cli.single import estimate_command, simulate_command
 from kvsim.cli.strategies import list_strategies_command
 from kvsim.cli.sweep import sweep_command
@@ -67,6 +69,8 @@ def build_app() -> typer.Typer:
     list_app.command("strategies")(list_strategies_command)
     list_app.command("calibrations")(list_calibrations_command)
     app.add_typer(list_app, name="list")
+    quality_app.command("compare")(compare_quality_command)
+    quality_app.command("train")(train_command)
     app.add_typer(quality_app, name="quality")
     return app
 

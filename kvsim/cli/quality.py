@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvsim.cli.console import notice, print_json, print_notes, print_result, print_text, timed
+from kvsim.cli.console import notice, print_json, print_notes, print_result, print_text, progress_bar, timed
 from kvsim.errors import IncompatibleScenario, InvalidSpec
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def run_command(
         samples = _calibration_files(cache, calibrate or ())
     else:
         cache, samples = _drawn(str(ensemble), calibrate or ())
-    with timed(f"ran {len(names)} strategies on {cache.source}"):
-        rows = run_strategies(cache, names, samples, continuation)
+    with timed(f"ran {len(names)} strategies on {cache.source}"), progress_bar("storing") as progress:
+        rows = run_strategies(cache, names, samples, continuation, progress)
     _show(rows, cache, heads=heads, as_json=as_json, as_csv=as_csv)
     if all(row.measured is None for row in rows):
         msg = f"none of the {len(rows)} strategies can run: {rows[0].strategy}: {rows[0].reason}"
@@ -197,9 +197,11 @@ def _show(rows: Sequence[StrategyRisk], cache: KvTensors, *, heads: bool, as_jso
 
 def _notes(rows: Sequence[StrategyRisk]) -> list[str]:
     from kvsim.quality.theory import CAUTIONS
+    from kvsim.rendering.quality import SHORT
 
     met = dict.fromkeys(name for row in rows if row.theory for name in row.theory.cautions)
     return [
         "theory, measured and published are three kinds of risk, and none is the accuracy of a task (docs/quality.md)",
-        *(f"{name}: {CAUTIONS[name]}" for name in met),
+        "output: error of attention outputs beside the outputs; logit: root mean square change of logits",
+        *(f"caution {SHORT[name]} ({name}): {CAUTIONS[name]}" for name in met),
     ]

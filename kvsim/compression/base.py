@@ -249,6 +249,16 @@ class KvEncoding(StrategyPart):
         return self.residual_tokens + self.sink_tokens
 
     @property
+    def undoes_rope(self) -> bool:
+        """Whether keys are stored as they are before RoPE, which needs the channels that RoPE turned."""
+        return False
+
+    @property
+    def depends_on_prompt(self) -> bool:
+        """Whether what a token becomes depends on the rest of the prompt, so that no other request can reuse it."""
+        return False
+
+    @property
     def skips_boundary_layers(self) -> int:
         """How many first and how many last layers stay native on dense models (vLLM's TurboQuant: 2)."""
         return 0

@@ -102,7 +102,8 @@ class Compression(Spec):
         """What the strategy does that keeps another request from using a cached prefix, or None."""
         if self.selection.evicts:
             return "evicts tokens"
-        return "stores tokens by what the whole prompt holds" if self.reduction.depends_on_prompt else None
+        by_prompt = self.reduction.depends_on_prompt or self.encoding.depends_on_prompt
+        return "stores tokens by what the whole prompt holds" if by_prompt else None
 
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         """Why this model or device cannot run the strategy, or None: the first reason found."""

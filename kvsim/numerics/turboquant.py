@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvsim.numerics.floats import round_fp16
 from kvsim.numerics.lloyd_max import CodeArray, lloyd_max
-from kvsim.numerics.rotation import Rotation, RotationKind, gaussian_projection
+from kvsim.numerics.rotation import Rotation, RotationKind, gaussian_projection, multiply
 
 FloatArray = NDArray[np.float32]
 CodebookLaw = Literal["beta", "gaussian"]
@@ -100,11 +100,11 @@ class Qjl:
 
     def signs(self, vectors: FloatArray) -> CodeArray:
         """Signs of S x for vectors, (..., dim): 1 where it is not negative, else 0."""
-        return (vectors @ self._projection.T >= 0).astype(np.int32)
+        return (multiply(vectors, self._projection.T) >= 0).astype(np.int32)
 
     def read_back(self, signs: CodeArray, norm: FloatArray) -> FloatArray:
         """Give ``sqrt(pi / 2) / dim * norm * S^T signs``."""
-        return (2.0 * signs.astype(np.float32) - 1.0) @ self._projection * (self._gain * norm)
+        return multiply(2.0 * signs.astype(np.float32) - 1.0, self._projection) * (self._gain * norm)
 
 
 class ProdQuantiser:

@@ -106,12 +106,12 @@ def run_strategies(
     names: Iterable[str],
     samples: Callable[[], Sequence[KvTensors]] = tuple,
     continuation: Continue | None = None,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[float], None] | None = None,
 ) -> tuple[StrategyRisk, ...]:
     """Run each strategy; one that cannot run keeps a row with the reason.
 
     ``samples`` gives caches of other sequences of the same model, and is asked only where a method calibrates;
-    ``continuation`` runs the model itself on.
+    ``continuation`` runs the model itself on. ``progress`` is told the share done.
 
     Raises
     ------
@@ -120,8 +120,9 @@ def run_strategies(
     """
     parsed = [(name, parse_compression(name)) for name in names]
     rows = []
-    for name, compression in parsed:
-        progress(name)
+    for position, (name, compression) in enumerate(parsed):
+        if progress is not None:
+            progress(position / len(parsed))
         published = published_quality(compression)
         try:
             stored = store_cache(_fit(compression, samples), kv)

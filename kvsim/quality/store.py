@@ -60,7 +60,7 @@ def fit_strategy(compression: Compression, samples: Sequence[KvTensors] = ()) ->
         reduction = reduction.fit(samples)
     encoding = compression.encoding.codec()
     if encoding.needs_calibration:
-        encoding = encoding.fit([reduction.reduce(sample).kv for sample in samples])
+        encoding = encoding.fit([_of_layers(kv, _filled(kv)) for kv in (reduction.reduce(one).kv for one in samples)])
     return FittedStrategy(compression, reduction, encoding)
 
 
@@ -132,6 +132,22 @@ def _encode(strategy: FittedStrategy, kv: KvTensors) -> tuple[KvTensors, list[fl
         bits[index] += payload + layer.metadata_bits
         chosen.append(layer)
     return reduced.restore(with_stored(reduced.kv, chosen)), bits
+
+
+def _encode_filled(codec: Codec, kv: KvTensors, plain: Sequence[StoredLayer]) -> list[StoredLayer]:
+    """Encode the layers that store something; what another layer stores for them leaves nothing to encode."""
+    filled, stored = _filled(kv), list(plain)
+    for index, layer in zip(filled, codec.store(_of_layers(kv, filled)), strict=True):
+        stored[index] = layer
+    return stored
+
+
+def _filled(kv: KvTensors) -> list[int]:
+    return [index for index, one in enumerate(kv.layers) if one.keys.shape[2] + one.values.shape[2]]
+
+
+def _of_layers(kv: KvTensors, indices: Sequence[int]) -> KvTensors:
+    return replace(kv, layers=tuple(kv.layers[index] for index in indices))
 
 
 def _is_exempt(compression: Compression, layer: LayerView) -> bool:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 GROUPS = {"theory": "bright_black", "measured": "bold", "model": "bold", "published": "cyan"}
 UNKNOWN = "-"
+SHORT = {"heavy keys": "keys", "diffuse": "diffuse", "quiet heavy tokens": "sinks", "large noise": "noise"}
+"""Cautions as a narrow column spells them."""
 
 
 def risk_document(row: StrategyRisk, *, heads: bool = False) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def risk_table(rows: Sequence[StrategyRisk], title: str) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left", title_style="bold")
     table.add_column("\nstrategy", no_wrap=True)
-    table.add_column("\nbits/element", justify="right")
+    table.add_column("\nbits/element", justify="right", no_wrap=True)
     with_model = any(row.continuation for row in rows)
     for group, name in _columns(with_model=with_model):
         table.add_column(f"{group}\n{name}", justify="left" if name in ("status", "caution") else "right",
@@ -94,10 +96,8 @@ def risk_table(rows: Sequence[StrategyRisk], title: str) -> Table:
 
 
 def _columns(*, with_model: bool) -> list[tuple[str, str]]:
-    columns = [("theory", name) for name in ("output error", "logit error", "eviction ≤", "caution")]
-    columns += [
-        ("measured", name) for name in ("output error", "worst head", "logit error", "lost mass", "top-1", "needles")
-    ]
+    columns = [("theory", name) for name in ("output", "logit", "eviction ≤", "caution")]
+    columns += [("measured", name) for name in ("output", "worst head", "logit", "lost mass", "top-1", "needles")]
     if with_model:
         columns += [("model", "KL, nats"), ("model", "top-1")]
     return [*columns, ("published", "status")]
@@ -105,12 +105,12 @@ def _columns(*, with_model: bool) -> list[tuple[str, str]]:
 
 def _theory_cells(theory: TheoryRisk) -> list[str]:
     bound = theory.eviction_bound
-    cautions = [f"{name} {count}/{len(theory.heads)}" for name, count in theory.cautions.items()]
+    cautions = [f"{SHORT[name]} {count / len(theory.heads):.0%}" for name, count in theory.cautions.items()]
     return [
         f"{theory.output_error:.3g}",
         f"{theory.logit_error:.3g}",
         UNKNOWN if bound is None else f"{bound:.3g}",
-        "\n".join(cautions),
+        ", ".join(cautions),
     ]
 
 
@@ -118,7 +118,7 @@ def _measured_cells(measured: MeasuredRisk) -> list[str]:
     worst, needles = measured.worst, measured.needle_survival
     return [
         f"{measured.output_error:.3g}",
-        f"{worst.output_error:.3g} (L{worst.layer} H{worst.head})",
+        f"{worst.output_error:.3g} L{worst.layer}H{worst.head}",
         f"{measured.mean('logit_error'):.3g}",
         f"{measured.mean('lost_mass'):.3g}",
         f"{measured.mean('top1_agreement'):.1%}",

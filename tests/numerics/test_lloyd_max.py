@@ -13,7 +13,7 @@ from kvsim.errors import InvalidSpec
 from kvsim.numerics.kmeans import kmeans_levels
 from kvsim.numerics.lloyd_max import lloyd_max
 
-# Max 1960 and the paper's section 3 to more digits (b = 1..4); rounded, from the project's own recomputation (b = 5, 6).
+# Max 1960 and the paper's section 3 to more digits (b = 1..4); the project's own recomputation (b = 5, 6).
 GAUSSIAN = (0.3634, 0.1175, 0.0345, 0.0095, 0.00250, 0.00064)
 # The recomputation's fourth figure for D = 128 was 0.00932; it is 0.009315, as the plain sum below says too.
 SPHERE = {
@@ -45,7 +45,7 @@ def test_distortion_on_the_sphere(bits: int, dimension: int) -> None:
 
 
 def test_the_papers_fine_value_for_three_bits_is_rounded_down() -> None:
-    """For 1, 2 and 4 bits the paper's figures are ours cut short; its 0.03 for 3 bits is 0.0345 (0.0340 for D = 128)."""
+    """For 1, 2 and 4 bits the paper's figures are ours cut short; its 0.03 for 3 bits is 0.0345 (D = 128: 0.0340)."""
     found = [lloyd_max(bits).distortion for bits in (1, 2, 3, 4)]
     assert [math.floor(100 * found[0]) / 100, round(found[1], 3), math.floor(1000 * found[3]) / 1000] == [
         PAPER[0], PAPER[1], PAPER[3]

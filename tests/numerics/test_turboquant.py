@@ -94,7 +94,7 @@ def pairs(correlation: float, count: int, seed: int) -> tuple[np.ndarray, np.nda
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_algorithm_2_is_unbiased_and_its_variance_is_the_theorems(bits: int, correlation: float) -> None:
-    """Var = (pi/2 |y|^2 E|r|^2 - E<y, r>^2) / d, which theorem 2 bounds by its first term, pi / (2 d) |y|^2 D(b - 1)."""
+    """Var = (pi/2 |y|^2 E|r|^2 - E<y, r>^2) / d; theorem 2 bounds it by its first term, pi / (2 d) |y|^2 D(b - 1)."""
     errors, aligned = [], []
     for seed in SEEDS:
         keys, queries = pairs(correlation, 1000, seed)

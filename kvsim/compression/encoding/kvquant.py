@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt
 
 from kvsim.compression.base import KvBytes
 from kvsim.compression.codec import CodeArray, Codec, StoredLayer, Symbols
-from kvsim.compression.encoding.before_rope import BeforeRopeEncoding, with_rope, without_rope
+from kvsim.compression.encoding.before_rope import (
+    BeforeRopeEncoding,
+    by_head,
+    by_token,
+    with_rope,
+    without_rope,
+)  # fmt: skip
 from kvsim.compression.encoding.sinks import SinkCodec, select_tokens
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.floats import round_fp16
@@ -26,7 +31,6 @@ from kvsim.tensors import BoolArray, FloatArray, KvTensors, LayerKv
 if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
 
-T = TypeVar("T", bound=np.generic)
 _OUTLIER_BYTES = 4.0
 """An fp16 number and the 16-bit index of its channel among all heads' channels."""
 _RANGE_BYTES = 4.0
@@ -131,7 +135,7 @@ class _KvQuantCodec(SinkCodec):
         low, high = np.quantile(keys, [cut, 1.0 - cut], axis=1, keepdims=True).astype(np.float32)
         offset, reach = round_fp16((high + low) / 2), round_fp16((high - low) / 2)
         spread = (keys - offset) * reciprocal(reach)
-        values = [self._scaled_values(_by_token(layer.values)) for layer, _ in layers]
+        values = [self._scaled_values(by_token(layer.values)) for layer, _ in layers]
         return _Learnt(
             offset,
             reach,
@@ -165,22 +169,22 @@ class _KvQuantCodec(SinkCodec):
 
     def _store_keys(self, keys: FloatArray, learnt: _Learnt) -> _Stored:
         spread = (keys - learnt.key_offset) * reciprocal(learnt.key_reach)
-        far = np.abs(_by_token(spread))
-        mask = _by_head(_largest(far, self._encoding.outliers(far.shape[1])), keys)
+        far = np.abs(by_token(spread))
+        mask = by_head(_largest(far, self._encoding.outliers(far.shape[1])), len(keys))
         codes = _nearest(spread, learnt.key_levels)
         dense = learnt.key_levels[codes] * learnt.key_reach + learnt.key_offset
         vectors = np.where(mask, round_fp16(keys), dense)
         return _Stored(vectors, codes, 8.0 * _OUTLIER_BYTES * np.count_nonzero(mask))
 
     def _store_values(self, values: FloatArray, learnt: _Learnt) -> _Stored:
-        rows = _by_token(values)
+        rows = by_token(values)
         scaled = self._scaled_values(rows)
         codes = _nearest(scaled.scaled, learnt.value_levels)
         dense = learnt.value_levels[codes] * scaled.reach + scaled.offset
-        vectors = _by_head(np.where(scaled.outliers, round_fp16(rows), dense), values)
+        vectors = by_head(np.where(scaled.outliers, round_fp16(rows), dense), len(values))
         metadata_bits = 8.0 * _OUTLIER_BYTES * np.count_nonzero(scaled.outliers)
         metadata_bits += 16.0 * (scaled.reach.size + scaled.offset.size)
-        return _Stored(vectors, _by_head(codes, values), metadata_bits)
+        return _Stored(vectors, by_head(codes, len(values)), metadata_bits)
 
     def _scaled_values(self, rows: FloatArray) -> _ScaledValues:
         """Scale each token, (n, H·D), to -1 ... 1 without its largest and smallest numbers, which are kept apart."""
@@ -209,17 +213,6 @@ class _ScaledValues:
     outliers: BoolArray
     offset: FloatArray
     reach: FloatArray
-
-
-def _by_token(vectors: NDArray[T]) -> NDArray[T]:
-    """Turn (H, n, D) into (n, H·D)."""
-    return vectors.transpose(1, 0, 2).reshape(vectors.shape[1], -1)
-
-
-def _by_head(rows: NDArray[T], like: FloatArray) -> NDArray[T]:
-    """Turn (n, H·D) into (H, n, D), the shape of ``like``."""
-    heads, tokens, dim = like.shape
-    return np.ascontiguousarray(rows.reshape(tokens, heads, dim).transpose(1, 0, 2))
 
 
 def _largest(rows: FloatArray, count: int) -> BoolArray:

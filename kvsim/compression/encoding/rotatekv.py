@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, gcd, log2
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from kvsim.compression.base import KvBytes
 from kvsim.compression.codec import Codec, StoredLayer, Symbols
-from kvsim.compression.encoding.before_rope import BeforeRopeEncoding, with_rope, without_rope
+from kvsim.compression.encoding.before_rope import (
+    BeforeRopeEncoding,
+    by_head,
+    by_token,
+    with_rope,
+    without_rope,
+)  # fmt: skip
 from kvsim.compression.encoding.sinks import SinkCodec
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.clipped import quantise_groups
@@ -25,7 +30,6 @@ if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
 
-T = TypeVar("T", bound=np.generic)
 _FIRST_TOKENS = 4
 _METADATA_BYTES = 4.0
 
@@ -137,9 +141,8 @@ class _RotateKvCodec(SinkCodec):
 
     def _turned(self, layer: LayerKv, kv: KvTensors) -> FloatArray:
         """Keys before RoPE, turned over groups of heads, (n, H·D)."""
-        keys = without_rope(layer, kv).transpose(1, 0, 2)
         together = self._encoding.heads_together(layer.num_kv_heads)
-        return rotate(keys.reshape(len(keys), -1), block=together * layer.keys.shape[2])
+        return rotate(by_token(without_rope(layer, kv)), block=together * layer.keys.shape[2])
 
     def sinks(self, layer: LayerKv) -> BoolArray:
         """Mark the first tokens, and those with the smallest values, (n,)."""
@@ -162,14 +165,9 @@ class _RotateKvCodec(SinkCodec):
         unsorted[:, order] = keys.vectors
         flat = rotate(unsorted, block=encoding.heads_together(heads) * dim)
         return StoredLayer(
-            with_rope(_by_head(flat, heads), layer.positions, layer, kv),
+            with_rope(by_head(flat, heads), layer.positions, layer, kv),
             rotate(values.vectors),
             payload_bits=keys.payload_bits + values.payload_bits,
             metadata_bits=keys.metadata_bits + values.metadata_bits,
-            symbols=(Symbols("key", _by_head(keys.codes, heads), levels), Symbols("value", values.codes, levels)),
+            symbols=(Symbols("key", by_head(keys.codes, heads), levels), Symbols("value", values.codes, levels)),
         )
-
-
-def _by_head(rows: NDArray[T], heads: int) -> NDArray[T]:
-    """Turn (n, H·D) into (H, n, D)."""
-    return np.ascontiguousarray(rows.reshape(len(rows), heads, -1).transpose(1, 0, 2))

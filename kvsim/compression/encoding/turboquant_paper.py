@@ -126,6 +126,10 @@ class TurboQuantPaper(PerHeadEncoding):
         return group.num_kv_heads * sum(float(ceil(dim / 8)) for dim in split)
 
     @property
+    def depends_on_prompt(self) -> bool:
+        return self.bits != int(self.bits)
+
+    @property
     def unpack_family(self) -> str | None:
         return f"turboquant_{self.algorithm}"
 

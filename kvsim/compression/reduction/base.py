@@ -36,6 +36,11 @@ class Reduction(StrategyPart):
         """Give what the method does in one layer; methods over several layers differ from layer to layer."""
         return self
 
+    @property
+    def joins_layers(self) -> bool:
+        """Whether a token is stored for several layers at once, so that these must hold the same tokens."""
+        return False
+
     def stored_with(self, layer: LayerView) -> tuple[int, ...]:
         """Indices of the layers whose cache is stored together with this one's, itself among them.
 

@@ -86,7 +86,9 @@ class Mla(Reduction):
 
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         if any(group.is_latent for group in model.kv_groups):
-            return f"mla reshapes K and V per head, but {model.name} already keeps one latent vector for all heads (MLA)"
+            return (
+                f"mla reshapes K and V per head, but {model.name} already keeps one latent vector for all heads (MLA)"
+            )
         latent = self.kv_lora_rank + self.qk_rope_head_dim
         for group in model.kv_groups:
             if _becomes_latent(group) and latent > group.kv_elements_per_token:

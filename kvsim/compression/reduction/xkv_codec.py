@@ -42,19 +42,18 @@ class XkvCodec(ReductionCodec):
             together = [bare.layers[index] for index in span]
             pair = self._bases(together, kv)
             bases.append(pair)
-            layers.append(_coordinates(together, pair, kv))
+            layers += _coordinates(together, pair, kv)
             per_layer = sum(basis.up.size for basis in pair) / len(span)
             metadata += [per_layer * kv.native_bits] * len(span)
 
         def restore(stored: KvTensors) -> KvTensors:
             rebuilt: list[LayerKv] = []
-            for span, pair, held in zip(spans, bases, stored.layers, strict=True):
+            for span, pair in zip(spans, bases, strict=True):
                 old = [kv.layers[index] for index in span]
-                rebuilt += _rebuilt(old, held, pair, kv.rope)
+                rebuilt += _rebuilt(old, stored.layers[span[0]], pair, kv.rope)
             return replace(stored, layers=tuple(rebuilt))
 
-        holders = tuple(span[0] for span in spans)
-        return Reduced(replace(bare, layers=tuple(layers)), restore, tuple(metadata), holders)
+        return Reduced(replace(bare, layers=tuple(layers)), restore, tuple(metadata))
 
     def _bases(self, together: Sequence[LayerKv], kv: KvTensors) -> tuple[Projection, Projection]:
         method, group = self.method.of_layers(len(together)), layer_shape(together[0])
@@ -88,12 +87,14 @@ def _key_rows(together: Sequence[LayerKv], rope: Rope | None) -> FloatArray:
     return _side_by_side([bare_keys(layer, rope) for layer in together])
 
 
-def _coordinates(together: Sequence[LayerKv], pair: tuple[Projection, Projection], kv: KvTensors) -> LayerKv:
+def _coordinates(together: Sequence[LayerKv], pair: tuple[Projection, Projection], kv: KvTensors) -> list[LayerKv]:
     sides = (_key_rows(together, kv.rope), _side_by_side([layer.values for layer in together]))
     keys, values = (
         stored_as(basis.reduce(rows), kv.native_bits)[None] for basis, rows in zip(pair, sides, strict=True)
     )
-    return replace(together[0], keys=keys, values=values, positions=together[0].positions[:1])
+    positions = together[0].positions[:1]
+    held = replace(together[0], keys=keys, values=values, positions=positions)
+    return [held] + [replace(held, keys=keys[..., :0], values=values[..., :0])] * (len(together) - 1)
 
 
 def _rebuilt(
