@@ -225,7 +225,8 @@ def _resolve_coding(scenario: Scenario, prefill: Deployment, base_dir: Path | No
         raise IncompatibleScenario(msg)
     reason = cannot_store_what_is_there(parsed)
     if reason:
-        raise IncompatibleScenario(f"{where}: {reason}")
+        msg = f"{where}: {reason}"
+        raise IncompatibleScenario(msg)
     if parsed.stored.residual_tokens:
         msg = f"{where}: {wanted.encoding!r} keeps its newest tokens native, which makes no sense in transit"
         raise IncompatibleScenario(msg)

@@ -73,7 +73,8 @@ def tier_compression(index: int, tier: KvTier) -> Compression | None:
         raise InvalidSpec(msg)
     reason = cannot_store_what_is_there(compression)
     if reason:
-        raise InvalidSpec(f"{where}: {reason}")
+        msg = f"{where}: {reason}"
+        raise InvalidSpec(msg)
     return None if compression.name in load_coders().coders else compression
 
 

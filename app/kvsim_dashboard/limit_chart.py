@@ -24,7 +24,7 @@ LINES: Final = (
 
 
 def rate_distortion_chart(answer: LimitAnswer) -> Chart:
-    """Relative error over bits per value; an encoding's distance to a line, read across, is its gap in bits per value."""
+    """Relative error over bits per value; an encoding's distance to a line, read across, is its gap in bits."""
     figure = go.Figure()
     for name, legend, dash, width in LINES:
         figure.add_scatter(

@@ -62,11 +62,6 @@ class StackedEncoding(KvEncoding):
         own = self.encoding.fixed_bytes_per_sequence(self.reduction.reduced_group(group), native)
         return self.reduction.fixed_share * own + self.reduction.fixed_bytes_per_sequence(group, native)
 
-    def sink_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
-        reduced = self.encoding.sink_bytes_per_token(self.reduction.reduced_group(group), native)
-        own = self.reduction.metadata_bytes_per_token(group, native)
-        return self.reduction.resident_share * reduced + own
-
     @property
     def is_replicated(self) -> bool:
         return self.reduction.is_replicated
