@@ -21,6 +21,7 @@ from kvsim.scenario import Scenario
 from kvsim.sim.disaggregated import Crossing
 from kvsim.sim.handover import TransferRules
 from kvsim.specs.disaggregation import Disaggregation, PoolSpec
+from kvsim.tier_rules import cannot_store_what_is_there
 from kvsim.units import TICKS_PER_SECOND
 
 
@@ -221,6 +222,10 @@ def _resolve_coding(scenario: Scenario, prefill: Deployment, base_dir: Path | No
             f"{where}: KV is stored as {scenario.compression.stored.kind} and moves as that; compressing it again "
             "for the link is not modelled"
         )
+        raise IncompatibleScenario(msg)
+    reason = cannot_store_what_is_there(parsed)
+    if reason:
+        msg = f"{where}: {reason}"
         raise IncompatibleScenario(msg)
     if parsed.stored.residual_tokens:
         msg = f"{where}: {wanted.encoding!r} keeps its newest tokens native, which makes no sense in transit"

@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from kvsim.derived_figures import (
     adaptive_figure,
@@ -80,7 +80,8 @@ class Metric:
 def _kind_at(path: str) -> ValueKind:
     annotation: Any = Report
     for part in path.split("."):
-        annotation = annotation.model_fields[part].annotation
+        fields = annotation.model_fields
+        annotation = fields[part].annotation if part in fields else _property_type(annotation, part)
         if get_origin(annotation) in (Union, types.UnionType):
             annotation = next(a for a in get_args(annotation) if a is not type(None))
     if annotation is Figure:
@@ -88,6 +89,10 @@ def _kind_at(path: str) -> ValueKind:
     if get_origin(annotation) is Literal or annotation is str:
         return "str"
     return "int" if annotation is int else "float"
+
+
+def _property_type(owner: Any, name: str) -> Any:
+    return get_type_hints(getattr(owner, name).fget)["return"]
 
 
 def read(report: Report, metric: Metric) -> Reading:
@@ -277,6 +282,22 @@ _SHARES = (
     ),
     Metric("bottleneck", "Bottleneck", "", None, "bottleneck", "resource that bounds the run"),
     Metric("quality_status", "Quality", "", None, "quality.status", "what is known of the quality risk"),
+    Metric(
+        "quality_task_classes",
+        "Quality known on",
+        "",
+        None,
+        "quality.task_classes",
+        "classes of tasks with a published score",
+    ),
+    Metric(
+        "quality_scores",
+        "Published scores",
+        "",
+        None,
+        "quality.scores",
+        "every published score with class, setting, evidence and source",
+    ),
 )
 
 METRICS: tuple[Metric, ...] = (

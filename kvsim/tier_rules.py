@@ -71,4 +71,17 @@ def tier_compression(index: int, tier: KvTier) -> Compression | None:
     if not isinstance(compression.selection, KeepAll):
         msg = f"{where}: {tier.encoding!r} drops or selects tokens, and a tier keeps all of a prefix; name an encoding"
         raise InvalidSpec(msg)
+    reason = cannot_store_what_is_there(compression)
+    if reason:
+        msg = f"{where}: {reason}"
+        raise InvalidSpec(msg)
     return None if compression.name in load_coders().coders else compression
+
+
+def cannot_store_what_is_there(compression: Compression) -> str | None:
+    """Why blocks of KV that a pool holds cannot be coded so on their own, or None."""
+    if compression.reduction.is_architecture:
+        return f"{compression.name!r} is an architecture: KV that a model of another shape made cannot be stored so"
+    if compression.bars_prefix_reuse:
+        return f"{compression.name!r} {compression.bars_prefix_reuse}, and blocks are coded one by one"
+    return None

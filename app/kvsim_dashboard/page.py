@@ -13,6 +13,7 @@ from kvsim_dashboard import charts, exports, tables
 from kvsim_dashboard.answers import Answer
 from kvsim_dashboard.chart_style import Chart
 from kvsim_dashboard.form import read_criterion, read_show_bands
+from kvsim_dashboard.limit_section import show_limit
 from kvsim_dashboard.plain_text import literal
 from kvsim_dashboard.question import Question
 from kvsim_dashboard.verdict import CRITERIA, give_verdict
@@ -33,6 +34,7 @@ def show_answer(question: Question, answer: Answer) -> None:
         st.warning(_reasons(answer), icon=":material/block:")
     _charts(answer)
     _detail(answer)
+    show_limit(question.scenario.model, question.scenario.device)
     _foot(question, answer)
 
 
@@ -136,12 +138,11 @@ def _detail(answer: Answer) -> None:
 
 def _quality(report: Report) -> None:
     st.markdown(f"**Quality**: {report.quality.status}")
-    lines = [
-        f"- {literal(note.task)}, {literal(note.metric)}: {note.value:g} against {note.baseline:g} uncompressed, "
-        f"{literal(note.model)} ({literal(note.source)})"
-        for note in report.quality.notes
-    ]
-    st.markdown("\n".join(lines))
+    for warning in report.quality.warnings:
+        st.warning(literal(warning), icon=":material/psychology:")
+    if report.quality.notes:
+        st.table(tables.quality_table(report), hide_index=True, border="horizontal")
+        st.caption("Scores of the publication's model and task, not of yours. ~: read between two published sizes.")
 
 
 def _foot(question: Question, answer: Answer) -> None:

@@ -7,6 +7,7 @@ from typing import Final
 
 from kvsim.metrics import LATENCY_NAMES, METRIC_BY_TAG, METRICS, STATISTIC_NAMES, Metric, read
 from kvsim.rendering.cells import EN_DASH, UNKNOWN, format_number, format_share, metric_cell, quality_cell
+from kvsim.rendering.published import QUALITY_HEADERS, quality_rows
 from kvsim.report import Report
 from kvsim.simulate import Comparison
 from kvsim.units import format_bytes
@@ -126,6 +127,17 @@ def memory_table(report: Report) -> Table:
         "Formula": [literal(term.formula) for term in report.memory],
         "Basis": [str(term.basis) for term in report.memory],
     }
+
+
+def quality_table(report: Report) -> Table:
+    """Published scores, one per row, the source below its evidence."""
+    rows = quality_rows(report.quality)
+    shown = {name: [literal(row[place]) for row in rows] for place, name in enumerate(QUALITY_HEADERS)}
+    sources = shown.pop("Source")
+    shown["Evidence"] = [
+        f"{evidence} :small[:gray[{source}]]" for evidence, source in zip(shown["Evidence"], sources, strict=True)
+    ]
+    return shown
 
 
 def latency_table(report: Report) -> Table:

@@ -17,9 +17,13 @@ from kvsim.cli.compare import compare_command
 from kvsim.cli.dashboard import dashboard_command
 from kvsim.cli.explain import explain_command
 from kvsim.cli.flags import ScenarioCommand
+from kvsim.cli.limit import limit_command
 from kvsim.cli.listing import list_app
 from kvsim.cli.quality import quality_app
+from kvsim.cli.quality_compare import compare_command as compare_quality_command
+from kvsim.cli.quality_compare import train_command
 from kvsim.cli.single import estimate_command, simulate_command
+from kvsim.cli.strategies import list_strategies_command
 from kvsim.cli.sweep import sweep_command
 from kvsim.cli.validate import validate_command
 
@@ -57,12 +61,16 @@ def build_app() -> typer.Typer:
     app.command("compare", cls=ScenarioCommand)(compare_command)
     app.command("sweep")(sweep_command)
     app.command("explain", cls=ScenarioCommand)(explain_command)
+    app.command("limit")(limit_command)
     app.command("check", cls=ScenarioCommand)(check_command)
     app.command("validate")(validate_command)
     app.command("calibrate")(calibrate_command)
     app.command("dashboard")(dashboard_command)
+    list_app.command("strategies")(list_strategies_command)
     list_app.command("calibrations")(list_calibrations_command)
     app.add_typer(list_app, name="list")
+    quality_app.command("compare")(compare_quality_command)
+    quality_app.command("train")(train_command)
     app.add_typer(quality_app, name="quality")
     return app
 

@@ -171,9 +171,11 @@ def _show(results: Results, *, as_json: bool, as_markdown: bool) -> None:
     for scenario, comparisons in results:
         print_notes(shared_notes(comparisons))
         if as_markdown:
-            from kvsim.rendering import comparison_markdown
+            from kvsim.rendering import comparison_markdown, quality_markdown
 
             typer.echo(comparison_markdown(comparisons), nl=False)
+            if scores := quality_markdown(comparisons):
+                typer.echo(f"\n{scores}", nl=False)
         else:
             from kvsim.rendering.terminal import comparison_table
 

@@ -41,12 +41,6 @@ def list_links_command(as_json: JsonFlag = False) -> None:
     _show(link_entries(), as_json=as_json)
 
 
-@list_app.command("strategies")
-def list_strategies_command(as_json: JsonFlag = False) -> None:
-    """KV compression strategies."""
-    _show(strategy_entries(), as_json=as_json)
-
-
 @list_app.command("workloads")
 def list_workloads_command(as_json: JsonFlag = False) -> None:
     """Workload presets."""
@@ -126,13 +120,6 @@ def link_entries() -> list[Entry]:
             }
         )
     return entries
-
-
-def strategy_entries() -> list[Entry]:
-    """One entry per named strategy."""
-    from kvsim.compression import STRATEGIES, describe_strategy
-
-    return [{"name": name, "description": describe_strategy(name)} for name in STRATEGIES]
 
 
 def workload_entries() -> list[Entry]:

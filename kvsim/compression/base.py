@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kvsim.errors import InvalidSpec, NotRunnable
-from kvsim.specs.base import Dtype, Spec
+from kvsim.specs.base import DTYPE_BITS, Dtype, Spec
 from kvsim.specs.model import LayerGroup, LayerKind
 from kvsim.specs.prior import Prior
 
@@ -243,6 +243,10 @@ class KvEncoding(StrategyPart):
         Which they are is bookkeeping of the engine, as block tables are, and not counted.
         """
         return 0
+
+    def sink_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
+        """Bytes of one of those tokens in one layer: what the encoding is given to store, uncoded."""
+        return group.kv_elements_per_token * DTYPE_BITS[native] / 8
 
     @property
     def native_tokens(self) -> int:

@@ -56,7 +56,7 @@ def _same_tokens_in_joined_layers(parts: Parts) -> str | None:
         return None
     return (
         f"{_name(reduction)} stores tokens of several layers together, so these must hold the same ones, but "
-        f"{_name(selection)} keeps other tokens in each {selection.granularity}; streaming_llm and quest go with it"
+        f"{_name(selection)} keeps other tokens in each layer and head; streaming_llm and quest go with it"
     )
 
 

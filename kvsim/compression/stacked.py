@@ -78,6 +78,11 @@ class StackedEncoding(KvEncoding):
     def sink_tokens(self) -> int:
         return self.encoding.sink_tokens
 
+    def sink_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
+        # The encoding picks sinks among what the reduction leaves.
+        reduced = self.encoding.sink_bytes_per_token(self.reduction.reduced_group(group), native)
+        return self.reduction.resident_share * reduced + self.reduction.metadata_bytes_per_token(group, native)
+
     @property
     def is_storage_only(self) -> bool:
         return self.encoding.is_storage_only or not (self.coding.is_none or self.coding.is_fused)

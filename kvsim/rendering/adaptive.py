@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from kvsim.rendering.cells import UNKNOWN, format_number, format_share
+from kvsim.rendering.numbers import UNKNOWN, format_number, format_share
 from kvsim.report import AdaptiveUse, Figure, PolicyOutcome
 from kvsim.units import format_bytes
 

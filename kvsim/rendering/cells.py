@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvsim.metrics import METRIC_BY_TAG, Metric, Reading, read
+from kvsim.rendering.numbers import EN_DASH, UNKNOWN, format_number, format_share
+from kvsim.rendering.published import headline_text
 from kvsim.report import Report
 
 if TYPE_CHECKING:
     from kvsim.simulate import Comparison
-
-UNKNOWN = "unknown"
-
-EN_DASH = "\N{EN DASH}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,31 +31,6 @@ class Column:
     unit: str
     cell: Callable[[Report], Cell]
     is_number: bool = True
-
-
-def format_number(value: float | None) -> str:
-    """Three significant digits with thousands separators; very small and very large numbers in powers of ten.
-
-    >>> format_number(1234.5), format_number(0.01234), format_number(None)
-    ('1,234', '0.0123', 'unknown')
-    """
-    if value is None:
-        return UNKNOWN
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if size < 1e-4 or size >= 1e12:
-        return f"{value:.2e}"
-    decimals = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3 if size >= 0.1 else 4
-    return f"{value:,.{decimals}f}"
-
-
-def format_share(share: float | None) -> str:
-    """Show a fraction as a percentage."""
-    if share is None:
-        return UNKNOWN
-    percent = 100 * share
-    return f"{percent:.0f} %" if percent >= 10 or percent == 0 else f"{percent:.1f} %"
 
 
 def reading_cell(reading: Reading, metric: Metric) -> Cell:
@@ -114,12 +87,8 @@ def basis_cell(report: Report) -> Cell:
 
 
 def quality_cell(report: Report) -> Cell:
-    """Say what is known of quality: the first published score, or the status."""
-    quality = report.quality
-    if not quality.notes:
-        return Cell(quality.status)
-    note = quality.notes[0]
-    return Cell(f"{note.task} {format_number(note.value)} vs {format_number(note.baseline)}")
+    """Say what is known of quality: one published score, or the status."""
+    return Cell(headline_text(report.quality))
 
 
 COMPARISON_COLUMNS: tuple[Column, ...] = (

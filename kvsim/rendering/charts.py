@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvsim.metrics import METRIC_BY_TAG, Reading, read
-from kvsim.rendering.cells import format_number
+from kvsim.rendering.numbers import format_number
 from kvsim.rendering.svg import (
     FAINT,
     FONT_SIZE,

@@ -12,16 +12,10 @@ from typing import TYPE_CHECKING
 
 from kvsim.documents import check_output_path, write_output
 from kvsim.errors import ScenarioError
-from kvsim.rendering.cells import (
-    COMPARISON_COLUMNS,
-    UNKNOWN,
-    Cell,
-    comparison_cells,
-    comparison_headers,
-    failures,
-    shared_notes,
-)
+from kvsim.rendering.cells import COMPARISON_COLUMNS, Cell, comparison_cells, comparison_headers, failures, shared_notes
 from kvsim.rendering.charts import PANEL_WIDTH, Strategy, memory_panel, panel_height, pareto_panel, time_panel
+from kvsim.rendering.numbers import UNKNOWN
+from kvsim.rendering.published import QUALITY_HEADERS, quality_rows
 from kvsim.rendering.svg import FAINT, INK, element, hatch_patterns, shortened, text
 
 if TYPE_CHECKING:
@@ -150,9 +144,29 @@ def _html_section(heading: str, comparisons: Sequence[Comparison]) -> str:
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in shared_notes(comparisons))
     return (
         f'<section><h2>{html.escape(heading)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f"<tbody>{''.join(body)}</tbody></table></div>{_html_quality(comparisons)}"
         f"{f'<ul>{lost}</ul>' if lost else ''}"
         f"{f'<details><summary>Notes</summary><ul>{notes}</ul></details>' if notes else ''}</section>"
+    )
+
+
+def _html_quality(comparisons: Sequence[Comparison]) -> str:
+    """Published scores of all strategies, folded away; empty where there is none."""
+    reports = [(c.strategy, c.report.quality) for c in comparisons if c.report is not None]
+    rows = [(name, *row) for name, quality in reports for row in quality_rows(quality)]
+    if not rows:
+        return ""
+    head = "".join(f"<th>{html.escape(header)}</th>" for header in ("Strategy", *QUALITY_HEADERS))
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    warned = "".join(
+        f"<li>{html.escape(name)}: {html.escape(warning)}</li>"
+        for name, quality in reports
+        for warning in quality.warnings
+    )
+    return (
+        "<details><summary>Published quality</summary><p>Scores of the publication's model and task, not of yours."
+        f'</p><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"{f'<ul>{warned}</ul>' if warned else ''}</details>"
     )
 
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from kvsim.rendering.cells import UNKNOWN
+from kvsim.rendering.numbers import UNKNOWN
 
 if TYPE_CHECKING:
     from kvsim.log_check import LogCheck

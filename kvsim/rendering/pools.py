@@ -6,7 +6,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from kvsim.rendering.cells import UNKNOWN, format_number, format_share
+from kvsim.rendering.numbers import UNKNOWN, format_number, format_share
 from kvsim.report import DisaggregationReport, Figure, PoolReport, TransferReport
 from kvsim.units import format_bytes, format_rate, format_seconds
 

@@ -13,18 +13,10 @@ from rich.text import Text
 
 from kvsim.metrics import LATENCY_NAMES, METRIC_BY_TAG, STATISTIC_NAMES
 from kvsim.rendering.adaptive import adaptive_view
-from kvsim.rendering.cells import (
-    COMPARISON_COLUMNS,
-    UNKNOWN,
-    Cell,
-    comparison_cells,
-    comparison_headers,
-    failures,
-    format_number,
-    format_share,
-    metric_cell,
-)
+from kvsim.rendering.cells import COMPARISON_COLUMNS, Cell, comparison_cells, comparison_headers, failures, metric_cell
+from kvsim.rendering.numbers import UNKNOWN, format_number, format_share
 from kvsim.rendering.pools import pools_view
+from kvsim.rendering.published import QUALITY_HEADERS, quality_rows
 from kvsim.rendering.tiers import tier_tables
 from kvsim.report import Report
 from kvsim.units import format_bytes, format_seconds
@@ -109,6 +101,7 @@ def report_view(report: Report) -> RenderableType:
         *tier_tables(report),
         *(pools_view(report.disaggregation) if report.disaggregation is not None else ()),
         _time_split(report),
+        *([_quality(report)] if report.quality.notes else []),
         _foot(report),
     )
 
@@ -166,16 +159,22 @@ def _time_split(report: Report) -> Table:
     return table
 
 
+def _quality(report: Report) -> Table:
+    """Published scores; on a narrow terminal every cell wraps."""
+    title = "Published quality, on the publication's model and task"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for header in QUALITY_HEADERS:
+        table.add_column(header, justify="right" if header in ("Score", "Native") else "left", overflow="fold")
+    for row in quality_rows(report.quality):
+        table.add_row(*map(escape, row))
+    return table
+
+
 def _bar(share: float | None) -> str:
     return "█" * round(BAR_CELLS * min(1.0, max(0.0, share or 0.0)))
 
 
 def _foot(report: Report) -> Text:
-    quality = report.quality
-    scores = "; ".join(
-        f"{n.task} {n.metric} {format_number(n.value)} vs {format_number(n.baseline)} native ({n.model}, {n.source})"
-        for n in quality.notes
-    )
     price = report.cost.price
     priced = "unknown"
     if price is not None:
@@ -185,7 +184,8 @@ def _foot(report: Report) -> Text:
         )
     provenance = report.provenance
     lines = [
-        f"Quality: {quality.status}{f': {scores}' if scores else ''}",
+        f"Quality: {report.quality.status}",
+        *(f"Quality warning: {warning}" for warning in report.quality.warnings),
         f"Price: {priced}",
         f"Basis of busy time: {', '.join(f'{p.basis} {format_share(p.share)}' for p in report.coverage) or UNKNOWN}",
         f"kvsim {provenance.kvsim_version}, calibration {provenance.calibration}, "

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich import box
 from rich.table import Table
 
-from kvsim.rendering.cells import UNKNOWN, format_share
+from kvsim.rendering.numbers import UNKNOWN, format_share
 from kvsim.report import Report, TiersUse, TierUse
 from kvsim.units import format_bytes, format_seconds
 

@@ -9,7 +9,7 @@ from kvsim.report.costs import BasisShare, Cost, Effects, Energy, TimeShare
 from kvsim.report.figure import Figure
 from kvsim.report.memory import KvCapacity, MemoryTerm, TiersUse, TierUse
 from kvsim.report.pools import DisaggregationReport, PoolReport, TransferReport
-from kvsim.report.provenance import KernelUsed, Provenance, Quality, QualityNote
+from kvsim.report.provenance import KernelUsed, Provenance, Quality, QualityNote, TaskClass
 from kvsim.report.serving import Counts, Latency, LatencyStats, SpeculationOutcome, Throughput
 from kvsim.scenario import Scenario
 from kvsim.specs.base import Spec
@@ -76,6 +76,7 @@ __all__ = [
     "QualityNote",
     "Report",
     "SpeculationOutcome",
+    "TaskClass",
     "Throughput",
     "TierUse",
     "TiersUse",

@@ -12,11 +12,12 @@ pytest.importorskip("ml_dtypes", reason="codecs need ml_dtypes (the quality extr
 
 from kernels.formats.block_fp4 import MxFp4, NvFp4  # noqa: E402
 from kernels.formats.fp8 import Fp8  # noqa: E402
+from kernels.formats.ggml import Ggml  # noqa: E402
 from kernels.formats.kivi import Kivi  # noqa: E402
 from kernels.formats.latent import MlaFp8  # noqa: E402
 from kernels.formats.per_token_head import Int4PerTokenHead, PerTokenHead8, VllmInt4PerTokenHead  # noqa: E402
 from kvsim.compression import parse_compression  # noqa: E402
-from kvsim.compression.encoding.per_token_head import _SIGN_SEED  # noqa: E402
+from kvsim.compression.encoding.per_token_head import SIGN_SEED  # noqa: E402
 from kvsim.numerics.hadamard import random_signs, rotate  # noqa: E402
 from kvsim.tensors import KvTensors, LayerKv  # noqa: E402
 
@@ -97,12 +98,12 @@ def test_eight_bits_per_token_and_head(dtype, arrangement, kv):
 
 
 def _turned(kv):
-    signs = random_signs(DIM, _SIGN_SEED)
+    signs = random_signs(DIM, SIGN_SEED)
     return tuple(rotate(part * signs) for part in (kv.layers[0].keys, kv.layers[0].values))
 
 
 def _turned_back(decoded):
-    signs = random_signs(DIM, _SIGN_SEED)
+    signs = random_signs(DIM, SIGN_SEED)
     return tuple(rotate(np.ascontiguousarray(part)) * signs for part in decoded)
 
 
@@ -137,3 +138,18 @@ def test_nvfp4_with_calibrated_scales(kv):
     parts = (sample.layers[0].keys, sample.layers[0].values)
     scales = [float(np.float32(float(np.abs(part).max()) / (6.0 * 448.0))) for part in parts]
     _equal(_by_codec("nvfp4", kv, [sample]), _by_kernel_format(NvFp4(*scales), layer.keys, layer.values))
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q5_1", "q4_0"])
+def test_llama_cpp_types_which_kernels_rotate_outside(name, kv):
+    layer = kv.layers[0]
+    ours = _by_codec(f"{name}(hadamard=false)", kv)
+    _equal(ours, _by_kernel_format(Ggml(name), layer.keys, layer.values))
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q5_1", "q4_0"])
+def test_llama_cpp_types_on_numbers_midway_between_codes(name):
+    keys, values = (np.random.default_rng(seed).integers(-64, 65, (HEADS, TOKENS, DIM)) / 8 for seed in (3, 4))
+    kv = _cache(keys.astype(np.float32), values.astype(np.float32))
+    ours = _by_codec(f"{name}(hadamard=false)", kv)
+    _equal(ours, _by_kernel_format(Ggml(name), kv.layers[0].keys, kv.layers[0].values))

@@ -177,6 +177,7 @@ REFUSED = [
     ({"prefill": {"device": "h1000"}}, {}, UnknownName, "disaggregation.prefill"),
     ({"transfer_compression": "fp8"}, {"compression": "fp8"}, IncompatibleScenario, "is stored as fp8"),
     ({"transfer_compression": "snapkv"}, {}, InvalidSpec, "is not an encoding"),
+    ({"transfer_compression": "cla-2"}, {}, IncompatibleScenario, "'cla-2' is an architecture"),
     ({"transfer_compression": "kivi-2"}, {}, IncompatibleScenario, "newest tokens native"),
     ({"transfer_compression": "lossless"}, {}, IncompatibleScenario, "coder_bytes_per_s: no prior .* codes lossless"),
     ({"transfer_compression": "fp8"}, {"compression": "cachegen"}, IncompatibleScenario, "cachegen is decoded as a wh"),

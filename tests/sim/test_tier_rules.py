@@ -62,6 +62,8 @@ REFUSED = [
     ([HOST], {"device": "apple-m4"}, IncompatibleScenario, r"engine\.kv_tiers: apple-m4 has no figure for a host"),
     ([coded("kvct")], {}, UnknownName, r"kv_tiers\[0\]\.encoding: unknown encoding of a tier 'kvct'.*kvtc"),
     ([coded("snapkv")], {}, InvalidSpec, r"kv_tiers\[0\]\.encoding: 'snapkv' drops or selects"),
+    ([coded("mla")], {}, InvalidSpec, r"kv_tiers\[0\]\.encoding: 'mla' is an architecture"),
+    ([coded("xkv")], {}, InvalidSpec, r"'xkv' stores tokens by what the whole prompt holds, and blocks are coded one"),
     ([HOST, FAR], {}, UnknownName, r"kv_tiers\[1\]\.link: unknown link 'roce-4000'.*roce-400"),
     ([coded("cachegen")], {}, IncompatibleScenario, r"kv_tiers\[0\]\.encode_rate: no published figure"),
     ([coded("kvtc")], A100, IncompatibleScenario, r"encode_rate.*kvtc runs on a100"),

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
 
-CacheType = GgmlType | Literal["f16"]
+CacheType = Literal["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "f16"]
 
 SMALLEST_ROTATION: Final = 64
 """Block of llama.cpp's rotation of V, and the least one of K; head sizes that it does not divide are not turned."""

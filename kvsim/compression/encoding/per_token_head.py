@@ -31,7 +31,7 @@ _SMALLEST_SCALE: Final = np.float32(1e-6)
 _SMALLEST_FP16_SCALE: Final = 2.0**-14
 """Smallest normal half: the floor of scales that are stored as such."""
 _LARGEST_INT8: Final = 127
-_SIGN_SEED: Final = 40835
+SIGN_SEED: Final = 40835
 
 
 class PerTokenHead(PerHeadEncoding):
@@ -142,7 +142,7 @@ class _Int4Codec(TensorCodec):
 
     def store_tensor(self, vectors: FloatArray, tensor: TensorName, layer: int) -> StoredTensor:
         dim = vectors.shape[-1]
-        signs, block = random_signs(dim, _SIGN_SEED), largest_block(dim)
+        signs, block = random_signs(dim, SIGN_SEED), largest_block(dim)
         made = quantise_range(rotate(vectors * signs, block), 4, smallest_scale=_SMALLEST_FP16_SCALE)
         return StoredTensor(
             vectors=rotate(made.read_back(), block) * signs,

@@ -1,0 +1,171 @@
+"""Every strategy beside the others for one model: bytes, kernels, what its decode price rests on, known risk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Final
+
+from kvsim.catalog import resolve
+from kvsim.compression import STRATEGIES, Compression, describe_strategy, parse_compression, stored_bytes
+from kvsim.compression.base import StrategyPart
+from kvsim.compression.strategy import spell
+from kvsim.cost.basis import DECODE, pricings, weakest
+from kvsim.errors import IncompatibleScenario, UnknownName
+from kvsim.kernel_catalog import load_compiled_kernels
+from kvsim.model_catalog import load_model
+from kvsim.quality.layers import RiskLayers, risk_layers
+from kvsim.scenario import Scenario
+from kvsim.specs.base import Basis, Spec
+from kvsim.specs.model import ModelSpec
+
+WORKLOAD: Final = "chat"
+"""Any will do: the table asks for no load."""
+OPERATIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "snapkv": ("score/snapkv", "select/compaction"),
+    "pyramidkv": ("score/snapkv", "select/compaction"),
+    "h2o": ("score/h2o", "select/compaction"),
+    "quest": ("score/quest", "decode_attention/page_sparse"),
+    "rans": ("entropy/rans",),
+    "kvtc": ("transform/kvtc",),
+}
+"""Kernels of ours that are named by what they do and not by a KV format, by the part's kind."""
+
+
+class StrategyRow(Spec):
+    """One strategy for one model."""
+
+    name: str
+    family: str
+    description: str
+    bytes_per_token: float | None
+    """Of one kept token in all layers, metadata included, residual windows not; None where the model cannot run it."""
+    bits_per_value: float | None
+    """The same over the model's K and V values per token."""
+    fold: float | None
+    """Native bytes over all that is held, residual windows included, after a prompt of ``context_tokens``."""
+    context_tokens: int
+    kernels: tuple[str, ...]
+    """Variants of ours: append, decode attention, scoring, selection, coding. Empty: none yet."""
+    decode_basis: Basis | None
+    """What the price of reading the cache in a decode step rests on, on ``device``."""
+    device: str
+    risk: RiskLayers
+    cannot_run: str | None = None
+    """Why this model or device cannot run it."""
+
+
+def families(names: Iterable[str] = STRATEGIES) -> tuple[str, ...]:
+    """Families of strategies, in order of appearance."""
+    return tuple(dict.fromkeys(one for name in names for one in family_of(parse_compression(name)).split(" + ")))
+
+
+def family_of(compression: Compression) -> str:
+    """Families of the parts that do something, joined by ``+``."""
+    found = [part.family for part in _parts(compression) if part.family != "baseline"]
+    return " + ".join(dict.fromkeys(found)) or "baseline"
+
+
+def strategy_table(
+    model: str, device: str, context_tokens: int, family: str | None = None, names: Iterable[str] = STRATEGIES
+) -> tuple[StrategyRow, ...]:
+    """Give a row per strategy.
+
+    Raises
+    ------
+    UnknownName
+        There is no such model, device, family or strategy.
+    """
+    names = tuple(names)
+    if family is not None and family not in families(names):
+        raise UnknownName(kind="family", name=family, known=families(names))
+    spec = load_model(model)
+    chosen = {name: parse_compression(name) for name in names}
+    return tuple(
+        _row(name, compression, model, spec, device, context_tokens)
+        for name, compression in chosen.items()
+        if family is None or family in family_of(compression).split(" + ")
+    )
+
+
+def _row(
+    name: str, compression: Compression, model: str, spec: ModelSpec, device: str, context_tokens: int
+) -> StrategyRow:
+    basis, reason = _decode_basis(compression, model, device)
+    per_token = _bytes_per_token(compression, spec) if reason is None else None
+    values = sum(group.kv_elements_per_token * group.num_layers for group in spec.groups)
+    native, mine = (stored_bytes(one, spec, context_tokens, 0) for one in (Compression(), compression))
+    return StrategyRow(
+        name=name,
+        family=family_of(compression),
+        description=describe_strategy(name),
+        bytes_per_token=per_token,
+        bits_per_value=8 * per_token / values if per_token is not None and values else None,
+        fold=native / mine if reason is None and mine else None,
+        context_tokens=context_tokens,
+        kernels=tuple(kernels_of(compression, is_latent=any(group.is_latent for group in spec.groups))),
+        decode_basis=basis,
+        device=device,
+        risk=risk_layers(compression),
+        cannot_run=reason,
+    )
+
+
+def _bytes_per_token(compression: Compression, model: ModelSpec) -> float:
+    return sum(
+        compression.encoding_for_layer(index, model).bytes_per_token(group, model.dtype).total_bytes
+        for group in model.kv_groups
+        for index in group.layers
+    )
+
+
+@lru_cache(maxsize=512)
+def _decode_basis(compression: Compression, model: str, device: str) -> tuple[Basis | None, str | None]:
+    """(basis, None), or (None, why it cannot run)."""
+    scenario = Scenario(model=model, device=device, workload=WORKLOAD, compression=compression)
+    try:
+        deployment = resolve(scenario)
+    except IncompatibleScenario as error:
+        return None, str(error)
+    if deployment.engine_fit is not None:
+        return deployment.engine_fit.basis, None
+    kernels = [one.kernel for one in pricings(deployment) if one.operation == DECODE]
+    if kernels and all(kernels):
+        return weakest(kernel.basis for kernel in kernels if kernel is not None), None
+    unpacks = any(one.encoding.unpack_family is not None for one in deployment.layer_classes)
+    return Basis.LITERATURE if unpacks else Basis.DATASHEET, None
+
+
+def kernels_of(compression: Compression, *, is_latent: bool = False) -> Iterator[str]:
+    """Variants of ours that make, read or choose this strategy's cache; ``is_latent`` on a model with MLA."""
+    parts = [part for part in _parts(compression) if not _is_neutral(part)]
+    wanted = {_plain(name) for part in parts for name in _spellings(part)}
+    if compression.stores_native:
+        wanted.add("native")
+    prefixes = tuple(prefix for part in parts for prefix in OPERATIONS.get(part.kind, ()))
+    for kernel in load_compiled_kernels():
+        is_of_format = kernel.operation in ("append", "decode_attention") or kernel.operation.startswith("low_rank")
+        is_of_model = is_of_format and is_latent == ("mla" in (kernel.kv_format or ""))
+        named = {_plain(kernel.strategy or ""), _plain(kernel.kv_format or "")}
+        if kernel.operation.startswith(prefixes) or (is_of_model and named & wanted):
+            yield kernel.variant
+
+
+def _spellings(part: StrategyPart) -> Iterator[str]:
+    """Name of a part, and the name with its bits where they are the default and so not spoken."""
+    yield spell(part)
+    bits = getattr(part, "bits", None)
+    if bits is not None and "bits" in part.inline_fields:
+        yield f"{spell(part)}:{bits:g}"
+
+
+def _plain(name: str) -> str:
+    return name.replace(":", "_").replace("-", "_")
+
+
+def _parts(compression: Compression) -> tuple[StrategyPart, ...]:
+    return compression.selection, compression.reduction, compression.encoding, compression.coding
+
+
+def _is_neutral(part: StrategyPart) -> bool:
+    return part.family == "baseline"
