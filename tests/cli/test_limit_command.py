@@ -15,12 +15,7 @@ from kvsim.limit.token_ids import prefill_flops
 from kvsim.model_catalog import load_model
 from kvsim.strategy_table import families, kernels_of, strategy_table
 
-SMALL = (
-    "--ensemble",
-    "llama-like(num_layers=2,num_tokens=256,head_dim=64,num_topics=2,num_needles=1)",
-    "--sequences",
-    "1",
-)
+SMALL = ("--ensemble", "llama-like(num_layers=2,num_tokens=256,head_dim=64,num_topics=2,num_needles=1)")
 LLAMA = "llama-3.1-8b"
 
 
