@@ -24,7 +24,7 @@ LINES: Final = (
 
 
 def rate_distortion_chart(answer: LimitAnswer) -> Chart:
-    """Relative error over bits per value, logarithmic; points right of or above a line are worse than its limit."""
+    """Relative error over bits per value; an encoding's distance to a line, read across, is its gap in bits."""
     figure = go.Figure()
     for name, legend, dash, width in LINES:
         figure.add_scatter(
@@ -35,6 +35,7 @@ def rate_distortion_chart(answer: LimitAnswer) -> Chart:
     shown = [point for point in answer.points if _is_shown(point)]
     for place, family in enumerate(dict.fromkeys(point.family for point in shown)):
         _add_family(figure, place, family, [point for point in shown if point.family == family])
+    _name_front(figure, shown)
     figure.update_xaxes(title_text="bits per K and V value, all that is stored", range=[0, MAX_BITS], automargin=True)
     figure.update_yaxes(
         title_text="relative error of K and V", type="log", range=[log10(error) for error in ERROR_RANGE],
@@ -74,12 +75,28 @@ def _add_family(figure: go.Figure, place: int, family: str, points: Sequence[Enc
         "size": 11,
         "line": {"color": GREY, "width": 1},
     }
+    words = [[point.strategy, _gap(point.gap_isotropic_bits), _gap(point.gap_head_bits)] for point in points]
     figure.add_scatter(
         x=[point.bits_per_value for point in points], y=[point.relative_mse for point in points], mode="markers",
-        marker=marker, name=family, customdata=[[point.strategy, _gap(point.gap_isotropic_bits), _gap(point.gap_head_bits)]
-                                                for point in points],
+        marker=marker, name=family, customdata=words,
         hovertemplate="<b>%{customdata[0]}</b><br>%{x:.3g} bits, error %{y:.3g}<br>%{customdata[1]} bits above 4^-R, "
         "%{customdata[2]} above the covariance's<extra></extra>",
+    )  # fmt: skip
+
+
+def _name_front(figure: go.Figure, points: Sequence[EncodingPoint]) -> None:
+    """Write the names of encodings that no other equals or beats in both bits and error."""
+    front = [
+        point
+        for point in points
+        if not any(
+            other.bits_per_value <= point.bits_per_value and other.relative_mse < point.relative_mse for other in points
+        )
+    ]
+    figure.add_scatter(
+        x=[point.bits_per_value for point in front], y=[point.relative_mse for point in front], mode="text",
+        text=[f"{point.strategy}  " for point in front], textposition="middle left", textfont={"size": 10},
+        showlegend=False, hoverinfo="skip",
     )  # fmt: skip
 
 

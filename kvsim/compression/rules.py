@@ -56,7 +56,7 @@ def _same_tokens_in_joined_layers(parts: Parts) -> str | None:
         return None
     return (
         f"{_name(reduction)} stores tokens of several layers together, so these must hold the same ones, but "
-        f"{_name(selection)} keeps other tokens in each {selection.granularity}; streaming_llm and quest go with it"
+        f"{_name(selection)} keeps other tokens in each layer and head; streaming_llm and quest go with it"
     )
 
 
@@ -70,6 +70,11 @@ def _bytes_known_before_calibration(parts: Parts) -> str | None:
         f"and last {encoding.skips_boundary_layers} layers native, so bytes would depend on the data; take an encoding "
         "of equal layers, such as fp8, or cla-2"
     )
+
+
+def _reduction_that_encoding_takes(parts: Parts) -> str | None:
+    """A whole codec is published for whole keys and values."""
+    return None if parts.reduction.is_none else parts.encoding.refuses(parts.reduction)
 
 
 def _keys_before_rope_keep_their_channels(parts: Parts) -> str | None:
@@ -92,6 +97,7 @@ RULES: Final[tuple[Callable[[Parts], str | None], ...]] = (
     _latents_keep_all_tokens,
     _same_tokens_in_joined_layers,
     _bytes_known_before_calibration,
+    _reduction_that_encoding_takes,
     _keys_before_rope_keep_their_channels,
     _codes_that_can_be_coded,
 )

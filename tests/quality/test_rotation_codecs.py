@@ -215,7 +215,16 @@ def test_kvquants_sparse_part_is_exact_and_of_fixed_size() -> None:
     assert (stored.values[2, 9, 5], stored.values[2, 9, 6]) == (300.0, -200.0)
     outliers = 2 * math.ceil(0.01 * HEADS * DIM)
     native_bits = 2 * HEADS * DIM * 16
-    assert stored.metadata_bits == (TOKENS - 1) * (32 * outliers + 32) + native_bits
+    assert stored.metadata_bits == (TOKENS - 1) * (32 * outliers + 32 + 32) + native_bits
+
+
+def test_a_token_unlike_all_others_is_not_clipped() -> None:
+    """Keys' outliers are 1 % of the cache and not of each token, so that one token may have many."""
+    kv = noise()
+    keys = kv.layers[0].keys.copy()
+    keys[:, 50, ::16] += 20.0
+    stored = store("kvquant-3", cache(keys, kv.layers[0].values))
+    assert error(stored.keys[:, 50], keys[:, 50]) < 0.01
 
 
 def test_outliers_kept_apart_help_and_so_does_a_fitted_codebook() -> None:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _OUTLIER_BYTES = 4.0
 """An fp16 number and the 16-bit index of its channel among all heads' channels."""
+_POINTER_BYTES = 4.0
+"""Where a token's outlying keys begin; it may have many or none. Values have a fixed number each."""
 _RANGE_BYTES = 4.0
 """A token's fp16 scale and fp16 offset."""
 _LARGEST_SAMPLE = 1 << 18
@@ -44,12 +46,14 @@ class KvQuant(BeforeRopeEncoding):
 
     Theirs: keys before RoPE, over a range per channel that is calibrated offline (the 0.5 and 99.5 % quantiles) and so
     costs no bytes; values over the range of each token of all heads, fp16 scale and offset; one codebook of ``2**b``
-    levels per layer for K and one for V, by k-means over calibration data; 1 % of the numbers of each token as fp16
-    with their index, a fixed number per token (their "capped" outliers); the first token native.
+    levels per layer for K and one for V, by k-means over calibration data; 1 % of the numbers as fp16 with a 16-bit
+    index and a 32-bit pointer per token, of keys those outside their channel's range, of values the largest and
+    smallest of each token; the first token native.
 
     Ours: k-means is not weighted by Fisher information, for which gradients are needed; Q-Norm for 2 bits is left out;
-    an index has 16 bits; of keys, those that lie farthest out of their channel's range are the outliers, also where
-    fewer than 1 % lie outside. The dense code of an outlier stays and is not read, as in theirs.
+    of a cache's keys exactly 1 % are kept apart, those farthest out by their channels' ranges, where theirs depend on
+    the data. A cap per token, as in their later code, would clip keys unlike all others. The number of a token's
+    values is fixed, so they need no pointer. The dense code of an outlier stays and is not read, as in theirs.
     """
 
     names: ClassVar = {"kvquant-4": {"bits": 4}, "kvquant-3": {"bits": 3}, "kvquant-2": {"bits": 2}}
@@ -69,7 +73,7 @@ class KvQuant(BeforeRopeEncoding):
     kind: Literal["kvquant"] = "kvquant"
     bits: Literal[2, 3, 4]
     outlier_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.01
-    """Share of each token's keys, and of its values, that are kept apart, rounded up to a whole number."""
+    """Share of a token's keys (on average) and of its values that are kept apart, rounded up to a whole number."""
     num_sinks: NonNegativeInt = 1
     """First tokens, which stay in the model's dtype."""
 
@@ -88,7 +92,7 @@ class KvQuant(BeforeRopeEncoding):
         if not plain.total_bytes:
             return plain
         kept = sum(self.outliers(group.num_kv_heads * dim) for dim in (group.k_head_dim, group.v_head_dim))
-        return KvBytes(plain.payload_bytes, _OUTLIER_BYTES * kept + _RANGE_BYTES)
+        return KvBytes(plain.payload_bytes, _OUTLIER_BYTES * kept + _POINTER_BYTES + _RANGE_BYTES)
 
     @property
     def sink_tokens(self) -> int:
@@ -169,12 +173,13 @@ class _KvQuantCodec(SinkCodec):
 
     def _store_keys(self, keys: FloatArray, learnt: _Learnt) -> _Stored:
         spread = (keys - learnt.key_offset) * reciprocal(learnt.key_reach)
-        far = np.abs(by_token(spread))
-        mask = by_head(_largest(far, self._encoding.outliers(far.shape[1])), len(keys))
+        heads, tokens, dim = keys.shape
+        budget = tokens * self._encoding.outliers(heads * dim)
+        mask = _largest(np.abs(spread).reshape(1, -1), budget).reshape(keys.shape)
         codes = _nearest(spread, learnt.key_levels)
         dense = learnt.key_levels[codes] * learnt.key_reach + learnt.key_offset
         vectors = np.where(mask, round_fp16(keys), dense)
-        return _Stored(vectors, codes, 8.0 * _OUTLIER_BYTES * np.count_nonzero(mask))
+        return _Stored(vectors, codes, 8.0 * (_OUTLIER_BYTES * np.count_nonzero(mask) + _POINTER_BYTES * tokens))
 
     def _store_values(self, values: FloatArray, learnt: _Learnt) -> _Stored:
         rows = by_token(values)

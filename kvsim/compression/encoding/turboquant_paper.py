@@ -67,8 +67,8 @@ class TurboQuantPaper(PerHeadEncoding):
         "turboquant_prod:2",
     )
     summaries: ClassVar = {
-        "turboquant_mse": "rotated Lloyd-Max codes of 4 bits unless set, and a norm; TurboQuant, arXiv 2504.19874, 1",
-        "turboquant_prod": "keys with 1-bit QJL of the residual, unbiased; TurboQuant, arXiv 2504.19874, algorithm 2",
+        "turboquant_mse": "rotated Lloyd-Max codes, 4 bits unless set; TurboQuant algorithm 1, arXiv 2504.19874",
+        "turboquant_prod": "the same, one key bit for QJL, unbiased; TurboQuant algorithm 2, arXiv 2504.19874",
     }
     inline_fields: ClassVar = ("bits",)
 

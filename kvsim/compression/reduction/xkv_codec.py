@@ -51,9 +51,9 @@ class XkvCodec(ReductionCodec):
             for span, pair in zip(spans, bases, strict=True):
                 old = [kv.layers[index] for index in span]
                 rebuilt += _rebuilt(old, stored.layers[span[0]], pair, kv.rope)
-            return replace(stored, layers=tuple(rebuilt))
+            return replace(kv, layers=tuple(rebuilt))
 
-        return Reduced(replace(bare, layers=tuple(layers)), restore, tuple(metadata))
+        return Reduced(replace(bare, layers=tuple(layers), rope=None), restore, tuple(metadata))
 
     def _bases(self, together: Sequence[LayerKv], kv: KvTensors) -> tuple[Projection, Projection]:
         method, group = self.method.of_layers(len(together)), layer_shape(together[0])
