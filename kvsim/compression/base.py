@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kvsim.errors import InvalidSpec, NotRunnable
-from kvsim.specs.base import Dtype, Spec
+from kvsim.specs.base import DTYPE_BITS, Dtype, Spec
 from kvsim.specs.model import LayerGroup, LayerKind
 
 if TYPE_CHECKING:
@@ -243,15 +243,14 @@ class KvEncoding(StrategyPart):
         """
         return 0
 
+    def sink_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
+        """Bytes of one such token in one layer."""
+        return group.kv_elements_per_token * DTYPE_BITS[native] / 8
+
     @property
     def native_tokens(self) -> int:
         """Tokens in the native dtype of a sequence that is long enough, whatever the reason."""
         return self.residual_tokens + self.sink_tokens
-
-    @property
-    def undoes_rope(self) -> bool:
-        """Whether keys are stored as they are before RoPE, which needs the channels that RoPE turned."""
-        return False
 
     @property
     def depends_on_prompt(self) -> bool:

@@ -77,6 +77,10 @@ class StackedEncoding(KvEncoding):
     def sink_tokens(self) -> int:
         return self.encoding.sink_tokens
 
+    def sink_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
+        own = self.encoding.sink_bytes_per_token(self.reduction.reduced_group(group), native)
+        return self.reduction.resident_share * own + self.reduction.metadata_bytes_per_token(group, native)
+
     @property
     def unpack_family(self) -> str | None:
         return self.coding.unpack_family or self.encoding.unpack_family

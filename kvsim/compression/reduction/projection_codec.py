@@ -98,7 +98,7 @@ class ProjectionCodec(ReductionCodec):
 
         def restore(stored: KvTensors) -> KvTensors:
             triples = zip(kv.layers, stored.layers, self.layers, strict=True)
-            return replace(stored, layers=tuple(_rebuild(old, new, basis, rope) for old, new, basis in triples))
+            return replace(kv, layers=tuple(_rebuild(old, new, basis, rope) for old, new, basis in triples))
 
         return Reduced(replace(bare, layers=layers), restore, (0.0,) * kv.num_layers)
 

@@ -51,7 +51,7 @@ class XkvCodec(ReductionCodec):
             for span, pair in zip(spans, bases, strict=True):
                 old = [kv.layers[index] for index in span]
                 rebuilt += _rebuilt(old, stored.layers[span[0]], pair, kv.rope)
-            return replace(stored, layers=tuple(rebuilt))
+            return replace(kv, layers=tuple(rebuilt))
 
         return Reduced(replace(bare, layers=tuple(layers)), restore, tuple(metadata))
 
