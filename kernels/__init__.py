@@ -35,6 +35,7 @@ KERNELS = (
     "append.turboquant_paper",
     "append.block_fp4",
     "append.kivi",
+    "append.ggml",
     "baseline.gemm",
     "baseline.sdpa_decode",
     "rotation.fast_hadamard",

@@ -18,6 +18,13 @@ def check_levels(scenario: Scenario, model: ModelSpec) -> None:
 
 def _reasons(scenario: Scenario, model: ModelSpec) -> Iterator[str]:
     engine = scenario.engine
+    levels = scenario.adaptive.levels if scenario.adaptive is not None else ()
+    for index, level in enumerate(levels):
+        if level.compression.reduction.is_architecture:
+            yield (
+                f"adaptive.levels.{index}: {level.compression.name} is an architecture, which a request cannot choose; "
+                "give it as the compression of the scenario"
+            )
     hold = "leave it out, or hold one level by adaptive.policy: {kind: static, level: 0} without classes"
     if engine.num_gpu_blocks_override is not None:
         yield (

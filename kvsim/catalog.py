@@ -34,11 +34,17 @@ DATASHEET = "datasheet"
 ATTENTION = ("decode_attention", "prefill_attention", "mla_decode", "mla_prefill")
 
 
-def resolve(scenario: Scenario, *, base_dir: Path | None = None) -> Deployment:
-    """Replace every name of ``scenario``; raise UnknownName, InvalidSpec or IncompatibleScenario."""
+def resolve(scenario: Scenario, *, base_dir: Path | None = None, in_pool: bool = True) -> Deployment:
+    """Replace every name of ``scenario``; raise UnknownName, InvalidSpec or IncompatibleScenario.
+
+    ``in_pool``: whether attention reads the KV, so that formats which it cannot read are refused.
+    """
     if scenario.adaptive is not None:
         return _resolve_adaptive(scenario, scenario.adaptive, base_dir)
     device, model = look_up(scenario, base_dir=base_dir)
+    if in_pool and scenario.compression.refused_in_pool:
+        msg = f"compression: {scenario.compression.refused_in_pool}"
+        raise IncompatibleScenario(msg)
     notes = [device.notice] if device.notice else []
     _check(scenario, model, device.spec)
     calibration = resolve_calibration(scenario, device.spec, base_dir=base_dir)

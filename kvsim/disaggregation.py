@@ -7,6 +7,8 @@ from pathlib import Path
 
 from kvsim.catalog import at_field, resolve
 from kvsim.compression import Compression, parse_compression
+from kvsim.compression.stacked import StackedEncoding
+from kvsim.compression.strategy import spell
 from kvsim.cost.links import PricedLink, price_link
 from kvsim.cost.priors import Edge
 from kvsim.cost.rates import build_rates
@@ -19,6 +21,7 @@ from kvsim.scenario import Scenario
 from kvsim.sim.disaggregated import Crossing
 from kvsim.sim.handover import TransferRules
 from kvsim.specs.disaggregation import Disaggregation, PoolSpec
+from kvsim.tier_rules import cannot_store_what_is_there
 from kvsim.units import TICKS_PER_SECOND
 
 
@@ -33,6 +36,12 @@ class TransitCoding:
     coded: Deployment
     """The prefill pool as if it stored KV in the encoding: prices its kernels."""
     coder_bytes_per_s: float | None
+
+    @property
+    def name(self) -> str:
+        """Encoding in transit, with reduction and coding where it has them."""
+        stored = self.compression.stored
+        return spell(stored) if isinstance(stored, StackedEncoding) else stored.kind
 
 
 @dataclass(frozen=True)
@@ -52,9 +61,10 @@ class SplitDeployment:
         notes = tuple(dict.fromkeys((*self.prefill.notes, *self.decode.notes)))
         if self.coding is None:
             return notes
-        name = self.coding.compression.stored.kind
+        name, rate = self.coding.name, self.coding.compression.rate_note
         lossy = f"KV crosses the link as {name}, which loses precision: decoding reads KV that went through {name}"
-        return (*notes, lossy)
+        lost = () if self.coding.compression.stored.is_exact else (lossy,)
+        return (*notes, *lost, *(() if rate is None else (rate,)))
 
     def link(self, edge: Edge) -> PricedLink:
         """The link at an edge of its priors."""
@@ -213,10 +223,20 @@ def _resolve_coding(scenario: Scenario, prefill: Deployment, base_dir: Path | No
             "for the link is not modelled"
         )
         raise IncompatibleScenario(msg)
+    reason = cannot_store_what_is_there(parsed)
+    if reason:
+        msg = f"{where}: {reason}"
+        raise IncompatibleScenario(msg)
     if parsed.stored.residual_tokens:
         msg = f"{where}: {wanted.encoding!r} keeps its newest tokens native, which makes no sense in transit"
         raise IncompatibleScenario(msg)
+    if parsed.stored.unpriced_coder is not None and wanted.coder_bytes_per_s is None:
+        msg = (
+            f"{where}.coder_bytes_per_s: no prior says how fast a device codes {parsed.stored.unpriced_coder}; give "
+            f"it, as in {{encoding: {wanted.encoding}, coder_bytes_per_s: 100 GB/s}}"
+        )
+        raise IncompatibleScenario(msg)
     compression = parsed.model_copy(update={"selection": scenario.compression.selection})
     one = pool_scenario(scenario, spec.prefill).model_copy(update={"compression": compression})
-    coded = resolve(one, base_dir=base_dir)
+    coded = resolve(one, base_dir=base_dir, in_pool=False)
     return TransitCoding(compression, block_bytes(coded) / block_bytes(prefill), coded, wanted.coder_bytes_per_s)

@@ -100,6 +100,7 @@ def _prepare_pool(scenario: Scenario, deployment: Deployment, base_dir: Path | N
         notes.append(
             f"prefix caching is off: {barred.name} {barred.bars_prefix_reuse}, so a cached prompt cannot be reused"
         )
+    notes += [note for one in deployment.variants if (note := one.compression.rate_note) is not None]
     notes += tier_notes(deployment, shares_prefixes=requests.prefix_hashes is not None)
     config = scenario.engine.speculative_config
     if config is not None and config.num_speculative_tokens:

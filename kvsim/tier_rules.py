@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kvsim.compression import CODINGS, ENCODINGS, REDUCTIONS, Compression, parse_compression
+from kvsim.compression.rates import load_coders
 from kvsim.compression.selection.keep_all import KeepAll
-from kvsim.cost.coders import load_coders
 from kvsim.errors import IncompatibleScenario, InvalidSpec, UnknownName
 from kvsim.link_catalog import load_link
 from kvsim.specs.device import DeviceSpec
@@ -60,16 +60,28 @@ def tier_compression(index: int, tier: KvTier) -> Compression | None:
     """
     if isinstance(tier, RecomputeTier):
         return None
-    coders = load_coders().coders
-    if tier.encoding == "none" or tier.encoding in coders:
+    if tier.encoding == "none":
         return None
     where = f"engine.kv_tiers[{index}].encoding"
     try:
         compression = parse_compression(tier.encoding)
     except UnknownName as error:
-        known = (*coders, "none", *(name for part in (*ENCODINGS, *REDUCTIONS, *CODINGS) for name in part.names))
+        known = ("none", *(name for part in (*ENCODINGS, *REDUCTIONS, *CODINGS) for name in part.names))
         raise UnknownName(kind="encoding of a tier", name=error.name, known=known, where=where) from None
     if not isinstance(compression.selection, KeepAll):
         msg = f"{where}: {tier.encoding!r} drops or selects tokens, and a tier keeps all of a prefix; name an encoding"
         raise InvalidSpec(msg)
-    return compression
+    reason = cannot_store_what_is_there(compression)
+    if reason:
+        msg = f"{where}: {reason}"
+        raise InvalidSpec(msg)
+    return None if compression.name in load_coders().coders else compression
+
+
+def cannot_store_what_is_there(compression: Compression) -> str | None:
+    """Why blocks of KV that a pool holds cannot be coded so on their own, or None."""
+    if compression.reduction.is_architecture:
+        return f"{compression.name!r} is an architecture: KV that a model of another shape made cannot be stored so"
+    if compression.bars_prefix_reuse:
+        return f"{compression.name!r} {compression.bars_prefix_reuse}, and blocks are coded one by one"
+    return None

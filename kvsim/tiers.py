@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kvsim.cost.coders import CoderPriors, load_coders, recode_seconds_per_token
+from kvsim.compression import Compression, parse_compression
+from kvsim.compression.rates import CoderPriors, load_coders
+from kvsim.cost.coders import recode_seconds_per_token
 from kvsim.cost.links import price_link
 from kvsim.cost.priors import Edge, PriorTable, look_up, prior_keys
 from kvsim.cost.rates import build_rates
@@ -118,11 +120,23 @@ def tier_notes(deployment: Deployment, *, shares_prefixes: bool) -> tuple[str, .
         return (f"nothing is offloaded {where}: without prefix caching no request could hit a block there",)
     if not growing:
         return ("nothing is offloaded to any tier: no layer keeps a whole prompt, so no prefix can be shared",)
-    lossy = [tier for tier in plan.tiers if tier.coding.lossy]
-    return tuple(
+    lossy = tuple(
         f"KV loaded from {tier.name} is lossy ({tier.coding.name}): its effect on quality is not modelled"
-        for tier in lossy
+        for tier in plan.tiers
+        if tier.coding.lossy
     )
+    return lossy + _rate_notes(deployment)
+
+
+def _rate_notes(deployment: Deployment) -> tuple[str, ...]:
+    """Tiers whose bytes are expected ones; those with published ratios carry their band in the report."""
+    names = [
+        spec.encoding
+        for spec, classes in zip(deployment.engine.all_kv_tiers, deployment.tier_classes, strict=True)
+        if classes is not None and isinstance(spec, StoringTier)
+    ]
+    notes = (parse_compression(name).rate_note for name in dict.fromkeys(names))
+    return tuple(note for note in notes if note is not None)
 
 
 def _names(specs: Sequence[StoringTier]) -> list[str]:
@@ -170,13 +184,15 @@ def _coding(
             msg = f"{where}.{given[0]}: encoding is 'none', so nothing is coded; leave it out or name an encoding"
             raise InvalidSpec(msg)
         return plain
-    coder = load_coders().coders.get(spec.encoding)
+    compression = parse_compression(spec.encoding)
+    coder = load_coders().coders.get(compression.name)
     if coder is not None:
         return _coded_by_figures(deployment, where, spec, coder, plain, edge)
     classes = deployment.tier_classes[index]
     if classes is None:
         msg = f"{where}.encoding: {spec.encoding!r} was not resolved"
         raise InvalidSpec(msg)
+    _check_rates(where, spec, compression)
     return _coded_by_format(deployment, where, spec, classes, plain, unit_tokens, edge)
 
 
@@ -220,6 +236,20 @@ def _rate(deployment: Deployment, where: str, spec: StoringTier, field: str, tab
     return found.efficiency(edge)
 
 
+def _check_rates(where: str, spec: StoringTier, compression: Compression) -> None:
+    """Refuse a coder whose speed nobody gives: any on the host, and those whose work no prior covers."""
+    if spec.encode_rate is not None and spec.decode_rate is not None:
+        return
+    field = "encode_rate" if spec.encode_rate is None else "decode_rate"
+    coder = compression.stored.unpriced_coder
+    if spec.coder == "host":
+        msg = f"{where}.{field}: no figure says how fast a host's processors code {spec.encoding}; give one, in GB/s"
+        raise IncompatibleScenario(msg)
+    if coder is not None:
+        msg = f"{where}.{field}: no published figure says how fast a device codes {coder}; give one, in GB/s"
+        raise IncompatibleScenario(msg)
+
+
 def _coded_by_format(
     deployment: Deployment,
     where: str,
@@ -233,10 +263,6 @@ def _coded_by_format(
     growths, _ = prefill_growths(replace(deployment, layer_classes=classes))
     blocks = unit_tokens // deployment.engine.block_size
     unit_bytes = blocks * sum(size for cap, size in growths if cap is None)
-    if spec.coder == "host" and (spec.encode_rate is None or spec.decode_rate is None):
-        field = "encode_rate" if spec.encode_rate is None else "decode_rate"
-        msg = f"{where}.{field}: no figure says how fast a host's processors code {spec.encoding}; give one, in GB/s"
-        raise IncompatibleScenario(msg)
     if spec.ratio is not None:
         msg = f"{where}.ratio: the layout of {spec.encoding} gives it; leave it out"
         raise InvalidSpec(msg)
@@ -259,7 +285,7 @@ def _coded_by_format(
         decode_s=plain.unit_bytes * ranks / spec.decode_rate if spec.decode_rate else decode_s * unit_share,
         on_device=spec.coder == "device",
         hbm_share=max(encode_share, decode_share),
-        lossy=True,
+        lossy=not parse_compression(spec.encoding).stored.is_exact,
     )
 
 

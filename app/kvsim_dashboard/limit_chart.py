@@ -13,6 +13,7 @@ from kvsim.rendering.svg import PALETTE
 from kvsim_dashboard.chart_style import GREY, SYMBOLS, Chart
 
 HEIGHT: Final = 620
+NO_BREAK_SPACE: Final = "\N{NO-BREAK SPACE}"
 MAX_BITS: Final = 9.5
 ERROR_RANGE: Final = (1e-5, 1.3)
 LINES: Final = (
@@ -24,7 +25,7 @@ LINES: Final = (
 
 
 def rate_distortion_chart(answer: LimitAnswer) -> Chart:
-    """Relative error over bits per value, logarithmic; points right of or above a line are worse than its limit."""
+    """Relative error over bits per value; read across, the distance of an encoding to a line is its gap in bits."""
     figure = go.Figure()
     for name, legend, dash, width in LINES:
         figure.add_scatter(
@@ -35,6 +36,7 @@ def rate_distortion_chart(answer: LimitAnswer) -> Chart:
     shown = [point for point in answer.points if _is_shown(point)]
     for place, family in enumerate(dict.fromkeys(point.family for point in shown)):
         _add_family(figure, place, family, [point for point in shown if point.family == family])
+    _name_front(figure, shown)
     figure.update_xaxes(title_text="bits per K and V value, all that is stored", range=[0, MAX_BITS], automargin=True)
     figure.update_yaxes(
         title_text="relative error of K and V", type="log", range=[log10(error) for error in ERROR_RANGE],
@@ -74,13 +76,33 @@ def _add_family(figure: go.Figure, place: int, family: str, points: Sequence[Enc
         "size": 11,
         "line": {"color": GREY, "width": 1},
     }
+    words = [[point.strategy, _gap(point.gap_isotropic_bits), _gap(point.gap_head_bits)] for point in points]
     figure.add_scatter(
         x=[point.bits_per_value for point in points], y=[point.relative_mse for point in points], mode="markers",
-        marker=marker, name=family, customdata=[[point.strategy, _gap(point.gap_isotropic_bits), _gap(point.gap_head_bits)]
-                                                for point in points],
+        marker=marker, name=family, customdata=words,
         hovertemplate="<b>%{customdata[0]}</b><br>%{x:.3g} bits, error %{y:.3g}<br>%{customdata[1]} bits above 4^-R, "
         "%{customdata[2]} above the covariance's<extra></extra>",
     )  # fmt: skip
+
+
+def _name_front(figure: go.Figure, points: Sequence[EncodingPoint]) -> None:
+    """Write the names of the encodings nearest to the lines: corners of the lower hull in bits and log error."""
+    front: list[EncodingPoint] = []
+    for point in sorted(points, key=lambda one: (one.bits_per_value, one.relative_mse)):
+        while len(front) > 1 and _slope(front[-2], point) < _slope(front[-2], front[-1]):
+            front.pop()
+        if not front or point.relative_mse < front[-1].relative_mse:
+            front.append(point)
+    figure.add_scatter(
+        x=[point.bits_per_value for point in front], y=[point.relative_mse for point in front], mode="text",
+        text=[f"{point.strategy}{3 * NO_BREAK_SPACE}" for point in front], textposition="middle left",
+        textfont={"size": 10}, showlegend=False, hoverinfo="skip",
+    )  # fmt: skip
+
+
+def _slope(one: EncodingPoint, other: EncodingPoint) -> float:
+    across = other.bits_per_value - one.bits_per_value
+    return log10(other.relative_mse / one.relative_mse) / across if across else 0.0
 
 
 def _gap(bits: float | None) -> str:

@@ -31,8 +31,8 @@ def show_limit(model: str, device: str) -> None:
     st.subheader("Distance to the Shannon limit", anchor=False)
     words, button = st.columns([3, 1], vertical_alignment="center")
     words.caption(
-        f"Every encoding, run on the seeded ensemble {literal(DEFAULT_ENSEMBLE)}: made-up KV with stated statistics, not a "
-        "model's. An error of K and V is not a score."
+        f"Every encoding, run on the seeded ensemble {literal(DEFAULT_ENSEMBLE)}: made-up KV with stated statistics, "
+        "not a model's. An error of K and V is not a score."
     )
     if button.button("Measure", icon=":material/straighten:", width="stretch", key=f"{MEASURE}_button"):
         st.session_state[MEASURE] = True

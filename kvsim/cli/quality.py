@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from kvsim.cli.console import notice, print_json, print_notes, print_result, pri
 from kvsim.errors import IncompatibleScenario, InvalidSpec
 
 if TYPE_CHECKING:
+    from kvsim.quality.capture import Captured
     from kvsim.quality.run import Continue, StrategyRisk
     from kvsim.tensors import KvTensors
 
@@ -24,12 +25,24 @@ quality_app = typer.Typer(no_args_is_help=True, help="Risk of strategies: theory
 
 
 TextOption = Annotated[Path | None, typer.Option("--text", metavar="FILE", help="What the model reads: UTF-8.")]
-TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the text that are cached.")]
+TOKENS, QUERIES, PROMPT_QUERIES = 1024, 32, 64
+TokensOption = Annotated[
+    int | None, typer.Option("--tokens", min=1, show_default=str(TOKENS), help="Tokens of the text that are cached.")
+]
 QueriesOption = Annotated[
-    int, typer.Option("--queries", min=1, help="Tokens after them, whose queries read the cache.")
+    int | None,
+    typer.Option(
+        "--queries", min=1, show_default=str(QUERIES), help="Tokens after them, whose queries read the cache."
+    ),
 ]
 PromptQueriesOption = Annotated[
-    int, typer.Option("--prompt-queries", min=0, help="Last queries of the cached tokens that a method may look at.")
+    int | None,
+    typer.Option(
+        "--prompt-queries",
+        min=0,
+        show_default=str(PROMPT_QUERIES),
+        help="Last queries of the cached tokens that a method may look at.",
+    ),
 ]
 
 
@@ -47,9 +60,9 @@ def run_command(
         str | None, typer.Option(metavar="PATH_OR_ID", help="Capture them, and let the model continue (capture extra).")
     ] = None,
     text: TextOption = None,
-    tokens: TokensOption = 1024,
-    queries: QueriesOption = 32,
-    prompt_queries: PromptQueriesOption = 64,
+    tokens: TokensOption = None,
+    queries: QueriesOption = None,
+    prompt_queries: PromptQueriesOption = None,
     strategies: Annotated[
         str, typer.Option("--strategies", "-s", help="Names with commas between them, or all.")
     ] = DEFAULT_STRATEGIES,
@@ -71,10 +84,14 @@ def run_command(
     if (kv, ensemble, model).count(None) != 2 or (model is None) != (text is None):
         msg = "give one of --kv FILE.safetensors, --ensemble NAME[:SEED], and --model PATH_OR_ID with --text FILE"
         raise InvalidSpec(msg)
+    if model is None and (tokens, queries, prompt_queries) != (None, None, None):
+        msg = "--tokens, --queries and --prompt-queries go with --model; a file has its own, an ensemble has fields"
+        raise InvalidSpec(msg)
     names = parse_strategies(strategies)
     continuation: Continue | None = None
     if model is not None and text is not None:
-        cache, continuation = _captured(model, text, tokens, queries, prompt_queries)
+        captured, loaded = _capture(model, text, tokens, queries, prompt_queries)
+        cache, continuation = captured.kv, _continuation(loaded, captured)
         samples = _calibration_files(cache, calibrate or ())
     elif kv is not None:
         cache = _read(kv)
@@ -94,37 +111,39 @@ def capture_command(
     model: Annotated[str, typer.Option(metavar="PATH_OR_ID", help="Hugging Face causal language model.")],
     text: Annotated[Path, typer.Option("--text", metavar="FILE", help="What the model reads: UTF-8.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to: .safetensors.")],
-    tokens: TokensOption = 1024,
-    queries: QueriesOption = 32,
-    prompt_queries: PromptQueriesOption = 64,
+    tokens: TokensOption = None,
+    queries: QueriesOption = None,
+    prompt_queries: PromptQueriesOption = None,
 ) -> None:
     """Record K, V and Q of a Hugging Face model while it reads a text (capture extra)."""
     from kvsim.documents import check_output_path
-    from kvsim.quality.capture import capture, encode_text, load_model
     from kvsim.tensors.files import SUFFIX, write_kv
 
     check_output_path(out, (SUFFIX,))
-    loaded, tokenizer = load_model(model)
     with timed(f"captured {out}"):
-        ids = encode_text(tokenizer, text, tokens + queries)
-        captured = capture(
-            loaded, ids, num_queries=queries, num_prompt_queries=min(prompt_queries, tokens),
-            source=f"{model}, {text.name}",
-        )  # fmt: skip
+        captured, _ = _capture(model, text, tokens, queries, prompt_queries)
         write_kv(captured.kv, out)
 
 
-def _captured(model: str, text: Path, tokens: int, queries: int, prompt_queries: int) -> tuple[KvTensors, Continue]:
-    """Read the text with the model; give its cache, and how to continue with another."""
+def _capture(
+    model: str, text: Path, tokens: int | None, queries: int | None, prompt_queries: int | None
+) -> tuple[Captured, Any]:
+    """Let the model read the text; give what it kept, and the model."""
     from kvsim.quality.capture import capture, encode_text, load_model
+
+    cached = TOKENS if tokens is None else tokens
+    later = QUERIES if queries is None else queries
+    window = min(PROMPT_QUERIES, cached) if prompt_queries is None else prompt_queries
+    loaded, tokenizer = load_model(model)
+    ids = encode_text(tokenizer, text, cached + later)
+    source = f"{model}, {text.name}"
+    return capture(loaded, ids, num_queries=later, num_prompt_queries=window, source=source), loaded
+
+
+def _continuation(loaded: Any, captured: Captured) -> Continue:
     from kvsim.quality.continuation import continue_with
 
-    loaded, tokenizer = load_model(model)
-    ids = encode_text(tokenizer, text, tokens + queries)
-    captured = capture(
-        loaded, ids, num_queries=queries, num_prompt_queries=min(prompt_queries, tokens), source=f"{model}, {text.name}"
-    )
-    return captured.kv, partial(continue_with, loaded, captured)
+    return partial(continue_with, loaded, captured)
 
 
 def _read(path: Path) -> KvTensors:
@@ -192,6 +211,9 @@ def _show(rows: Sequence[StrategyRisk], cache: KvTensors, *, heads: bool, as_jso
     for row in rows:
         if row.reason is not None:
             notice(f"{row.strategy} did not run: {row.reason}")
+        if row.native_layers:
+            left = f"{row.native_layers} of {cache.num_layers} layers"
+            notice(f"{row.strategy} leaves {left} native by its own rule, more of them here than in a deep model")
     print_notes(_notes(rows))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from kvsim.errors import InvalidSpec, NotRunnable
 from kvsim.specs.base import DTYPE_BITS, Dtype, Spec
 from kvsim.specs.model import LayerGroup, LayerKind
+from kvsim.specs.prior import Prior
 
 if TYPE_CHECKING:
     from kvsim.compression.codec import Codec
@@ -244,13 +245,18 @@ class KvEncoding(StrategyPart):
         return 0
 
     def sink_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
-        """Bytes of one such token in one layer."""
+        """Bytes of one of those tokens in one layer: what the encoding is given to store, uncoded."""
         return group.kv_elements_per_token * DTYPE_BITS[native] / 8
 
     @property
     def native_tokens(self) -> int:
         """Tokens in the native dtype of a sequence that is long enough, whatever the reason."""
         return self.residual_tokens + self.sink_tokens
+
+    @property
+    def undoes_rope(self) -> bool:
+        """Whether keys are stored as they are before RoPE, which needs the channels that RoPE turned."""
+        return False
 
     @property
     def depends_on_prompt(self) -> bool:
@@ -304,6 +310,25 @@ class KvEncoding(StrategyPart):
     def is_storage_only(self) -> bool:
         """Whether attention cannot read the format, so that it serves tiers and transfers but not the device's pool."""
         return False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether KV comes back bit for bit."""
+        return self.is_native
+
+    @property
+    def rate(self) -> Prior | None:
+        """Expected size as a share of that without coding, where it depends on the data; None where bytes are exact."""
+        return None
+
+    @property
+    def unpriced_coder(self) -> str | None:
+        """Name of the coder whose speed no prior gives, so that a tier must state it, or None."""
+        return None
+
+    def refuses(self, reduction: StrategyPart) -> str | None:
+        """Why this encoding cannot follow ``reduction``, or None."""
+        return None
 
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         """Why this model or device cannot run the encoding, or None."""

@@ -134,23 +134,50 @@ class NoReductionCodec(ReductionCodec):
 class Coder(ABC):
     """An entropy coder as code that runs."""
 
-    @abstractmethod
+    FLAG_BITS = 8.0
+    """Of the byte that says whether a tensor's codes are coded or lie at their fixed width."""
+
     def coded_bits(self, symbols: Symbols) -> float:
         """Code the symbols, decode them again, and give the bits that they took, tables included.
+
+        Codes that would grow stay at their fixed width, which a flag per tensor says.
 
         Raises
         ------
         RuntimeError
             What came back differs: a bug.
         """
+        if not symbols.codes.size:
+            return 0.0
+        return self.FLAG_BITS + min(self.code(symbols), fixed_width_bits(symbols))
+
+    @abstractmethod
+    def code(self, symbols: Symbols) -> float:
+        """Code at least one symbol and decode it again; bits as the coder made them, whatever they are."""
+
+    @staticmethod
+    def check_equal(coded: CodeArray, decoded: CodeArray) -> None:
+        """Raise RuntimeError where decoding gave other codes than were coded."""
+        if not np.array_equal(coded, decoded):
+            msg = "an entropy coder gave back other codes than it was given"
+            raise RuntimeError(msg)
+
+
+def fixed_width_bits(symbols: Symbols) -> float:
+    """Bits of codes at the width that their number of levels needs."""
+    return float(symbols.codes.size * math.ceil(math.log2(symbols.levels)))
 
 
 class FixedWidth(Coder):
-    """Codes at the width that their number of levels needs."""
+    """Codes at their fixed width, without a flag."""
 
     def coded_bits(self, symbols: Symbols) -> float:
         """Bits of fixed-width codes."""
-        return float(symbols.codes.size * math.ceil(math.log2(symbols.levels)))
+        return fixed_width_bits(symbols)
+
+    def code(self, symbols: Symbols) -> float:
+        """Bits of fixed-width codes."""
+        return fixed_width_bits(symbols)
 
 
 def with_stored(kv: KvTensors, stored: Sequence[StoredLayer]) -> KvTensors:

@@ -28,14 +28,20 @@ _NEUTRAL: Final = ("keep_all", "full_width", "fixed_width")
 _PIECE: Final = re.compile(r"\s*([^\s:()]+)\s*(?::\s*([^:()]*?)\s*)?(?:\(([^()]*)\))?\s*")
 _COMBINATIONS: Final = (
     "snapkv+fp8", "snapkv+kivi-2", "pyramidkv+fp8", "quest+fp8", "streaming_llm+fp8",
-    "kv_adaquant:2/4", "snapkv+think", "think+kivi-4", "minicache+int4_per_token_head", "cla-2+fp8",
+    "kv_adaquant:2/4", "kvtc:16", "kvtc:32", "int4_per_token_head+huffman", "kivi-2+rans",
+    "snapkv+think", "think+kivi-4", "minicache+int4_per_token_head", "cla-2+fp8",
 )  # fmt: skip
 
 STRATEGIES: Final[tuple[str, ...]] = (
-    *(name for part in _PARTS for name in (*part.names, *part.spellings) if name not in _NEUTRAL),
+    *(
+        name
+        for part in (*ENCODINGS, *REDUCTIONS, *SELECTIONS)
+        for name in (*part.names, *part.spellings)
+        if name not in _NEUTRAL
+    ),
     *_COMBINATIONS,
 )
-"""Named strategies: every part by itself, and common combinations."""
+"""Named strategies: every part that can stand by itself, and common combinations."""
 
 
 def parse_compression(text: str) -> Compression:

@@ -56,7 +56,7 @@ def _same_tokens_in_joined_layers(parts: Parts) -> str | None:
         return None
     return (
         f"{_name(reduction)} stores tokens of several layers together, so these must hold the same ones, but "
-        f"{_name(selection)} keeps other tokens in each {selection.granularity}; streaming_llm and quest go with it"
+        f"{_name(selection)} keeps other tokens in each layer and head; streaming_llm and quest go with it"
     )
 
 
@@ -72,6 +72,22 @@ def _bytes_known_before_calibration(parts: Parts) -> str | None:
     )
 
 
+def _reduction_that_encoding_takes(parts: Parts) -> str | None:
+    """A whole codec is published for whole keys and values."""
+    return None if parts.reduction.is_none else parts.encoding.refuses(parts.reduction)
+
+
+def _keys_before_rope_keep_their_channels(parts: Parts) -> str | None:
+    """What turned keys before they were projected or pruned cannot be undone after."""
+    reduction, encoding = parts.reduction, parts.encoding
+    if not encoding.undoes_rope or reduction.family not in _CHANGES_KEY_CHANNELS:
+        return None
+    return (
+        f"{_name(encoding)} stores keys before RoPE turns them, but {_name(reduction)} leaves other channels than RoPE "
+        "turned; quarot-4 and turboquant_mse go with it"
+    )
+
+
 def _codes_that_can_be_coded(parts: Parts) -> str | None:
     """An entropy coder needs codes that it knows."""
     return parts.coding.refuses(parts.encoding)
@@ -81,8 +97,12 @@ RULES: Final[tuple[Callable[[Parts], str | None], ...]] = (
     _latents_keep_all_tokens,
     _same_tokens_in_joined_layers,
     _bytes_known_before_calibration,
+    _reduction_that_encoding_takes,
+    _keys_before_rope_keep_their_channels,
     _codes_that_can_be_coded,
 )
+_CHANGES_KEY_CHANNELS: Final = ("low rank", "channel pruning")
+"""Families of reductions after which a key has other channels than the model's."""
 
 
 def _name(part: StrategyPart) -> str:

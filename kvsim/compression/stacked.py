@@ -12,6 +12,7 @@ from kvsim.compression.coding.base import Coding
 from kvsim.compression.reduction.base import Reduction
 from kvsim.specs.base import Dtype
 from kvsim.specs.model import LayerGroup
+from kvsim.specs.prior import Prior
 
 if TYPE_CHECKING:
     from kvsim.ops import OpCall
@@ -78,8 +79,21 @@ class StackedEncoding(KvEncoding):
         return self.encoding.sink_tokens
 
     def sink_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
-        own = self.encoding.sink_bytes_per_token(self.reduction.reduced_group(group), native)
-        return self.reduction.resident_share * own + self.reduction.metadata_bytes_per_token(group, native)
+        # The encoding picks sinks among what the reduction leaves.
+        reduced = self.encoding.sink_bytes_per_token(self.reduction.reduced_group(group), native)
+        return self.reduction.resident_share * reduced + self.reduction.metadata_bytes_per_token(group, native)
+
+    @property
+    def is_storage_only(self) -> bool:
+        return self.encoding.is_storage_only or not (self.coding.is_none or self.coding.is_fused)
+
+    @property
+    def rate(self) -> Prior | None:
+        return self.coding.rate(self.encoding) or self.encoding.rate
+
+    @property
+    def unpriced_coder(self) -> str | None:
+        return self.coding.unpriced_coder or self.encoding.unpriced_coder
 
     @property
     def unpack_family(self) -> str | None:

@@ -45,11 +45,11 @@ def stored_bytes(
 
 def encoded_bytes(encoding: KvEncoding, group: LayerGroup, native: Dtype, tokens: int) -> float:
     """Bytes of ``tokens`` kept tokens in one layer: some native where the format holds a residual window or sinks."""
-    residual = min(tokens, encoding.residual_tokens)
-    sinks = min(tokens - residual, encoding.sink_tokens)
-    native_bytes = residual * encoding.residual_share * Native().bytes_per_token(group, native).total_bytes
-    native_bytes += sinks * encoding.sink_bytes_per_token(group, native)
-    return native_bytes + (tokens - residual - sinks) * encoding.bytes_per_token(group, native).total_bytes
+    newest = min(tokens, encoding.residual_tokens)
+    sinks = min(tokens - newest, encoding.sink_tokens)
+    native_bytes = encoding.residual_share * Native().bytes_per_token(group, native).total_bytes
+    coded_bytes = (tokens - newest - sinks) * encoding.bytes_per_token(group, native).total_bytes
+    return newest * native_bytes + sinks * encoding.sink_bytes_per_token(group, native) + coded_bytes
 
 
 def _scan_bytes(

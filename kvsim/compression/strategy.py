@@ -5,20 +5,28 @@ The four unions here are the registry.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Final, Self, get_args
 
 from pydantic import Field, model_validator
 
 from kvsim.compression.base import KvEncoding, LayerView, StrategyPart, TokenSelection
+from kvsim.compression.coding.arithmetic import Arithmetic
 from kvsim.compression.coding.base import Coding
+from kvsim.compression.coding.deflate import Deflate
+from kvsim.compression.coding.huffman import Huffman
 from kvsim.compression.coding.none import NoCoding
+from kvsim.compression.coding.rans import Rans
+from kvsim.compression.coding.zstd import Zstd
 from kvsim.compression.encoding.block_fp4 import MxFp4, NvFp4
+from kvsim.compression.encoding.cachegen import CacheGen
 from kvsim.compression.encoding.fp8 import Fp8
 from kvsim.compression.encoding.ggml import Ggml
 from kvsim.compression.encoding.kivi import Kivi
 from kvsim.compression.encoding.kv_adaquant import KvAdaQuant
 from kvsim.compression.encoding.kvquant import KvQuant
+from kvsim.compression.encoding.kvtc import Kvtc
+from kvsim.compression.encoding.lossless import Lossless
 from kvsim.compression.encoding.native import Native
 from kvsim.compression.encoding.per_token_head import PerTokenHead
 from kvsim.compression.encoding.quarot import QuaRot
@@ -41,6 +49,7 @@ from kvsim.compression.selection.pyramidkv import PyramidKV
 from kvsim.compression.selection.quest import Quest
 from kvsim.compression.selection.snapkv import SnapKV
 from kvsim.compression.selection.streaming_llm import StreamingLlm
+from kvsim.compression.spelling import spell_part
 from kvsim.compression.stacked import StackedEncoding
 from kvsim.specs.base import Spec
 from kvsim.specs.model import LayerKind
@@ -52,17 +61,18 @@ if TYPE_CHECKING:
 _Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
-_Encodings = Native | Fp8 | PerTokenHead | Ggml | NvFp4 | MxFp4 | Kivi | KvAdaQuant | _Rotations
-_Codings = NoCoding
+_AtRest = Lossless | CacheGen | Kvtc
+_Encodings = Native | Fp8 | PerTokenHead | Ggml | NvFp4 | MxFp4 | Kivi | KvAdaQuant | _Rotations | _AtRest
+_Codings = NoCoding | Huffman | Rans | Arithmetic | Deflate | Zstd
 
 AnySelection = Annotated[_Selections, Field(discriminator="kind")]
 AnyReduction = Annotated[_Reductions, Field(discriminator="kind")]
 AnyEncoding = Annotated[_Encodings, Field(discriminator="kind")]
-AnyCoding = _Codings
+AnyCoding = Annotated[_Codings, Field(discriminator="kind")]
 SELECTIONS: Final[tuple[type[TokenSelection], ...]] = get_args(_Selections)
 REDUCTIONS: Final[tuple[type[Reduction], ...]] = get_args(_Reductions)
 ENCODINGS: Final[tuple[type[KvEncoding], ...]] = get_args(_Encodings)
-CODINGS: Final[tuple[type[Coding], ...]] = (NoCoding,)
+CODINGS: Final[tuple[type[Coding], ...]] = get_args(_Codings)
 
 
 class Compression(Spec):
@@ -96,6 +106,28 @@ class Compression(Spec):
     def stored(self) -> KvEncoding:
         """Reduction, encoding and coding as one encoding: what a layer that no rule exempts stores."""
         return _stack(self.reduction, self.encoding, self.coding)
+
+    @property
+    def rate_note(self) -> str | None:
+        """What a reader must know of bytes that depend on the data, or None where they are exact."""
+        rate = self.stored.rate
+        if rate is None:
+            return None
+        uncoded = "a 16-bit cache" if self.coding.is_none else f"codes of fixed width ({spell(self.encoding)})"
+        return (
+            f"KV bytes of {spell(self.stored)} depend on the data: {rate.value:.3f} of {uncoded} are taken, "
+            f"{rate.low:.3f} to {rate.high:.3f} are possible ({rate.source}); no band of this report spans them"
+        )
+
+    @property
+    def refused_in_pool(self) -> str | None:
+        """Why attention cannot read KV stored like this, so that only tiers and transfers may hold it, or None."""
+        if not self.stored.is_storage_only:
+            return None
+        return (
+            f"{spell(self.stored)} is decoded as a whole before attention reads it, so it serves engine.kv_tiers and "
+            "transfers but not the device's pool; of the entropy codings, huffman is decoded inside attention"
+        )
 
     @property
     def bars_prefix_reuse(self) -> str | None:
@@ -165,29 +197,7 @@ def _stack(reduction: Reduction, encoding: KvEncoding, coding: Coding) -> KvEnco
 
 
 def spell(part: StrategyPart) -> str:
-    """Shortest spelling of one part: a published name, then ``:value``, then ``(field=value,…)`` for the rest."""
+    """Spell a part, or parts that are one encoding."""
     if isinstance(part, StackedEncoding):
         return "+".join(spell(one) for one in part.spoken)
-    values = part.model_dump(mode="json", exclude={"kind"})
-    fields = type(part).model_fields
-    defaults = {field: fields[field].default for field in values}
-    name = _name(part, values)
-    defaults |= part.names[name]
-    changed = {field: value for field, value in values.items() if value != defaults[field]}
-    inline = part.inline_text() if any(field in changed for field in part.inline_fields) else None
-    named = [
-        f"{field}={value}"
-        for field, value in changed.items()
-        if value is not None and not (inline is not None and field in part.inline_fields)
-    ]
-    return name + (f":{inline}" if inline is not None else "") + (f"({','.join(named)})" if named else "")
-
-
-def _name(part: StrategyPart, values: Mapping[str, object]) -> str:
-    """Published name that stands for these values; failing that, one whose inline value alone differs."""
-    fixed = {field: value for field, value in values.items() if field not in part.inline_fields}
-    for given in (values, fixed):
-        for name, means in part.names.items():
-            if all(given.get(field, value) == value for field, value in means.items()):
-                return name
-    return next(iter(part.names))
+    return spell_part(part)

@@ -1,46 +1,17 @@
-"""What coding KV for a tier costs: coders by published figures, KV encodings by the work that they do."""
+"""What coding KV for a tier costs where the format itself tells it: by the work that the encoding does."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
 
 from kvsim.cost.estimator import smooth_maximum, streaming_seconds
-from kvsim.cost.priors import Prior, PriorTable
 from kvsim.cost.rates import Rates
-from kvsim.data_files import data_dir
 from kvsim.deployment import LayerClass
-from kvsim.documents import load_yaml, validate
 from kvsim.ops import Work
-from kvsim.specs.base import Spec
 from kvsim.specs.model import ModelSpec
 
 VECTOR_FLOPS_PER_ELEMENT = 4.0
 """Of quantising or restoring one element: scale, round, shift and pack (as `kvsim.ops.quantize`)."""
-
-
-class CoderPriors(Spec):
-    """Published figures of one coder; rates are bytes of the 16-bit cache per second of one device."""
-
-    lossy: bool
-    ratio: Prior
-    encode_bytes_per_s: PriorTable
-    decode_bytes_per_s: PriorTable
-
-
-class KvCoders(Spec):
-    """All coders by name."""
-
-    schema_version: int
-    name: str
-    coders: dict[str, CoderPriors]
-
-
-@lru_cache(maxsize=1)
-def load_coders() -> KvCoders:
-    """Read ``calibration/priors/kv_coders.yaml``."""
-    path = data_dir("calibration/priors") / "kv_coders.yaml"
-    return validate(KvCoders, load_yaml(path), path.name)
 
 
 def recode_seconds_per_token(
@@ -81,12 +52,14 @@ def _unpack_seconds(classes: tuple[LayerClass, ...], rates: Rates) -> float:
 
 
 def _work_seconds(classes: tuple[LayerClass, ...], model: ModelSpec, ranks: int, rates: Rates) -> float:
-    """What a format that is not the model's own does to an element beside moving it."""
+    """What a format that is not the model's own does to an element beside moving it, entropy coding included."""
     total = 0.0
     for one in classes:
         if one.encoding.is_native:
             continue
-        calls = one.encoding.append_ops(one.group, model)
+        calls = tuple(one.encoding.append_ops(one.group, model))
+        coded = [streaming_seconds(call.work, rates) * call.count for call in calls if call.work.unpack_family]
+        total += _layers(one) * sum(coded) / ranks
         flops = sum(float(call.count * call.work.flops) for call in calls) / ranks
         vector = VECTOR_FLOPS_PER_ELEMENT * one.group.kv_elements_per_token * one.rank_share
         total += _layers(one) * streaming_seconds(Work(flops=flops, vector_flops=vector), rates)

@@ -91,6 +91,8 @@ def streaming_seconds(work: Work, rates: Rates) -> float:
     moved_s = (float(work.bytes_read) + float(work.bytes_written)) / rates.stream_bytes_per_s
     computed_s = float(work.flops) / rates.matmul_flops_per_s(work.dtype)
     vector_s = float(work.vector_flops) / rates.vector_flops_per_s
+    if work.unpack_family is not None:
+        vector_s += float(work.decoded_elements) / rates.unpack_elements_per_s(work.unpack_family)
     return smooth_maximum(moved_s, computed_s, vector_s)
 
 

@@ -46,8 +46,9 @@ def draft_weight_bytes(deployment: Deployment) -> float:
 def residual_bytes(layer_class: LayerClass, model: ModelSpec) -> float:
     """Bytes beside the encoded tokens, one layer of one sequence on one rank: a native window, a basis."""
     group, encoding = layer_class.group, layer_class.encoding
-    window = encoding.native_tokens * encoding.residual_share
+    window = encoding.residual_tokens * encoding.residual_share
     native = window * group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
+    native += encoding.sink_tokens * encoding.sink_bytes_per_token(group, model.dtype)
     return (native + encoding.fixed_bytes_per_sequence(group, model.dtype)) * layer_class.rank_share
 
 

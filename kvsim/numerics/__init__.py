@@ -1,1 +1,1 @@
-"""Number formats and transforms that several methods share. Plain numpy; nothing here knows a strategy."""
+"""Formats, transforms, coders and allocators that several methods share. Plain numpy; nothing here knows a strategy."""

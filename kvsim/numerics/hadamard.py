@@ -50,14 +50,17 @@ def rotate(vectors: FloatArray, block: int | None = None) -> FloatArray:
     if dim % size:
         msg = f"Hadamard blocks of {size} do not divide {dim} channels; a block of {largest_block(dim)} does"
         raise InvalidSpec(msg)
-    turned = vectors.astype(np.float32).reshape(-1, size)
+    # Channels first, so that every sum runs over contiguous memory.
+    turned = np.ascontiguousarray(vectors.astype(np.float32).reshape(-1, size).T)
     half = 1
     while half < size:
-        pairs = turned.reshape(-1, size // (2 * half), 2, half)
-        first, second = pairs[:, :, 0], pairs[:, :, 1]
-        turned = np.stack((first + second, first - second), axis=2).reshape(-1, size)
+        pairs = turned.reshape(size // (2 * half), 2, half, -1)
+        difference = pairs[:, 0] - pairs[:, 1]
+        pairs[:, 0] += pairs[:, 1]
+        pairs[:, 1] = difference
         half *= 2
-    return (turned * np.float32(1.0 / math.sqrt(size))).reshape(vectors.shape)
+    turned *= np.float32(1.0 / math.sqrt(size))
+    return np.ascontiguousarray(turned.T).reshape(vectors.shape)
 
 
 def random_signs(dim: int, seed: int) -> FloatArray:

@@ -120,6 +120,8 @@ def randomised_projection(rows: FloatArray, rank: int, power_iterations: int) ->
     tokens, width = matrix.shape
     if rank >= width:
         return Projection(np.eye(width), np.eye(width))
+    if not tokens:
+        return Projection(np.eye(width)[:, :rank], np.eye(width)[:rank])
     sketch = np.random.default_rng(_SKETCH_SEED).standard_normal((width, min(rank, tokens)))
     span = np.linalg.qr(matrix @ sketch)[0]
     for _ in range(power_iterations):

@@ -13,7 +13,7 @@ from kvsim.errors import KvsimError, NotRunnable
 from kvsim.quality.dropping import evict
 from kvsim.quality.measure import MeasuredRisk, compare_caches, kept_indices
 from kvsim.quality.published import published_quality
-from kvsim.quality.store import FittedStrategy, StoredCache, fit_strategy, store_cache
+from kvsim.quality.store import FittedStrategy, StoredCache, fit_strategy, is_exempt, layer_view, store_cache
 from kvsim.quality.theory import distortion, predict_layer
 from kvsim.report import Quality
 from kvsim.tensors import KvTensors, attend
@@ -88,7 +88,11 @@ class ContinuationRisk:
 
 @dataclass(frozen=True)
 class StrategyRisk:
-    """One strategy on one cache; ``reason`` says why it did not run, and then only ``published`` is known."""
+    """One strategy on one cache.
+
+    ``reason`` says why it did not run, and then only ``published`` is known. ``native_layers`` is how many layers the
+    format itself leaves alone (vLLM's TurboQuant: the first and last two), which is much of a cache of few layers.
+    """
 
     strategy: str
     published: Quality
@@ -96,6 +100,7 @@ class StrategyRisk:
     measured: MeasuredRisk | None = None
     continuation: ContinuationRisk | None = None
     reason: str | None = None
+    native_layers: int = 0
 
 
 Continue = Callable[[Compression, StoredCache], ContinuationRisk]
@@ -136,6 +141,7 @@ def run_strategies(
                 theory=predict(kv, stored),
                 measured=compare_caches(kv, stored),
                 continuation=None if continuation is None else continuation(compression, stored),
+                native_layers=sum(is_exempt(compression, layer_view(kv, index)) for index in range(kv.num_layers)),
             )
         )
     return tuple(rows)

@@ -124,10 +124,10 @@ def _encode(strategy: FittedStrategy, kv: KvTensors) -> tuple[KvTensors, list[fl
     plain = Native().codec().store(reduced.kv)
     encoded = _encode_filled(strategy.encoding, reduced.kv, plain)
     for index in range(kv.num_layers):
-        is_exempt = _is_exempt(compression, layer_view(kv, index))
-        layer = plain[index] if is_exempt else encoded[index]
+        exempt = is_exempt(compression, layer_view(kv, index))
+        layer = plain[index] if exempt else encoded[index]
         payload = layer.payload_bits
-        if coder is not None and layer.symbols and not is_exempt:
+        if coder is not None and layer.symbols and not exempt:
             payload = sum(coder.coded_bits(symbols) for symbols in layer.symbols)
         bits[index] += payload + layer.metadata_bits
         chosen.append(layer)
@@ -150,7 +150,7 @@ def _of_layers(kv: KvTensors, indices: Sequence[int]) -> KvTensors:
     return replace(kv, layers=tuple(kv.layers[index] for index in indices))
 
 
-def _is_exempt(compression: Compression, layer: LayerView) -> bool:
+def is_exempt(compression: Compression, layer: LayerView) -> bool:
     """Whether the format keeps this layer native."""
     given = compression.encoding_at(layer)
     inner = given.encoding if isinstance(given, StackedEncoding) else given

@@ -27,6 +27,7 @@ def risk_document(row: StrategyRisk, *, heads: bool = False) -> dict[str, Any]:
         "strategy": row.strategy,
         "reason": row.reason,
         "bits_per_element": row.measured and row.measured.bits_per_element,
+        "native_layers": row.native_layers,
         "theory": row.theory and _theory(row.theory, heads=heads),
         "measured": row.measured and _measured(row.measured, heads=heads),
         "model": row.continuation and _model(row.continuation),

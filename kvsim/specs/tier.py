@@ -18,7 +18,7 @@ class StoringTier(Spec):
     """What every tier that keeps KV has in common. Sizes and rates are those of one replica, over all its devices."""
 
     encoding: str = "none"
-    """How KV lies in the tier: ``none`` (as in the pool), a KV encoding, ``lossless``, ``cachegen`` or ``kvtc``."""
+    """How KV lies in the tier: ``none`` (as in the pool), or an encoding, with a coding such as ``fp8+rans``."""
     ratio: Annotated[float, Field(ge=1)] | None = None
     """Bytes in the pool / bytes in the tier; None takes the encoding's layout, or the coder's published figure."""
     encode_rate: BytesPerSecond | None = None

@@ -150,7 +150,6 @@ class KvTensors:
         return len(self.layers)
 
     def without_queries(self) -> KvTensors:
-        """Drop queries and RoPE, which mean nothing to keys of other channels than the model's."""
+        """Drop queries, which mean nothing to keys of a reduced width."""
         empty = np.zeros((0, 0, 0), dtype=np.float32)
-        layers = tuple(replace(layer, queries=empty, prompt_queries=empty) for layer in self.layers)
-        return replace(self, layers=layers, rope=None)
+        return replace(self, layers=tuple(replace(layer, queries=empty, prompt_queries=empty) for layer in self.layers))

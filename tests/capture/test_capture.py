@@ -117,6 +117,26 @@ def test_a_damaged_cache_changes_what_comes_next(case: tuple[object, Captured, l
     assert risk.mean_kl > 1e-3
 
 
+def test_real_strategies_change_it_more_the_less_they_store(case: tuple[object, Captured, list[np.ndarray]]) -> None:
+    model, captured, _ = case
+    kl = {}
+    for name in (
+        "turboquant_mse:4",
+        "turboquant_mse:2",
+        "streaming_llm:40",
+        "streaming_llm:8",
+        "quest:16",
+        "pyramidkv(budget_tokens=16,window_size=8)",
+    ):
+        compression = parse_compression(name)
+        stored = store_cache(fit_strategy(compression), captured.kv)
+        kl[name] = continue_with(model, captured, compression, stored).mean_kl
+    assert 0 < kl["turboquant_mse:4"] < kl["turboquant_mse:2"]
+    assert 0 < kl["streaming_llm:40"] < kl["streaming_llm:8"]
+    assert kl["quest:16"] > 1e-4
+    assert kl["pyramidkv(budget_tokens=16,window_size=8)"] > 1e-4
+
+
 def test_the_model_attends_as_before_afterwards(case: tuple[object, Captured, list[np.ndarray]]) -> None:
     model, captured, _ = case
     with torch.no_grad():

@@ -24,6 +24,15 @@ def test_a_table_has_its_groups_apart(invoke):
     assert "three kinds of risk" in result.stderr
 
 
+def test_layers_that_a_format_leaves_alone_are_told(invoke):
+    result = invoke("quality", "run", "--ensemble", SMALL, "-s", "turboquant_4bit_nc")
+    assert result.exit_code == 0, result.stderr
+    deep = SMALL.replace("num_layers=1", "num_layers=5")
+    assert (
+        "leaves 4 of 5 layers native" in invoke("quality", "run", "--ensemble", deep, "-s", "turboquant_4bit_nc").stderr
+    )
+
+
 def test_json_keeps_the_layers_apart(invoke):
     result = invoke("quality", "run", "--ensemble", f"{SMALL}:3", "-s", "native", "--heads", "--json")
     document = json.loads(result.stdout)
@@ -69,6 +78,7 @@ def test_tensors_from_a_file(invoke, tmp_path):
         (("--kv", "none.safetensors"), "none.safetensors: no such file"),
         (("--ensemble", "lama"), "unknown ensemble 'lama'"),
         (("--ensemble", "diffuse", "--calibrate", "x.safetensors"), "--calibrate goes with --kv and --model"),
+        (("--ensemble", "diffuse", "--tokens", "64"), "--prompt-queries go with --model"),
         (("--ensemble", "diffuse", "--json", "--csv"), "exclude each other"),
         (("--ensemble", "diffuse", "-s", "natve"), "unknown strategy 'natve'"),
     ],
@@ -77,3 +87,24 @@ def test_wrong_input_is_named(invoke, options, message):
     result = invoke("quality", "run", *options)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_methods_that_calibrate_need_other_sequences(invoke, tmp_path):
+    pytest.importorskip("safetensors")
+    from kvsim.tensors.files import write_kv
+
+    spec = preset("llama-like", num_layers=2, num_tokens=128, num_needles=2, num_queries=4)
+    paths = [tmp_path / f"{sequence}.safetensors" for sequence in range(2)]
+    for sequence, path in enumerate(paths):
+        write_kv(draw(spec, 0, sequence=sequence), path)
+    run = ("quality", "run", "--kv", paths[0], "-s", "eigen_attention")
+    alone = invoke(*run)
+    assert alone.exit_code == 2
+    assert "it calibrates on other sequences of the model, and none are given" in alone.stderr
+    calibrated = invoke(*run, "--calibrate", paths[1])
+    assert calibrated.exit_code == 0, calibrated.stderr
+    other = tmp_path / "other.safetensors"
+    write_kv(draw(preset("diffuse", num_layers=1, num_tokens=64), 0), other)
+    wrong = invoke(*run, "--calibrate", other)
+    assert wrong.exit_code == 2
+    assert "other.safetensors: layers, heads or dimensions" in wrong.stderr

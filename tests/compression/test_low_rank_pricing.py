@@ -8,6 +8,7 @@ from kvsim.compression import parse_compression, stored_bytes
 from kvsim.compression.base import LayerView
 from kvsim.compression.reduction.mla import Mla
 from kvsim.compression.reduction.xkv import Xkv
+from kvsim.deployment import LayerClass
 from kvsim.errors import InvalidSpec
 from kvsim.model_catalog import load_model
 from kvsim.ops import randomised_svd
@@ -133,7 +134,7 @@ def test_latents_are_neither_made_twice_nor_larger_than_what_they_replace(
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("snapkv+xkv", "other tokens in each layer and head"), ("pyramidkv+xkv", "other tokens"),
+    [("snapkv+xkv", "several layers together"), ("pyramidkv+xkv", "other tokens"),
      ("h2o+xkv", "other tokens"), ("snapkv+mla", "one latent vector"), ("quest+mla", "one latent vector")],
 )  # fmt: skip
 def test_selections_that_part_what_is_stored_together_are_refused(name: str, reason: str) -> None:
@@ -152,3 +153,11 @@ def test_bases_found_in_a_prompt_bar_other_requests_from_its_prefix() -> None:
     assert parse_compression("low_rank").bars_prefix_reuse is None
     assert parse_compression("xkv").bars_prefix_reuse == "stores tokens by what the whole prompt holds"
     assert parse_compression("snapkv").bars_prefix_reuse == "evicts tokens"
+
+
+def test_every_tensor_parallel_rank_holds_the_whole_latent(llama: ModelSpec) -> None:
+    shares = []
+    for name in ("native", "low_rank", "mla", "mla+fp8"):
+        encoding = parse_compression(name).stored
+        shares.append(LayerClass(llama.groups[0], encoding, (), None, None, None, kv_heads_per_rank=2).rank_share)
+    assert shares == [0.25, 0.25, 1.0, 1.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from itertools import product
@@ -21,16 +22,18 @@ from kvsim.quality.store import StoredCache, fit_strategy, layer_view, store_cac
 from kvsim.specs.base import Dtype
 from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
 from kvsim.tensors import KvTensors
+from tests.quality.conftest import noise_cache
 
 SIZED = {
     "streaming_llm": "streaming_llm:192", "snapkv": "snapkv:160", "h2o": "h2o:160", "pyramidkv": "pyramidkv:160",
-    "quest": "quest:64", "mla": "mla(kv_lora_rank=48,qk_rope_head_dim=16)", "minicache": "minicache(retained_fraction=0.0625)",
+    "quest": "quest:64", "mla": "mla(kv_lora_rank=48,qk_rope_head_dim=16)",
+    "minicache": "minicache(retained_fraction=0.0625)",
 }  # fmt: skip
 """Sizes that bite at 320 tokens and divide into the groups of every format."""
 SLOTS: tuple[Sequence[type[StrategyPart]], ...] = (SELECTIONS, REDUCTIONS, ENCODINGS, CODINGS)
 NAMES = tuple(tuple(SIZED.get(name, name) for part in slot for name in part.names) for slot in SLOTS)
 NEUTRAL = ("keep_all", "full_width", "native", "fixed_width")
-SAMPLE = 120
+SAMPLE = 10**6 if os.environ.get("KVSIM_WHOLE_PRODUCT") else 60
 """Products of three or four parts that run; all pairs do."""
 
 
@@ -114,6 +117,19 @@ def test_what_is_allowed_runs_or_says_why_not(
     else:
         assert untold.reason
         assert any(untold.method in {spell(part), part.kind} for part in vars(_together(names)).values())
+
+
+@pytest.mark.parametrize("reduction", [name for name in NAMES[1] if name != NEUTRAL[1]])
+def test_a_cache_that_fits_the_residual_window(reduction: str, samples: Sequence[KvTensors]) -> None:
+    """Nothing is left to reduce or encode."""
+    compression = Compression(reduction=PARTS[reduction], encoding=PARTS["kivi-4"])
+    if _cannot_run(compression) is None:
+        kv = noise_cache(9, tokens=100)
+        stored = store_cache(fit_strategy(compression, samples), kv)
+        _check_laws(compression, stored, kv)
+        sources = fit_strategy(compression, samples).reduction.sources(6)
+        for layer, source in zip(stored.kv.layers, sources, strict=True):
+            assert np.array_equal(layer.keys, kv.layers[source].keys)
 
 
 def _cannot_run(compression: Compression) -> NotRunnable | None:

@@ -194,6 +194,7 @@ def test_closed_forms_answer_static_policies_only() -> None:
         ({"policy": {"kind": "static"}}, InvalidSpec, "never changes its level"),
         ({"policy": {"kind": "pressure", "low_watermark": 0.95}}, InvalidSpec, "must be below high_watermark"),
         ({"policy": {"kind": "static", "level": 3}, "requantize": None}, InvalidSpec, "levels are numbered 0 to 2"),
+        ({"levels": ["native", "mla"], "classes": None}, IncompatibleScenario, "levels.1: mla is an architecture"),
         ({"levels": ["native", {"compression": "fp8(attention_compute_dtype=fp8,dtype=e5m2)"}], "classes": None},
          IncompatibleScenario, "adaptive.levels.1: compression: "),
     ],

@@ -117,6 +117,11 @@ def test_kv_in_transit_can_be_encoded_and_that_is_named() -> None:
         scenario({"transfer_compression": {"encoding": "fp8", "coder_bytes_per_s": 1e9}}, bands=False)
     ).disaggregation.transfer
     assert given.exposed_mean_s.value > 2 * 63 * 16 * 131072 / 1e9
+    exact = {"encoding": "lossless", "coder_bytes_per_s": 1e11}
+    report = simulate(scenario({"transfer_compression": exact}, bands=False))
+    assert any("KV bytes of lossless depend on the data" in note for note in report.provenance.notes)
+    assert report.disaggregation.transfer.is_lossy is False
+    assert not any("loses precision" in note for note in report.provenance.notes)
     assert scenario({"transfer_compression": "none"}).disaggregation.transfer_compression is None
 
 
@@ -172,7 +177,10 @@ REFUSED = [
     ({"prefill": {"device": "h1000"}}, {}, UnknownName, "disaggregation.prefill"),
     ({"transfer_compression": "fp8"}, {"compression": "fp8"}, IncompatibleScenario, "is stored as fp8"),
     ({"transfer_compression": "snapkv"}, {}, InvalidSpec, "is not an encoding"),
+    ({"transfer_compression": "cla-2"}, {}, IncompatibleScenario, "'cla-2' is an architecture"),
     ({"transfer_compression": "kivi-2"}, {}, IncompatibleScenario, "newest tokens native"),
+    ({"transfer_compression": "lossless"}, {}, IncompatibleScenario, "coder_bytes_per_s: no prior .* codes lossless"),
+    ({"transfer_compression": "fp8"}, {"compression": "cachegen"}, IncompatibleScenario, "cachegen is decoded as a wh"),
 ]
 
 

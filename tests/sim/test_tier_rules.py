@@ -62,11 +62,17 @@ REFUSED = [
     ([HOST], {"device": "apple-m4"}, IncompatibleScenario, r"engine\.kv_tiers: apple-m4 has no figure for a host"),
     ([coded("kvct")], {}, UnknownName, r"kv_tiers\[0\]\.encoding: unknown encoding of a tier 'kvct'.*kvtc"),
     ([coded("snapkv")], {}, InvalidSpec, r"kv_tiers\[0\]\.encoding: 'snapkv' drops or selects"),
+    ([coded("mla")], {}, InvalidSpec, r"kv_tiers\[0\]\.encoding: 'mla' is an architecture"),
+    ([coded("xkv")], {}, InvalidSpec, r"'xkv' stores tokens by what the whole prompt holds, and blocks are coded one"),
     ([HOST, FAR], {}, UnknownName, r"kv_tiers\[1\]\.link: unknown link 'roce-4000'.*roce-400"),
     ([coded("cachegen")], {}, IncompatibleScenario, r"kv_tiers\[0\]\.encode_rate: no published figure"),
     ([coded("kvtc")], A100, IncompatibleScenario, r"encode_rate.*kvtc runs on a100"),
     ([coded("kvtc")], {"compression": "fp8"}, IncompatibleScenario, r"of a 16-bit cache.*give .*ratio"),
     ([coded("lossless", coder="host")], {}, IncompatibleScenario, r"encode_rate.*a host's processors"),
+    ([coded("kivi-4+zstd")], {}, IncompatibleScenario, r"encode_rate: no published figure.*codes zstd"),
+    ([coded("rans")], {}, InvalidSpec, r"native KV has none"),
+    ([HOST], {"compression": "kvtc"}, IncompatibleScenario, r"compression: kvtc is decoded as a whole.*kv_tiers"),
+    ([HOST], {"compression": "fp8+rans"}, IncompatibleScenario, r"compression: fp8\+rans is decoded as a whole"),
     ([coded("nvfp4", coder="host")], {}, IncompatibleScenario, r"encode_rate.*host's processors code nvfp4"),
     ([coded("nvfp4", ratio=3.0)], {}, InvalidSpec, r"ratio: the layout of nvfp4 gives it"),
     ([coded("fp8")], {"compression": "kivi-4"}, IncompatibleScenario, r"fp8 takes .*kivi-4"),
@@ -102,6 +108,43 @@ def test_coded_bytes_follow_the_layout_or_the_published_ratio(encoding: str, poo
     assert unit / coding.unit_bytes == pytest.approx(fold, rel=1e-4)
     assert coding.lossy
     assert 0 < coding.hbm_share <= 1
+
+
+@pytest.mark.parametrize("spelling", ["kvtc:8", "KVTC", "kvtc(target_ratio=8)"])
+def test_a_tier_s_kvtc_is_the_strategy_however_it_is_spelled(spelling: str) -> None:
+    coded, plain = (resolve(scenario({**HOST, "encoding": name})) for name in (spelling, "kvtc"))
+    unit = block_bytes(plain)
+    one, other = codings(coded, unit)[0], codings(plain, unit)[0]
+    assert (one.unit_bytes, one.encode_s, one.decode_s) == (other.unit_bytes, other.encode_s, other.decode_s)
+    group = plain.model.kv_groups[0]
+    encoding = parse_compression(spelling).encoding
+    priced = encoding.bytes_per_token(group, plain.model.dtype).total_bytes * len(group.layers) * 16
+    assert one.unit_bytes == pytest.approx(priced, rel=1e-4)
+
+
+def test_a_coded_encoding_takes_its_share_and_its_coder_s_time() -> None:
+    coded, plain = (
+        resolve(scenario({**HOST, "encoding": name})) for name in ("int4_per_token_head+rans", "int4_per_token_head")
+    )
+    unit = block_bytes(plain)
+    one, other = codings(coded, unit)[0], codings(plain, unit)[0]
+    rate = parse_compression("int4_per_token_head+rans").stored.rate
+    assert rate is not None
+    # 64 B of codes and 4 B of scale and zero point in 68.
+    assert one.unit_bytes / other.unit_bytes == pytest.approx((64 * rate.value + 4) / 68, rel=1e-3)
+    # DietGPU's 250 to 410 GB/s of codes on an A100, as many operations on this device.
+    elements = 16 * 32 * 2 * 8 * 128
+    assert coded.device.vector_flops is not None
+    assert one.decode_s > elements * 30.0 / (coded.device.vector_flops.value / 2)
+    assert one.decode_s > 1.5 * other.decode_s
+    assert one.lossy
+
+
+def test_a_report_says_where_bytes_depend_on_the_data() -> None:
+    report = estimate(scenario({**HOST, "encoding": "int4_per_token_head+rans"}))
+    assert any("depend on the data" in note and "tools/write_kv_rates.py" in note for note in report.provenance.notes)
+    plain = estimate(scenario({**HOST, "encoding": "int4_per_token_head"}))
+    assert not any("depend on the data" in note for note in plain.provenance.notes)
 
 
 def test_kvtc_takes_its_published_time() -> None:

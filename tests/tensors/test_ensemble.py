@@ -177,6 +177,13 @@ def test_a_visible_question_is_asked_within_the_prompt() -> None:
         assert weights[list(kv.needles)].sum() / weights.sum() == pytest.approx(mass, abs=0.17)
 
 
+def test_queries_from_the_first_token_on_stay_in_bounds() -> None:
+    kv = draw(preset("retrieval", num_tokens=64, num_needles=2, num_layers=1), 0)
+    norms = np.linalg.norm(kv.layers[0].prompt_queries, axis=-1)
+    assert kv.layers[0].prompt_queries.shape[1] == 64
+    assert norms.max() < 5 * np.median(norms)
+
+
 def test_the_command_lines_spelling() -> None:
     assert parse_ensemble("llama-like") == (PRESETS["llama-like"], 0)
     spec, seed = parse_ensemble("diffuse(num_tokens=2048, num_layers=2):7")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from kvsim.compression.base import KvBytes, KvEncoding
+from kvsim.compression.base import KvEncoding
 from kvsim.compression.coding.base import Coding
-from kvsim.specs.base import Dtype
-from kvsim.specs.model import LayerGroup
+from kvsim.specs.prior import Prior
 
 if TYPE_CHECKING:
     from kvsim.compression.codec import Coder
@@ -27,8 +26,11 @@ class NoCoding(Coding):
     def is_none(self) -> bool:
         return True
 
-    def coded(self, plain: KvBytes, encoding: KvEncoding, group: LayerGroup, native: Dtype) -> KvBytes:
-        return plain
+    def rate(self, encoding: KvEncoding) -> Prior | None:
+        return None
+
+    def refuses(self, encoding: KvEncoding) -> str | None:
+        return None
 
     def coder(self) -> Coder:
         from kvsim.compression.codec import FixedWidth

@@ -19,6 +19,10 @@ _ROPE_FLOPS_PER_ELEMENT = 3.0
 class BeforeRopeEncoding(PerHeadEncoding):
     """A format whose keys are unrotated in the cache, so that channels keep their own statistics."""
 
+    @property
+    def undoes_rope(self) -> bool:
+        return True
+
     def rope_flops_per_token(self, group: LayerGroup) -> float:
         """FLOPs to turn one attended token's keys, all KV heads."""
         return _ROPE_FLOPS_PER_ELEMENT * group.num_kv_heads * group.k_head_dim

@@ -54,6 +54,11 @@ class Reduction(StrategyPart):
         return False
 
     @property
+    def is_architecture(self) -> bool:
+        """Whether the model must be trained with it, so that KV which another model made cannot be stored so."""
+        return self.family == "architecture"
+
+    @property
     def is_replicated(self) -> bool:
         """Whether all heads read the same numbers, so that each tensor-parallel rank holds all of them (MLA)."""
         return False

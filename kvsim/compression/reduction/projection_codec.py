@@ -100,7 +100,8 @@ class ProjectionCodec(ReductionCodec):
             triples = zip(kv.layers, stored.layers, self.layers, strict=True)
             return replace(kv, layers=tuple(_rebuild(old, new, basis, rope) for old, new, basis in triples))
 
-        return Reduced(replace(bare, layers=layers), restore, (0.0,) * kv.num_layers)
+        # RoPE turns channels; coordinates have none of them.
+        return Reduced(replace(bare, layers=layers, rope=None), restore, (0.0,) * kv.num_layers)
 
 
 def layer_shape(layer: LayerKv) -> LayerGroup:
@@ -115,14 +116,14 @@ def rows_of(vectors: FloatArray, groups: int) -> FloatArray:
     """Put the channels of each group's heads side by side: (H, n, D) to (groups, n, H / groups * D)."""
     heads, tokens, dim = vectors.shape
     split = vectors.reshape(groups, heads // groups, tokens, dim)
-    return split.transpose(0, 2, 1, 3).reshape(groups, tokens, -1)
+    return split.transpose(0, 2, 1, 3).reshape(groups, tokens, heads // groups * dim)
 
 
 def heads_of(rows: FloatArray, heads: int) -> FloatArray:
     """Invert `rows_of`."""
     groups, tokens, width = rows.shape
     split = rows.reshape(groups, tokens, heads // groups, width * groups // heads)
-    return split.transpose(0, 2, 1, 3).reshape(heads, tokens, -1)
+    return split.transpose(0, 2, 1, 3).reshape(heads, tokens, width * groups // heads)
 
 
 def bare_keys(layer: LayerKv, rope: Rope | None) -> FloatArray:

@@ -53,7 +53,7 @@ class XkvCodec(ReductionCodec):
                 rebuilt += _rebuilt(old, stored.layers[span[0]], pair, kv.rope)
             return replace(kv, layers=tuple(rebuilt))
 
-        return Reduced(replace(bare, layers=tuple(layers)), restore, tuple(metadata))
+        return Reduced(replace(bare, layers=tuple(layers), rope=None), restore, tuple(metadata))
 
     def _bases(self, together: Sequence[LayerKv], kv: KvTensors) -> tuple[Projection, Projection]:
         method, group = self.method.of_layers(len(together)), layer_shape(together[0])

@@ -21,6 +21,7 @@ ARCHITECTURES: Final = ("plain", "smeared", "smeared-cla2")
 knows it; ``smeared``, each key is mixed with the one before. ``cla2``: every second layer reads the cache of the one
 below (arXiv 2405.12981)."""
 MAX_POSITIONS: Final = 1024
+SHARPNESS_RATE: Final = 5.0
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ class SmallTransformer(nn.Module):  # type: ignore[misc]  # torch is not install
         every = shape.layers_per_cache
         self.blocks = nn.ModuleList(Block(shape, makes_kv=index % every == 0) for index in range(shape.num_layers))
         self.norm = RmsNorm(shape.width)
+        self.sharpness = nn.Parameter(torch.zeros(()))
         exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim
         turns = torch.arange(MAX_POSITIONS, dtype=torch.float64)[:, None] * shape.rope_theta**-exponents
         self.register_buffer("cosine", turns.cos().float(), persistent=False)
@@ -284,7 +286,8 @@ class SmallTransformer(nn.Module):  # type: ignore[misc]  # torch is not install
                 mixed = mixed * dropped_attention[index][:, None, None]
             hidden = block.mlp(hidden + mixed)
             asked.append(queries)
-        logits = nnf.linear(self.norm(hidden), self.embedding.weight)
+        # A mixture of a few symbols needs large logits, or it leaks into all others; the gain must learn fast.
+        logits = nnf.linear(self.norm(hidden), self.embedding.weight) * (SHARPNESS_RATE * self.sharpness).exp()
         return ForwardPass(logits, tuple(asked), tuple(caches))
 
 

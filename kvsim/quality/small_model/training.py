@@ -149,7 +149,11 @@ def _step(
     right = logits.argmax(dim=-1) == targets
     for index, batch in enumerate(batches):
         chosen = marks & (owners == index)[:, None]
-        shares.append(losses[chosen].mean() * (LANGUAGE_WEIGHT if batch.task == "language" else 1.0))
+        loss = losses[chosen].mean()
+        is_language = batch.entropy_nats is not None
+        shares.append(loss * LANGUAGE_WEIGHT if is_language else loss)
+        if is_language:
+            progress.add("nats", float(loss))
         progress.add(batch.task, float(right[chosen].float().mean()))
     optimizer.zero_grad(set_to_none=True)
     torch.stack(shares).mean().backward()

@@ -165,9 +165,11 @@ def _solve_masses(
     ``wanted``: (2, t, n).
     """
     levels = np.zeros(masses.shape)
-    active = masses > 0.0
     share = masses / np.maximum(1e-12, 1.0 - masses.sum(axis=0))
-    rest: NDArray[np.bool_] = np.all(~(wanted & np.any(active, axis=1, keepdims=True).swapaxes(1, 2)), axis=0)
+    asked = np.any(masses > 0.0, axis=1, keepdims=True).swapaxes(1, 2)
+    rest: NDArray[np.bool_] = np.all(~(wanted & asked), axis=0)
+    # A query that sees nothing but what it wants (the very first) has no odds to set.
+    active = (masses > 0.0) & (rest & visible).any(axis=-1)
     for _ in range(NEWTON_STEPS):
         logits = np.where(visible, base + np.einsum("cgt,ctn->gtn", levels, along), -np.inf)
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -175,7 +177,7 @@ def _solve_masses(
         for part in range(2):
             inside = (weights * wanted[part]).sum(axis=-1)
             slope = _mean(weights, wanted[part], along[part]) - _mean(weights, rest, along[part])
-            log_odds = np.log(np.maximum(inside, 1e-300)) - np.log(outside)
+            log_odds = np.log(np.maximum(inside, 1e-300)) - np.log(np.maximum(outside, 1e-300))
             step = (np.log(np.maximum(share[part], 1e-12)) - log_odds) / np.maximum(slope, 0.2)
             levels[part] += np.where(active[part], np.clip(step, -4.0, 4.0), 0.0)
     return levels

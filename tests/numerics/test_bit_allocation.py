@@ -1,0 +1,75 @@
+"""Splitting bits: the least error that any split has, and reverse water-filling but for whole bits."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from kvsim.numerics.bit_allocation import allocate_bits, water_fill
+
+VARIANCES = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=24).map(np.array)
+
+
+def _errors(variances: np.ndarray, max_bits: int = 8) -> np.ndarray:
+    return variances[:, None] * 4.0 ** -np.arange(max_bits + 1)
+
+
+@given(
+    errors=arrays(np.float64, st.tuples(st.integers(1, 4), st.just(4)), elements=st.floats(0, 10)),
+    budget=st.integers(0, 14),
+)
+def test_no_split_is_better_whatever_the_errors(errors: np.ndarray, budget: int) -> None:
+    count = len(errors)
+    chosen = allocate_bits(errors, budget)
+    best = min(
+        sum(errors[index, bits] for index, bits in enumerate(split))
+        for split in itertools.product(range(4), repeat=count)
+        if sum(split) <= budget
+    )
+    assert chosen.sum() <= budget
+    assert errors[np.arange(count), chosen].sum() == pytest.approx(best)
+
+
+@given(variances=VARIANCES, budget=st.integers(0, 80))
+def test_falling_gains_make_it_greedy(variances: np.ndarray, budget: int) -> None:
+    errors = _errors(variances)
+    heap = [(-error[0] + error[1], index, 1) for index, error in enumerate(errors)]
+    heapq.heapify(heap)
+    total = errors[:, 0].sum()
+    for _ in range(min(budget, 8 * len(variances))):
+        gain, index, bits = heapq.heappop(heap)
+        total += gain
+        if bits < 8:
+            heapq.heappush(heap, (errors[index, bits + 1] - errors[index, bits], index, bits + 1))
+    chosen = allocate_bits(errors, budget)
+    assert errors[np.arange(len(variances)), chosen].sum() == pytest.approx(total, rel=1e-9)
+
+
+@given(variances=VARIANCES, budget=st.integers(1, 60))
+def test_whole_bits_are_within_one_of_water_filling(variances: np.ndarray, budget: int) -> None:
+    chosen = allocate_bits(_errors(variances, 60), budget)
+    filled = water_fill(variances, budget / len(variances))
+    assert filled.sum() == pytest.approx(budget)
+    assert np.abs(chosen - filled).max() <= 1 + 1e-9
+    least = (variances * 4.0**-filled).sum()
+    assert least <= _errors(variances, 60)[np.arange(len(variances)), chosen].sum() * (1 + 1e-9)
+
+
+def test_water_filling_leaves_equal_errors_above_water_and_nothing_below() -> None:
+    variances = np.array([16.0, 4.0, 1.0, 0.01])
+    bits = water_fill(variances, 0.75)
+    # The level is 1, so 16, 4 and 1 get 2, 1 and 0 bits; the last lies under water.
+    assert bits == pytest.approx([2.0, 1.0, 0.0, 0.0])
+    assert not water_fill(variances, 0.0).any()
+    assert not water_fill(np.zeros(3), 1.0).any()
+
+
+def test_a_negative_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="-1 bits"):
+        allocate_bits(np.ones((2, 3)), -1)
