@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kvsim.compression import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS, Compression, parse_compression
+from kvsim.compression import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS, Compression
 from kvsim.compression.base import StrategyPart
+from kvsim.compression.parse import parse_part
 from kvsim.compression.rules import RULES, Parts
 from kvsim.device_catalog import load_device
 from kvsim.documents import write_atomic
@@ -56,7 +57,7 @@ def _names(slot: str) -> list[str]:
 
 def _cell(names: dict[str, str]) -> str:
     """``yes``, ``priced`` where no algorithm runs, ``shape`` where the model's shape is refused, or rules' numbers."""
-    chosen = {slot: getattr(parse_compression(name), slot) for slot, name in names.items()}
+    chosen = {slot: parse_part(name) for slot, name in names.items()}
     parts = Parts(**{slot: chosen.get(slot, getattr(Compression(), slot)) for slot in SLOTS})
     broken = [str(number) for number, rule in enumerate(RULES, 1) if rule(parts)]
     if broken:
