@@ -17,6 +17,8 @@ from kvsim.tensors.ensemble import PRESETS, draw
 
 SEQUENCES: Final = 1
 CALIBRATION_SEQUENCES: Final = 2
+LEAST_ERROR: Final = 1e-6
+"""What an exact read-back counts as in a geometric mean."""
 
 
 def ensemble_points(
@@ -24,8 +26,8 @@ def ensemble_points(
 ) -> tuple[Point, ...]:
     """Measure strategies, every named one unless given, on all ensembles; ranked by the relative output error.
 
-    The error of a strategy is the mean over ensembles, each pooled over SEQUENCES sequences. What does not run, or
-    not on these shapes, is reported and left out.
+    The error of a strategy is the geometric mean over ensembles, so that none outweighs the others. What does not run,
+    or not on these shapes, is reported and left out.
     """
     ensembles = {name: _draw(name, seed) for name in PRESETS}
     points = []
@@ -54,7 +56,7 @@ def _measure(name: str, caches: Sequence[KvTensors], samples: Sequence[KvTensors
 
 
 def _point(name: str, risks: dict[str, MeasuredRisk]) -> Point:
-    error = float(np.mean([risk.output_error for risk in risks.values()]))
+    error = float(np.exp(np.mean([np.log(max(risk.output_error, LEAST_ERROR)) for risk in risks.values()])))
     bits = float(np.mean([risk.bits_per_element for risk in risks.values()]))
     columns = [("output error, %", f"{100 * error:.3g}")]
     columns += [(of, f"{100 * risk.output_error:.3g}") for of, risk in risks.items()]

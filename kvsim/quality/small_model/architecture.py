@@ -22,6 +22,7 @@ knows it; ``smeared``, each key is mixed with the one before. ``cla2``: every se
 below (arXiv 2405.12981)."""
 MAX_POSITIONS: Final = 1024
 SHARPNESS_RATE: Final = 5.0
+SMEAR_START: Final = 3.0
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,10 @@ class Attention(nn.Module):  # type: ignore[misc]  # torch is not installed wher
         if makes_kv:
             self.key_value = nn.Linear(shape.width, 2 * shape.num_kv_heads * shape.head_dim, bias=shape.has_bias)
             if shape.smears:
-                self.smear = nn.Parameter(torch.zeros(shape.num_kv_heads, 1, 1))
+                # Half of the heads start on the token before, half on the own one: one that knows both mixes them up
+                # wherever symbols repeat.
+                signs = 1 - 2 * (torch.arange(shape.num_kv_heads) % 2)
+                self.smear = nn.Parameter(SMEAR_START * signs.float().view(-1, 1, 1))
 
     def queries(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """(B, Hq, T, D), after RoPE."""

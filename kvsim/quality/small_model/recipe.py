@@ -30,8 +30,8 @@ class Recipe:
     """Most that the language task may lose against the source's entropy, which no reader of the context can reach."""
     attention_drop: float = 0.0
     """Share of (sequence, layer) pairs whose attention is silenced in the last context."""
-    check_every: int = 50
-    decay_steps: int = 300
+    check_every: int = 25
+    decay_steps: int = 200
     max_steps: int = 6000
     threads: int = 1
     """One, so that sums do not depend on how many cores there are."""
