@@ -28,7 +28,7 @@ from kvsim.quality.small_model.study import SEQUENCES, run_study
 from kvsim.quality.small_model.summary import BASELINE, not_run, summarise
 from kvsim.quality.small_model.weights import load_or_train, model_name
 
-_CRITERION = ("criterion_exact", "criterion_excess_nats")
+_CRITERION = ("criterion_exact", "criterion_language")
 Say = Callable[[str], None]
 Models = Sequence[tuple[str, int]]
 
