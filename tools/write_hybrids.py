@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kvsim.compression import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS, Compression, parse_compression
+from kvsim.compression import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS, Compression
 from kvsim.compression.base import StrategyPart
 from kvsim.compression.rules import RULES, Parts
 from kvsim.device_catalog import load_device
@@ -54,9 +54,15 @@ def _names(slot: str) -> list[str]:
     return [name for part in SLOTS[slot] for name in part.names if name != neutral]
 
 
+def _part(slot: str, name: str) -> StrategyPart:
+    """Give the part of that name, which need not be a strategy by itself."""
+    part = next(part for part in SLOTS[slot] if name in part.names)
+    return part.model_validate(dict(part.names[name]))
+
+
 def _cell(names: dict[str, str]) -> str:
     """``yes``, ``priced`` where no algorithm runs, ``shape`` where the model's shape is refused, or rules' numbers."""
-    chosen = {slot: getattr(parse_compression(name), slot) for slot, name in names.items()}
+    chosen = {slot: _part(slot, name) for slot, name in names.items()}
     parts = Parts(**{slot: chosen.get(slot, getattr(Compression(), slot)) for slot in SLOTS})
     broken = [str(number) for number, rule in enumerate(RULES, 1) if rule(parts)]
     if broken:

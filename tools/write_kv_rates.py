@@ -65,11 +65,11 @@ class Measured:
         """Mean over caches of equal size."""
         return sum(self.bits) / sum(self.values)
 
-    def row(self) -> str:
-        """The YAML of a share: mean, and the span rounded outward."""
+    def row(self, steps: int) -> str:
+        """The YAML of a share: mean, and the span rounded outward to one in ``steps``."""
         shares = self.shares
-        low, high = math.floor(100 * min(shares)) / 100, math.ceil(100 * max(shares)) / 100
-        return f"{{value: {sum(shares) / len(shares):.4f}, low: {low:.2f}, high: {high:.2f}}}"
+        low, high = math.floor(steps * min(shares)) / steps, math.ceil(steps * max(shares)) / steps
+        return f"{{value: {sum(shares) / len(shares):.4f}, low: {low:g}, high: {high:g}}}"
 
 
 @lru_cache(maxsize=1)
@@ -182,7 +182,7 @@ def rates_text(codes: dict[str, dict[str, Measured]], codecs: dict[str, Measured
         "#",
         f"# What codes and 16-bit numbers take once they are coded, on ensembles {', '.join(PRESETS)}, seeds "
         f"{' and '.join(map(str, SEEDS))}.",
-        "# value is the mean over them, low and high are the least and the most, rounded outward to 0.01.",
+        "# value is the mean over them, low and high are the least and the most, rounded outward.",
         "schema_version: 1",
         "name: kv-rates-ensembles",
         f'source: "{SOURCE}"',
@@ -191,9 +191,9 @@ def rates_text(codes: dict[str, dict[str, Measured]], codecs: dict[str, Measured
     ]
     for name, found in codes.items():
         lines.append(f"  {name}:")
-        lines += [f'    "{spell_part(one)}": {found[spell_part(one)].row()}' for one in codings()]
+        lines += [f'    "{spell_part(one)}": {found[spell_part(one)].row(100)}' for one in codings()]
     lines += ["", "codecs:       # bits / bits of the 16-bit cache, native tokens left out"]
-    lines += [f'  "{name}": {measured.row()}' for name, measured in codecs.items()]
+    lines += [f'  "{name}": {measured.row(1000)}' for name, measured in codecs.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -13,6 +13,7 @@ from kvsim.rendering.svg import PALETTE
 from kvsim_dashboard.chart_style import GREY, SYMBOLS, Chart
 
 HEIGHT: Final = 620
+NO_BREAK_SPACE: Final = "\N{NO-BREAK SPACE}"
 MAX_BITS: Final = 9.5
 ERROR_RANGE: Final = (1e-5, 1.3)
 LINES: Final = (
@@ -24,7 +25,7 @@ LINES: Final = (
 
 
 def rate_distortion_chart(answer: LimitAnswer) -> Chart:
-    """Relative error over bits per value; an encoding's distance to a line, read across, is its gap in bits."""
+    """Relative error over bits per value; read across, the distance of an encoding to a line is its gap in bits."""
     figure = go.Figure()
     for name, legend, dash, width in LINES:
         figure.add_scatter(
@@ -85,19 +86,23 @@ def _add_family(figure: go.Figure, place: int, family: str, points: Sequence[Enc
 
 
 def _name_front(figure: go.Figure, points: Sequence[EncodingPoint]) -> None:
-    """Write the names of encodings that no other equals or beats in both bits and error."""
-    front = [
-        point
-        for point in points
-        if not any(
-            other.bits_per_value <= point.bits_per_value and other.relative_mse < point.relative_mse for other in points
-        )
-    ]
+    """Write the names of the encodings nearest to the lines: corners of the lower hull in bits and log error."""
+    front: list[EncodingPoint] = []
+    for point in sorted(points, key=lambda one: (one.bits_per_value, one.relative_mse)):
+        while len(front) > 1 and _slope(front[-2], point) < _slope(front[-2], front[-1]):
+            front.pop()
+        if not front or point.relative_mse < front[-1].relative_mse:
+            front.append(point)
     figure.add_scatter(
         x=[point.bits_per_value for point in front], y=[point.relative_mse for point in front], mode="text",
-        text=[f"{point.strategy}  " for point in front], textposition="middle left", textfont={"size": 10},
-        showlegend=False, hoverinfo="skip",
+        text=[f"{point.strategy}{3 * NO_BREAK_SPACE}" for point in front], textposition="middle left",
+        textfont={"size": 10}, showlegend=False, hoverinfo="skip",
     )  # fmt: skip
+
+
+def _slope(one: EncodingPoint, other: EncodingPoint) -> float:
+    across = other.bits_per_value - one.bits_per_value
+    return log10(other.relative_mse / one.relative_mse) / across if across else 0.0
 
 
 def _gap(bits: float | None) -> str:

@@ -21,9 +21,9 @@ def limit_command(
     kv: Annotated[
         list[Path] | None, typer.Option("--kv", help="KV tensors to measure: .safetensors. Repeatable.")
     ] = None,
-    calibrate_on: Annotated[
+    calibrate: Annotated[
         list[Path] | None,
-        typer.Option("--calibrate-on", help="Other sequences of the same model, for codecs that learn. Repeatable."),
+        typer.Option("--calibrate", help="Other sequences of the same model, for codecs that learn. Repeatable."),
     ] = None,
     ensemble: Annotated[
         str | None,
@@ -56,7 +56,7 @@ def limit_command(
     if out is not None:
         check_output_path(out, (".csv",))
     names = parse_strategies(strategies) if strategies is not None else None
-    answer = _find(_source(kv, calibrate_on, ensemble, sequences), names, model, device, context, tensor_parallel_size)
+    answer = _find(_source(kv, calibrate, ensemble, sequences), names, model, device, context, tensor_parallel_size)
     if out is not None:
         write_output(out, _csv(answer).encode())
     print_notes(answer.notes)
@@ -74,7 +74,7 @@ def _source(kv: list[Path] | None, samples: list[Path] | None, ensemble: str | N
     if kv:
         return from_files(kv, samples or ())
     if samples:
-        msg = "--calibrate-on goes with --kv; an ensemble draws sequences of its own for that"
+        msg = "--calibrate goes with --kv; an ensemble draws sequences of its own for that"
         raise InvalidSpec(msg)
     return from_ensemble(ensemble or DEFAULT_ENSEMBLE, sequences)
 

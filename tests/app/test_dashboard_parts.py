@@ -21,7 +21,7 @@ from kvsim.scenario_file import load_scenario
 from kvsim.simulate import Comparison
 
 ALLOWED_IMPORTS = {
-    "compression", "device_catalog", "errors", "metrics", "model_catalog", "rendering", "report", "scenario",
+    "compression", "device_catalog", "errors", "limit", "metrics", "model_catalog", "rendering", "report", "scenario",
     "scenario_file", "simulate", "specs", "units", "workload_catalog",
 }  # fmt: skip
 

@@ -136,7 +136,7 @@ def test_a_coded_encoding_takes_its_share_and_its_coder_s_time() -> None:
     elements = 16 * 32 * 2 * 8 * 128
     assert coded.device.vector_flops is not None
     assert one.decode_s > elements * 30.0 / (coded.device.vector_flops.value / 2)
-    assert one.decode_s > 1.5 * other.decode_s
+    assert one.decode_s > other.decode_s
     assert one.lossy
 
 

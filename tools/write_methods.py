@@ -1,0 +1,68 @@
+"""Write the generated tables of docs/methods.md: every named part of a strategy, by family, in one line.
+
+Run ``python tools/write_methods.py`` after a part was added or its summary has changed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvsim.compression import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS
+from kvsim.compression.base import StrategyPart
+from kvsim.documents import write_atomic
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PAGE = CHECKOUT / "docs" / "methods.md"
+TABLES = re.compile(r"(<!-- tables: begin.*? -->\n).*?(<!-- tables: end -->)", re.DOTALL)
+PARTS: dict[str, tuple[type[StrategyPart], ...]] = {
+    "encoding": ENCODINGS, "reduction": REDUCTIONS, "coding": CODINGS, "selection": SELECTIONS,
+}  # fmt: skip
+PAGES = {
+    "quantisation": "quantisation.md",
+    "rotation": "rotation.md",
+    "low rank": "low-rank.md",
+    "channel pruning": "channel-pruning.md",
+    "cross-layer": "cross-layer.md",
+    "transform coding": "entropy-coding.md",
+    "entropy coding": "entropy-coding.md",
+}
+"""Family -> page below docs/methods; the others have no page of their own."""
+
+
+def rows() -> Iterator[str]:
+    """Every line between the page's markers."""
+    found = [(kind, part) for kind, parts in PARTS.items() for part in parts if part.family != "baseline"]
+    for family in dict.fromkeys(part.family for _, part in found):
+        yield f"### {family.capitalize()}"
+        yield ""
+        page = PAGES.get(family)
+        if page is not None and (PAGE.parent / "methods" / page).exists():
+            yield f"Maths, bytes and sources: [methods/{page}](methods/{page})."
+            yield ""
+        yield "| Name | Part | What it does, and where it is published |"
+        yield "|---|---|---|"
+        for kind, part in found:
+            if part.family == family:
+                yield from (f"| `{name}` | {kind} | {_cell(part.summaries[name])} |" for name in part.names)
+        yield ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def page(text: str) -> str:
+    """Put fresh tables between the page's markers."""
+    body = "\n".join(rows())
+    return TABLES.sub(lambda match: f"{match[1]}\n{body}{match[2]}", text)
+
+
+def main() -> None:
+    """Rewrite the page."""
+    write_atomic(PAGE, page(PAGE.read_text(encoding="utf-8")).encode())
+
+
+if __name__ == "__main__":
+    main()
