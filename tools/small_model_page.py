@@ -42,7 +42,7 @@ def _tables(results: Results) -> Iterator[str]:
 def _models(results: Results) -> Iterator[str]:
     yield "### Models\n"
     lookups = " | ".join(LOOKUPS)
-    yield f"| model | parameters | steps | {lookups} | language, nats above the source | weights, SHA-256 |"
+    yield f"| model | parameters | steps | {lookups} | language, share of tokens | weights, SHA-256 |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, record in results.provenance["models"].items():
         found = record["validation"]

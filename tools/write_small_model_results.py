@@ -15,6 +15,7 @@ from pathlib import Path
 from small_model_page import write_page
 
 from kvsim.data_files import preset_dir
+from kvsim.quality.small_model.grid import MODELS, SEQUENCES
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +42,7 @@ def _measure(options: argparse.Namespace) -> None:
     measure_all(
         options.work / "weights",
         outcomes,
+        models=[_model(text) for text in options.models.split(",")] if options.models else MODELS,
         tables=preset_dir("small_model"),
         sequences=options.sequences,
         workers=options.workers,
@@ -49,11 +51,17 @@ def _measure(options: argparse.Namespace) -> None:
     say("tables written")
 
 
+def _model(text: str) -> tuple[str, int]:
+    architecture, _, seed = text.partition(":")
+    return architecture, int(seed)
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of weights and outcomes")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--sequences", type=int, default=200)
+    parser.add_argument("--sequences", type=int, default=SEQUENCES)
+    parser.add_argument("--models", help="such as plain:1,smeared:2; else those of small_model/grid.py")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--tables-only", action="store_true")
     return parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
@@ -24,9 +25,9 @@ NUM_QUESTIONS: Final = 2
 CONTEXT_TOKENS: Final = 256
 
 
-def measured_batch(task: str, count: int, context_tokens: int = CONTEXT_TOKENS) -> TaskBatch:
-    """Sequences to be measured: the same for every model and strategy."""
-    rng = np.random.default_rng((TEST_SEED, sorted(TASKS).index(task)))
+def measured_batch(task: str, count: int, context_tokens: int = CONTEXT_TOKENS, model: str = "") -> TaskBatch:
+    """Sequences to be measured: the same for every strategy, others for every model, so that all models see more."""
+    rng = np.random.default_rng((TEST_SEED, sorted(TASKS).index(task), zlib.crc32(model.encode())))
     return generate(task, rng, count, context_tokens, 1 if task == "language" else NUM_QUESTIONS)
 
 

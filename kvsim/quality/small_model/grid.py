@@ -13,6 +13,8 @@ from kvsim.specs.base import Spec
 
 MODELS: Final = (("plain", 1), ("plain", 2), ("smeared", 1), ("smeared", 2), ("smeared-cla2", 1))
 """(architecture, seed of training)."""
+SEQUENCES: Final = 100
+"""Per task and model. Every model gets its own, so that five models see 500 of each task."""
 
 
 class Grid(Spec):

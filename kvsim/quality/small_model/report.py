@@ -21,14 +21,14 @@ from kvsim.quality.small_model.evaluation import (
     TEST_SEED,
     scores_without_layer,
 )
-from kvsim.quality.small_model.grid import MODELS, load_grid, measured_strategies
+from kvsim.quality.small_model.grid import MODELS, SEQUENCES, load_grid, measured_strategies
 from kvsim.quality.small_model.outcomes import OutcomeFolder
 from kvsim.quality.small_model.results import CAVEAT, write_results
-from kvsim.quality.small_model.study import SEQUENCES, run_study
+from kvsim.quality.small_model.study import run_study
 from kvsim.quality.small_model.summary import BASELINE, not_run, summarise
 from kvsim.quality.small_model.weights import load_or_train, model_name
 
-_CRITERION = ("criterion_exact", "criterion_excess_nats")
+_CRITERION = ("criterion_exact", "criterion_language")
 Say = Callable[[str], None]
 Models = Sequence[tuple[str, int]]
 

@@ -21,11 +21,11 @@ from kvsim.quality.small_model.evaluation import (
     measured_batch,
     uncompressed_logits,
 )
+from kvsim.quality.small_model.grid import SEQUENCES
 from kvsim.quality.small_model.outcomes import OutcomeFolder, Setting
 from kvsim.quality.small_model.weights import TrainedModel, load_or_train
 from kvsim.quality.store import FittedStrategy, fit_strategy
 
-SEQUENCES: Final = 200
 _CHUNKS_PER_WORKER: Final = 3
 
 
@@ -93,9 +93,8 @@ def run_job(job: Job) -> int:
     fitted = _fit_all(trained, job.strategies)
     written = 0
     for setting, names in todo.items():
-        prompts = prefill(
-            trained.model, measured_batch(setting.task, job.sequences), sees_question=setting.sees_question
-        )
+        batch = measured_batch(setting.task, job.sequences, model=trained.name)
+        prompts = prefill(trained.model, batch, sees_question=setting.sees_question)
         reference = uncompressed_logits(trained.model, prompts)
         for name in names:
             _measure(folder, setting, name, fitted[name], trained, prompts, reference)

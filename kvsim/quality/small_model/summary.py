@@ -79,10 +79,10 @@ def _together(found: Sequence[Measured], models: int) -> Iterator[tuple[str, lis
 
 
 def _row(model: str, task: str, strategy: str, group: Sequence[Measured]) -> ResultRow:
-    scores = _per_task(group, lambda one: one.outcome.score(one.setting.task))
-    before = _per_task(group, lambda one: one.baseline.score(one.setting.task))
+    scores = _parts(group, lambda one: one.outcome.score(one.setting.task))
+    before = _parts(group, lambda one: one.baseline.score(one.setting.task))
     losses = [after - prior for after, prior in zip(scores, before, strict=True)]
-    divergences = _per_task(group, lambda one: one.outcome.kl_nats)
+    divergences = _parts(group, lambda one: one.outcome.kl_nats)
     low, high = _interval(losses)
     kl_low, kl_high = _interval(divergences)
     lookups = [one for one in group if one.setting.task != "language"]
@@ -110,16 +110,13 @@ def _row(model: str, task: str, strategy: str, group: Sequence[Measured]) -> Res
     )
 
 
-def _per_task(group: Sequence[Measured], pick: Callable[[Measured], FloatArray]) -> list[FloatArray]:
-    """Per task the mean over models, (B,): all models read the same sequences."""
-    tasks: dict[Setting, list[FloatArray]] = {}
-    for one in group:
-        tasks.setdefault(one.setting, []).append(pick(one))
-    return [np.mean(parts, axis=0) for parts in tasks.values()]
+def _parts(group: Sequence[Measured], pick: Callable[[Measured], FloatArray]) -> list[FloatArray]:
+    """Per model and setting, (B,): each has sequences of its own."""
+    return [pick(one) for one in group]
 
 
 def _interval(parts: Sequence[FloatArray]) -> Interval:
-    """95 % of the mean over tasks, each task's sequences drawn again by themselves."""
+    """95 % of the mean over parts, each part's sequences drawn again by themselves."""
     rng = np.random.default_rng(_SEED)
     draws = np.zeros(DRAWS)
     for values in parts:
