@@ -173,6 +173,9 @@ def _describe_problem(location: Location, problem: ErrorDetails, model: type[Bas
             message = f"must have {bound} {context[least]} items, and has {len(value)}"
         case "model_type" | "model_attributes_type" | "dict_type":
             message = f"must be a mapping of keys and values (got {_shown(value)})"
+        case _ if not location.keys:
+            # A rule about several keys at once names what it means, and all of it is too much to show.
+            return problem["msg"].removeprefix("Value error, ")
         case _:
             message = f"{problem['msg'].removeprefix('Value error, ')} (got {_shown(value)})"
     return f"{field}: {message}"

@@ -59,6 +59,15 @@ def print_notes(notes: Iterable[str]) -> None:
         notice(f"note: {note}")
 
 
+def joined_names(lines: Iterable[str]) -> list[str]:
+    """Put the names of lines ``NAME: reason`` that give the same reason into one line."""
+    names: dict[str, list[str]] = {}
+    for line in lines:
+        name, _, reason = line.partition(": ")
+        names.setdefault(reason, []).append(name)
+    return [f"{', '.join(same)}: {reason}" for reason, same in names.items()]
+
+
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     """Report wall time on stderr when the block has succeeded."""

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvsim.cli.console import notice, print_json, print_notes, print_result, print_text, progress_bar, timed
+from kvsim.cli.console import (
+    joined_names,
+    notice,
+    print_json,
+    print_notes,
+    print_result,
+    print_text,
+    progress_bar,
+    stdout_width,
+    timed,
+)
 from kvsim.errors import IncompatibleScenario, InvalidSpec
 
 if TYPE_CHECKING:
@@ -99,7 +109,7 @@ def run_command(
     else:
         cache, samples = _drawn(str(ensemble), calibrate or ())
     with timed(f"ran {len(names)} strategies on {cache.source}"), progress_bar("storing") as progress:
-        rows = run_strategies(cache, names, samples, continuation, progress)
+        rows = run_strategies(cache, names, samples, continuation, progress, amid=ensemble is not None)
     _show(rows, cache, heads=heads, as_json=as_json, as_csv=as_csv)
     if all(row.measured is None for row in rows):
         msg = f"none of the {len(rows)} strategies can run: {rows[0].strategy}: {rows[0].reason}"
@@ -184,7 +194,7 @@ def _drawn(ensemble: str, calibrate: Sequence[Path]) -> tuple[KvTensors, Samples
 
 
 def _show(rows: Sequence[StrategyRisk], cache: KvTensors, *, heads: bool, as_json: bool, as_csv: bool) -> None:
-    from kvsim.rendering.quality import head_table, risk_csv, risk_document, risk_table
+    from kvsim.rendering.quality import WIDTH_FOR_ALL, head_table, risk_csv, risk_document, risk_table
 
     if as_csv:
         print_text(risk_csv(rows, heads=heads).removesuffix("\n"))
@@ -203,18 +213,31 @@ def _show(rows: Sequence[StrategyRisk], cache: KvTensors, *, heads: bool, as_jso
         )
         return
     shape = f"{cache.num_layers} layers, {layer.num_kv_heads} KV heads, {layer.num_tokens} tokens"
-    print_result(risk_table(rows, f"{cache.source}: {shape}, {layer.queries.shape[1]} queries"))
+    width = stdout_width()
+    print_result(risk_table(rows, f"{cache.source}: {shape}, {layer.queries.shape[1]} queries", width))
+    if width < WIDTH_FOR_ALL:
+        notice(f"below {WIDTH_FOR_ALL} columns only some figures are shown; widen the terminal, or take --csv")
     if heads:
         for row in rows:
             if row.measured is not None:
                 print_result(head_table(row))
+    for line in joined_names(_told(rows, cache.num_layers)):
+        notice(line)
+    print_notes(_notes(rows))
+
+
+def _told(rows: Sequence[StrategyRisk], num_layers: int) -> Iterator[str]:
+    """What must be known of single strategies, as ``NAME: reason``."""
+    from kvsim.quality.amid import exempt_note
+
     for row in rows:
         if row.reason is not None:
-            notice(f"{row.strategy} did not run: {row.reason}")
+            yield f"{row.strategy}: did not run: {row.reason}"
         if row.native_layers:
-            left = f"{row.native_layers} of {cache.num_layers} layers"
-            notice(f"{row.strategy} leaves {left} native by its own rule, more of them here than in a deep model")
-    print_notes(_notes(rows))
+            left = f"{row.native_layers} of {num_layers} layers"
+            yield f"{row.strategy}: {left} stay native by its own rule, more than in a deep model"
+        if row.outer_layers:
+            yield f"{row.strategy}: {exempt_note(row.outer_layers)}"
 
 
 def _notes(rows: Sequence[StrategyRisk]) -> list[str]:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvsim.cli.console import notice, print_json, print_result, timed
+from kvsim.cli.console import (
+    joined_names,
+    notice,
+    print_json,
+    print_notes,
+    print_result,
+    progress_bar,
+    stdout_width,
+    timed,
+)
 from kvsim.errors import InvalidSpec
 
 if TYPE_CHECKING:
@@ -18,6 +27,8 @@ if TYPE_CHECKING:
 
 DEFAULT_BITS = "2,3,4,6,8"
 SOURCES = ("ensemble", "small-model")
+WIDTH_FOR_ALL, NARROW_COLUMNS = 130, 2
+"""Narrower terminals see neither method nor family, and of further figures as many as NARROW_COLUMNS."""
 _COMMA_OUTSIDE_PARENTHESES = re.compile(r",(?![^()]*\))")
 
 
@@ -76,7 +87,10 @@ def _points(
     if source == "ensemble":
         from kvsim.quality.ensemble_points import ensemble_points
 
-        found = ensemble_points(names, notice)
+        told: list[str] = []
+        with timed("measured on the ensembles"), progress_bar("measuring") as progress:
+            found = ensemble_points(names, told.append, progress=progress)
+        print_notes(joined_names(told))
     else:
         from kvsim.quality.small_model.points import small_model_points
 
@@ -132,19 +146,26 @@ def _note(on: str) -> str:
 
 
 def _show(source: str, budget: float, ranking: Sequence[Ranked]) -> None:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"{source}: at most {budget:g} bits per element", title_justify="left")
-    table.add_column("#", justify="right")
-    for name in ("method", "family", "best configuration"):
-        table.add_column(name, overflow="fold")
+    is_wide = stdout_width() >= WIDTH_FOR_ALL
+    title = f"{source}: at most {budget:g} bits per element"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("#", justify="right", no_wrap=True)
+    if is_wide:
+        table.add_column("method", no_wrap=True)
+        table.add_column("family")
+    table.add_column("best configuration", no_wrap=True)
     columns = [name for name, _ in ranking[0].point.columns] if ranking else []
+    columns = columns if is_wide else columns[:NARROW_COLUMNS]
     for name in ("bits", *columns):
         table.add_column(name, justify="right")
     for one in ranking:
         place = f"{one.rank}{'=' if one.ties_with_best and one.rank > 1 else ''}"
-        cells = [text for _, text in one.point.columns]
-        table.add_row(place, one.method, one.family, one.point.strategy, f"{one.point.bits_per_element:.2f}", *cells)
+        named = (one.method, one.family, one.point.strategy) if is_wide else (one.point.strategy,)
+        cells = [text for _, text in one.point.columns[: len(columns)]]
+        table.add_row(place, *named, f"{one.point.bits_per_element:.2f}", *cells)
     if not ranking:
         table.caption = "no measured configuration takes so few"
     print_result(table)

@@ -8,12 +8,10 @@ from typing import Literal
 import numpy as np
 
 from kvsim.compression import Compression
-from kvsim.compression.base import LayerView
-from kvsim.compression.stacked import StackedEncoding
 from kvsim.errors import IncompatibleScenario
 from kvsim.limit.covariance import CovarianceLimit
 from kvsim.limit.rate_distortion import DoubleArray, isotropic_bits
-from kvsim.quality.store import FittedStrategy, fit_strategy, layer_view, store_cache
+from kvsim.quality.store import FittedStrategy, fit_strategy, is_exempt, layer_view, store_cache
 from kvsim.specs.base import Spec
 from kvsim.strategy_table import family_of
 from kvsim.tensors import FloatArray, KvTensors
@@ -120,15 +118,7 @@ def _applies(bits: float, error: float, head: CovarianceLimit, layer: Covariance
 
 def _encoded_layers(compression: Compression, cache: KvTensors) -> frozenset[int]:
     """Layers that the format does not exempt: what it keeps native says nothing of the format."""
-    return frozenset(
-        index for index in range(cache.num_layers) if not _is_exempt(compression, layer_view(cache, index))
-    )
-
-
-def _is_exempt(compression: Compression, layer: LayerView) -> bool:
-    given = compression.encoding_at(layer)
-    inner = given.encoding if isinstance(given, StackedEncoding) else given
-    return inner.is_native and not compression.encoding.is_native
+    return frozenset(index for index in range(cache.num_layers) if not is_exempt(compression, layer_view(cache, index)))
 
 
 def _num_values(cache: KvTensors, layer: int) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
 
 from kvsim.compression import STRATEGIES, parse_compression
 from kvsim.errors import KvsimError, NotRunnable
+from kvsim.quality.amid import exempt_note, fit_amid, outer_layers, store_amid
 from kvsim.quality.compare import Point
-from kvsim.quality.measure import MeasuredRisk, measure, pooled
-from kvsim.quality.store import fit_strategy
+from kvsim.quality.measure import MeasuredRisk, compare_caches, pooled
+from kvsim.quality.store import needs_calibration
 from kvsim.tensors import KvTensors
 from kvsim.tensors.ensemble import PRESETS, draw
 
@@ -22,37 +25,63 @@ LEAST_ERROR: Final = 1e-6
 
 
 def ensemble_points(
-    names: Sequence[str] | None = None, report: Callable[[str], None] | None = None, *, seed: int = 0
+    names: Sequence[str] | None = None,
+    report: Callable[[str], None] | None = None,
+    *,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
 ) -> tuple[Point, ...]:
     """Measure strategies, every named one unless given, on all ensembles; ranked by the relative output error.
 
     The error of a strategy is the geometric mean over ensembles, so that none outweighs the others. What does not run,
-    or not on these shapes, is reported and left out.
+    or not on these shapes, is reported and left out. Layers that a format exempts at either end of a model are not
+    among an ensemble's (`kvsim.quality.amid`), which is reported too.
     """
-    ensembles = {name: _draw(name, seed) for name in PRESETS}
+    ensembles = {name: _Ensemble(name, seed) for name in PRESETS}
+    names = tuple(names or STRATEGIES)
     points = []
-    for name in names or STRATEGIES:
+    for position, name in enumerate(names):
+        if progress is not None:
+            progress(position / len(names))
         try:
-            risks = {of: _measure(name, caches, samples) for of, (caches, samples) in ensembles.items()}
+            risks = {of: _measure(name, ensemble) for of, ensemble in ensembles.items()}
         except NotRunnable as error:
             _say(report, f"{name}: left out: {error.reason}")
         except KvsimError as error:
             _say(report, f"{name}: left out: {error}")
         else:
-            points.append(_point(parse_compression(name).name, risks))
+            compression = parse_compression(name)
+            points.append(_point(compression.name, risks))
+            outer = outer_layers(compression, ensembles["llama-like"].caches[0])
+            if outer:
+                _say(report, f"{name}: {exempt_note(outer)}")
     return tuple(points)
 
 
-def _draw(name: str, seed: int) -> tuple[tuple[KvTensors, ...], tuple[KvTensors, ...]]:
-    """Caches to be measured, and other sequences of the same heads to calibrate with."""
-    count = SEQUENCES + CALIBRATION_SEQUENCES
-    drawn = tuple(draw(PRESETS[name], seed, sequence=index) for index in range(count))
-    return drawn[:SEQUENCES], drawn[SEQUENCES:]
+@dataclass(frozen=True)
+class _Ensemble:
+    """Caches to be measured, and other sequences of the same heads, drawn once a method calibrates."""
+
+    name: str
+    seed: int
+
+    @cached_property
+    def caches(self) -> tuple[KvTensors, ...]:
+        return self._draw(range(SEQUENCES))
+
+    @cached_property
+    def samples(self) -> tuple[KvTensors, ...]:
+        return self._draw(range(SEQUENCES, SEQUENCES + CALIBRATION_SEQUENCES))
+
+    def _draw(self, sequences: Iterable[int]) -> tuple[KvTensors, ...]:
+        return tuple(draw(PRESETS[self.name], self.seed, sequence=index) for index in sequences)
 
 
-def _measure(name: str, caches: Sequence[KvTensors], samples: Sequence[KvTensors]) -> MeasuredRisk:
-    strategy = fit_strategy(parse_compression(name), samples)
-    return pooled(measure(strategy, kv) for kv in caches)
+def _measure(name: str, ensemble: _Ensemble) -> MeasuredRisk:
+    compression = parse_compression(name)
+    outer = outer_layers(compression, ensemble.caches[0])
+    strategy = fit_amid(compression, ensemble.samples if needs_calibration(compression) else (), outer)
+    return pooled(compare_caches(kv, store_amid(strategy, kv, outer)) for kv in ensemble.caches)
 
 
 def _point(name: str, risks: dict[str, MeasuredRisk]) -> Point:

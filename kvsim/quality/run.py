@@ -10,10 +10,11 @@ import numpy as np
 
 from kvsim.compression import Compression, parse_compression
 from kvsim.errors import KvsimError, NotRunnable
+from kvsim.quality.amid import fit_amid, outer_layers, store_amid
 from kvsim.quality.dropping import evict
 from kvsim.quality.measure import MeasuredRisk, compare_caches, kept_indices
 from kvsim.quality.published import published_quality
-from kvsim.quality.store import FittedStrategy, StoredCache, fit_strategy, is_exempt, layer_view, store_cache
+from kvsim.quality.store import FittedStrategy, StoredCache, is_exempt, layer_view, needs_calibration
 from kvsim.quality.theory import distortion, predict_layer
 from kvsim.report import Quality
 from kvsim.tensors import KvTensors, attend
@@ -92,6 +93,8 @@ class StrategyRisk:
 
     ``reason`` says why it did not run, and then only ``published`` is known. ``native_layers`` is how many layers the
     format itself leaves alone (vLLM's TurboQuant: the first and last two), which is much of a cache of few layers.
+    ``outer_layers`` is how many it leaves alone at either end of the deeper model that this cache is from the middle
+    of; they are in no figure.
     """
 
     strategy: str
@@ -101,6 +104,7 @@ class StrategyRisk:
     continuation: ContinuationRisk | None = None
     reason: str | None = None
     native_layers: int = 0
+    outer_layers: int = 0
 
 
 Continue = Callable[[Compression, StoredCache], ContinuationRisk]
@@ -112,11 +116,14 @@ def run_strategies(
     samples: Callable[[], Sequence[KvTensors]] = tuple,
     continuation: Continue | None = None,
     progress: Callable[[float], None] | None = None,
+    *,
+    amid: bool = False,
 ) -> tuple[StrategyRisk, ...]:
     """Run each strategy; one that cannot run keeps a row with the reason.
 
     ``samples`` gives caches of other sequences of the same model, and is asked only where a method calibrates;
-    ``continuation`` runs the model itself on. ``progress`` is told the share done.
+    ``continuation`` runs the model itself on. ``progress`` is told the share done. ``amid``: the layers stand for those
+    in the middle of a deeper model, so that a format exempts none of them.
 
     Raises
     ------
@@ -129,8 +136,9 @@ def run_strategies(
         if progress is not None:
             progress(position / len(parsed))
         published = published_quality(compression)
+        outer = outer_layers(compression, kv) if amid else 0
         try:
-            stored = store_cache(_fit(compression, samples), kv)
+            stored = store_amid(_fit(compression, samples, outer), kv, outer)
         except KvsimError as error:
             rows.append(StrategyRisk(name, published, reason=_reason(error)))
             continue
@@ -141,20 +149,26 @@ def run_strategies(
                 theory=predict(kv, stored),
                 measured=compare_caches(kv, stored),
                 continuation=None if continuation is None else continuation(compression, stored),
-                native_layers=sum(is_exempt(compression, layer_view(kv, index)) for index in range(kv.num_layers)),
+                native_layers=0 if outer else _num_exempt(compression, kv),
+                outer_layers=outer,
             )
         )
     return tuple(rows)
 
 
-def _fit(compression: Compression, samples: Callable[[], Sequence[KvTensors]]) -> FittedStrategy:
-    calibrates = compression.reduction.codec().needs_calibration or compression.encoding.codec().needs_calibration
-    if not calibrates:
-        return fit_strategy(compression)
+def _num_exempt(compression: Compression, kv: KvTensors) -> int:
+    return sum(is_exempt(compression, layer_view(kv, index)) for index in range(kv.num_layers))
+
+
+def _fit(compression: Compression, samples: Callable[[], Sequence[KvTensors]], outer: int) -> FittedStrategy:
+    if not needs_calibration(compression):
+        return fit_amid(compression, (), outer)
     seen = samples()
     if not seen:
-        raise NotRunnable(compression.name, "it calibrates on other sequences of the model, and none are given")
-    return fit_strategy(compression, seen)
+        raise NotRunnable(
+            compression.name, "it calibrates on other sequences of the model, and none are given (--calibrate)"
+        )
+    return fit_amid(compression, seen, outer)
 
 
 def _reason(error: KvsimError) -> str:

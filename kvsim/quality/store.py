@@ -64,6 +64,11 @@ def fit_strategy(compression: Compression, samples: Sequence[KvTensors] = ()) ->
     return FittedStrategy(compression, reduction, encoding)
 
 
+def needs_calibration(compression: Compression) -> bool:
+    """Whether a codec learns from other sequences; raise NotRunnable as `fit_strategy` does."""
+    return compression.reduction.codec().needs_calibration or compression.encoding.codec().needs_calibration
+
+
 def store_cache(strategy: FittedStrategy, kv: KvTensors) -> StoredCache:
     """Store a cache as the strategy does after prefill, and read it back.
 

@@ -31,12 +31,18 @@ def headline_text(quality: Quality) -> str:
     if note is None:
         return quality.status
     hidden = " (query-agnostic)" if note.query == "agnostic" else ""
-    metric = f" {note.metric}" if note.baseline == 0 else ""
+    metric = f" {_unsaid(note)}" if note.baseline == 0 else ""
     native = f" vs {format_number(note.baseline)}" if note.baseline else ""
     marks = [str(note.evidence)] if note.evidence in ("secondary", "recalled") else []
     marks += ["interpolated"] if note.interpolated_between else []
     marked = f" ({', '.join(marks)})" if marks else ""
     return f"{note.task}{hidden}{metric} {score_text(note)}{native}{marked}"
+
+
+def _unsaid(note: QualityNote) -> str:
+    """The metric without a first word that the task ends in: perplexity, perplexity increase %."""
+    first, _, rest = note.metric.partition(" ")
+    return rest if rest and note.task.endswith(first) else note.metric
 
 
 def quality_rows(quality: Quality) -> list[tuple[str, ...]]:

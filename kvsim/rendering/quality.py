@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 GROUPS = {"theory": "bright_black", "measured": "bold", "model": "bold", "published": "cyan"}
 UNKNOWN = "-"
+WIDTH_FOR_ALL = 130
+"""Columns of text that the whole table needs."""
+NARROW = frozenset(
+    {
+        ("theory", "output"), ("measured", "output"), ("measured", "lost mass"), ("model", "KL, nats"),
+    }
+)  # fmt: skip
+"""What a narrow terminal sees of it."""
 SHORT = {"heavy keys": "keys", "diffuse": "diffuse", "quiet heavy tokens": "sinks", "large noise": "noise"}
 """Cautions as a narrow column spells them."""
 
@@ -28,6 +36,7 @@ def risk_document(row: StrategyRisk, *, heads: bool = False) -> dict[str, Any]:
         "reason": row.reason,
         "bits_per_element": row.measured and row.measured.bits_per_element,
         "native_layers": row.native_layers,
+        "outer_layers": row.outer_layers,
         "theory": row.theory and _theory(row.theory, heads=heads),
         "measured": row.measured and _measured(row.measured, heads=heads),
         "model": row.continuation and _model(row.continuation),
@@ -71,28 +80,36 @@ def _model(continuation: ContinuationRisk) -> dict[str, Any]:
     }
 
 
-def risk_table(rows: Sequence[StrategyRisk], title: str) -> Table:
-    """One line per strategy; headers name the kind of risk above each column."""
+def risk_table(rows: Sequence[StrategyRisk], title: str, width: int = WIDTH_FOR_ALL) -> Table:
+    """One line per strategy; headers name the kind of risk above each column.
+
+    Below WIDTH_FOR_ALL columns of text, those that tell most.
+    """
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left", title_style="bold")
-    table.add_column("\nstrategy", no_wrap=True)
-    table.add_column("\nbits/element", justify="right", no_wrap=True)
+    is_wide = width >= WIDTH_FOR_ALL
+    table.add_column("\nstrategy", no_wrap=is_wide, overflow="fold")
     with_model = any(row.continuation for row in rows)
-    for group, name in _columns(with_model=with_model):
+    columns = _columns(with_model=with_model)
+    shown = [one for one in columns if is_wide or one in NARROW]
+    table.add_column("\nbits/element" if is_wide else "\nbits", justify="right", no_wrap=True)
+    for group, name in shown:
         table.add_column(f"{group}\n{name}", justify="left" if name in ("status", "caution") else "right",
-                         header_style=GROUPS[group])  # fmt: skip
+                         header_style=GROUPS[group], no_wrap=not is_wide)  # fmt: skip
     for row in rows:
         if row.measured is None or row.theory is None:
-            blank = [UNKNOWN] * (len(_columns(with_model=with_model)) - 1)
-            table.add_row(escape(row.strategy), UNKNOWN, *blank, _published(row.published))
+            blank = dict.fromkeys(columns, UNKNOWN) | {columns[-1]: _published(row.published)}
+            table.add_row(escape(row.strategy), UNKNOWN, *(blank[one] for one in shown))
             continue
         cells = [*_theory_cells(row.theory), *_measured_cells(row.measured)]
         if with_model:
             cells += _model_cells(row.continuation)
-        table.add_row(escape(row.strategy), f"{row.measured.bits_per_element:.3f}", *cells, _published(row.published))
+        cells.append(_published(row.published))
+        named = dict(zip(columns, cells, strict=True))
+        table.add_row(escape(row.strategy), f"{row.measured.bits_per_element:.3f}", *(named[one] for one in shown))
     return table
 
 

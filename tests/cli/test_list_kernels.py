@@ -126,7 +126,7 @@ def test_measured_rows_without_a_hash_are_refused(data):
         ({"form": "beast"}, "form: 'beast' is not allowed; allowed: best, as_shipped; did you mean 'best'?"),
         ({"source_sha256": "abc"}, "source_sha256: "),
         ({"speed": 1}, "speed: unknown key"),
-        ({"targets": {"sm_75": {"unsupported": "old"}}}, "(top level): targets may be sm_80, "),
+        ({"targets": {"sm_75": {"unsupported": "old"}}}, "targets may be sm_80, "),
         ({"targets": {"sm_90": {}}}, "targets.sm_90: a target needs configs or the reason"),
         ({"variant": "decode_attention/int8/best"}, "variant: 'decode_attention/int8/best' belongs into decode_"),
     ],

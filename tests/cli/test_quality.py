@@ -8,7 +8,8 @@ import json
 
 import pytest
 
-from kvsim.tensors.ensemble import draw, preset
+from kvsim.tensors.ensemble import draw, parse_ensemble, preset
+from kvsim.tensors.files import write_kv
 
 SMALL = "llama-like(num_layers=1,num_tokens=128,num_needles=2,num_queries=4)"
 
@@ -24,13 +25,15 @@ def test_a_table_has_its_groups_apart(invoke):
     assert "three kinds of risk" in result.stderr
 
 
-def test_layers_that_a_format_leaves_alone_are_told(invoke):
-    result = invoke("quality", "run", "--ensemble", SMALL, "-s", "turboquant_4bit_nc")
-    assert result.exit_code == 0, result.stderr
-    deep = SMALL.replace("num_layers=1", "num_layers=5")
-    assert (
-        "leaves 4 of 5 layers native" in invoke("quality", "run", "--ensemble", deep, "-s", "turboquant_4bit_nc").stderr
-    )
+def test_layers_that_a_format_leaves_alone_are_told(invoke, tmp_path):
+    four, five = (SMALL.replace("num_layers=1", f"num_layers={count}") for count in (4, 5))
+    drawn = invoke("quality", "run", "--ensemble", four, "-s", "turboquant_4bit_nc,turboquant_3bit_nc")
+    assert drawn.exit_code == 0, drawn.stderr
+    assert "turboquant_4bit_nc, turboquant_3bit_nc: the first and last 2 layers of a model stay native" in drawn.stderr
+    spec, seed = parse_ensemble(five)
+    path = tmp_path / "five.safetensors"
+    write_kv(draw(spec, seed), path)
+    assert "4 of 5 layers stay native" in invoke("quality", "run", "--kv", path, "-s", "turboquant_4bit_nc").stderr
 
 
 def test_json_keeps_the_layers_apart(invoke):
@@ -60,7 +63,6 @@ def test_csv_has_a_line_per_strategy_or_per_head(invoke):
 
 def test_tensors_from_a_file(invoke, tmp_path):
     pytest.importorskip("safetensors")
-    from kvsim.tensors.files import write_kv
 
     path = tmp_path / "kv.safetensors"
     write_kv(draw(preset("diffuse", num_layers=1, num_tokens=64, num_prompt_queries=8), 0), path)
@@ -91,7 +93,6 @@ def test_wrong_input_is_named(invoke, options, message):
 
 def test_methods_that_calibrate_need_other_sequences(invoke, tmp_path):
     pytest.importorskip("safetensors")
-    from kvsim.tensors.files import write_kv
 
     spec = preset("llama-like", num_layers=2, num_tokens=128, num_needles=2, num_queries=4)
     paths = [tmp_path / f"{sequence}.safetensors" for sequence in range(2)]

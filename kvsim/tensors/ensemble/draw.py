@@ -174,7 +174,7 @@ def _solve_masses(
         logits = np.where(visible, base + np.einsum("cgt,ctn->gtn", levels, along), -np.inf)
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
         outside = (weights * rest).sum(axis=-1)
-        for part in range(2):
+        for part in np.flatnonzero(active.any(axis=(1, 2))):
             inside = (weights * wanted[part]).sum(axis=-1)
             slope = _mean(weights, wanted[part], along[part]) - _mean(weights, rest, along[part])
             log_odds = np.log(np.maximum(inside, 1e-300)) - np.log(np.maximum(outside, 1e-300))
