@@ -16,6 +16,9 @@ from kvsim.errors import IncompatibleScenario, InvalidSpec, KvsimError, UnknownN
 
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+EXIT_NOT_INSTALLED = 2
+PACKAGES_OF_QUALITY = frozenset({"constriction", "ml_dtypes", "safetensors", "zstandard"})
+"""What running formats on tensors takes, and pricing them does not."""
 
 
 @contextmanager
@@ -38,9 +41,13 @@ class BoundaryGroup(TyperGroup):
             result = super().invoke(ctx)
             sys.stdout.flush()
         except KvsimError as error:
-            typer.secho("error:", fg=typer.colors.RED, bold=True, err=True, nl=False)
-            typer.echo(f" {error}", err=True)
+            _say_error(error)
             raise typer.Exit(error.exit_code) from None
+        except ModuleNotFoundError as error:
+            if error.name not in PACKAGES_OF_QUALITY:
+                raise
+            _say_error(f"{error.name} is not installed, and this command needs it: pip install 'kvsim[quality]'")
+            raise typer.Exit(EXIT_NOT_INSTALLED) from None
         except KeyboardInterrupt:
             typer.echo("interrupted; nothing was written", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -49,3 +56,8 @@ class BoundaryGroup(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(EXIT_BROKEN_PIPE) from None
         return result
+
+
+def _say_error(error: object) -> None:
+    typer.secho("error:", fg=typer.colors.RED, bold=True, err=True, nl=False)
+    typer.echo(f" {error}", err=True)

@@ -139,11 +139,12 @@ def _capture(
     model: str, text: Path, tokens: int | None, queries: int | None, prompt_queries: int | None
 ) -> tuple[Captured, Any]:
     """Let the model read the text; give what it kept, and the model."""
-    from kvsim.quality.capture import capture, encode_text, load_model
+    from kvsim.quality.capture import capture, encode_text, load_model, read_text
 
     cached = TOKENS if tokens is None else tokens
     later = QUERIES if queries is None else queries
     window = min(PROMPT_QUERIES, cached) if prompt_queries is None else prompt_queries
+    read_text(text)  # A large model takes minutes to load.
     loaded, tokenizer = load_model(model)
     ids = encode_text(tokenizer, text, cached + later)
     source = f"{model}, {text.name}"

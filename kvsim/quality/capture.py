@@ -59,6 +59,9 @@ def load_model(path_or_id: str) -> tuple[Any, Any]:
     except ImportError as error:
         msg = f"--model {path_or_id}: {_EXTRA}"
         raise InvalidSpec(msg) from error
+    if path_or_id.startswith(("/", ".", "~")) and not Path(path_or_id).is_dir():
+        msg = f"--model {path_or_id}: no such folder"
+        raise InvalidSpec(msg)
     try:
         check_family(AutoConfig.from_pretrained(path_or_id), path_or_id)
         model = AutoModelForCausalLM.from_pretrained(path_or_id, dtype="auto", use_safetensors=True)
@@ -77,6 +80,16 @@ def check_family(config: Any, name: str) -> None:
         raise IncompatibleScenario(msg)
 
 
+def read_text(text: Path) -> str:
+    """Read what the model is to read; raise InvalidSpec if it cannot be read as UTF-8."""
+    try:
+        return text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        msg = f"--text {text}: cannot read: {reason}"
+        raise InvalidSpec(msg) from error
+
+
 def encode_text(tokenizer: Any, text: Path, tokens: int) -> list[int]:
     """First ``tokens`` token ids of a file.
 
@@ -85,13 +98,7 @@ def encode_text(tokenizer: Any, text: Path, tokens: int) -> list[int]:
     InvalidSpec
         The file cannot be read as UTF-8, or is too short.
     """
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        msg = f"--text {text}: cannot read: {reason}"
-        raise InvalidSpec(msg) from error
-    ids: list[int] = tokenizer(content)["input_ids"]
+    ids: list[int] = tokenizer(read_text(text))["input_ids"]
     if len(ids) < tokens:
         msg = f"--text {text}: has {len(ids)} tokens, but --tokens and --queries ask for {tokens} together"
         raise InvalidSpec(msg)

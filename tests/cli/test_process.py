@@ -34,6 +34,25 @@ def test_user_errors_have_no_traceback(tmp_path):
     assert "Traceback" not in stderr
 
 
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("ml_dtypes", ("limit", "-s", "fp8", "--ensemble", "llama-like(num_layers=1,num_tokens=128)")),
+        (
+            "constriction",
+            ("quality", "run", "-s", "kivi-2+rans", "--ensemble", "llama-like(num_layers=1,num_tokens=256)"),
+        ),
+    ],
+)
+def test_a_package_of_an_extra_that_is_missing_is_named(package, arguments):
+    without = f"import sys, runpy; sys.modules[{package!r}] = None; runpy.run_module('kvsim', run_name='__main__')"
+    command = [sys.executable, "-c", without, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {package} is not installed")
+    assert "pip install 'kvsim[quality]'" in done.stderr
+
+
 def test_unknown_options_are_status_2():
     status, stdout, _ = run("simulate", "--no-such-flag")
     assert (status, stdout) == (2, "")
