@@ -16,7 +16,8 @@ from typing import Final, Literal
 import numpy as np
 
 from kvsim.errors import InvalidSpec
-from kvsim.limit.rate_distortion import DoubleArray, Spectrum
+from kvsim.limit.rate_distortion import Spectrum
+from kvsim.numerics.arrays import DoubleArray
 from kvsim.tensors import KvTensors
 
 Tensor = Literal["key", "value"]

@@ -12,7 +12,8 @@ from kvsim.compression.base import LayerView
 from kvsim.compression.stacked import StackedEncoding
 from kvsim.errors import IncompatibleScenario
 from kvsim.limit.covariance import CovarianceLimit
-from kvsim.limit.rate_distortion import DoubleArray, isotropic_bits
+from kvsim.limit.rate_distortion import isotropic_bits
+from kvsim.numerics.arrays import DoubleArray
 from kvsim.quality.store import FittedStrategy, fit_strategy, layer_view, store_cache
 from kvsim.specs.base import Spec
 from kvsim.strategy_table import family_of

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-FloatTable = NDArray[np.float64]
+from kvsim.numerics.arrays import DoubleArray
 
 
-def allocate_bits(errors: FloatTable, budget: int) -> NDArray[np.int64]:
+def allocate_bits(errors: DoubleArray, budget: int) -> NDArray[np.int64]:
     """Bits per component that minimise the total error under a budget, by dynamic programming.
 
     Parameters
@@ -46,7 +46,7 @@ def allocate_bits(errors: FloatTable, budget: int) -> NDArray[np.int64]:
     return bits
 
 
-def _extend(best: FloatTable, errors: FloatTable) -> tuple[FloatTable, NDArray[np.int8]]:
+def _extend(best: DoubleArray, errors: DoubleArray) -> tuple[DoubleArray, NDArray[np.int8]]:
     """Least error with one more component, for every number of bits spent, and the bits that it gets."""
     total = best + errors[0]
     chosen = np.zeros(len(best), dtype=np.int8)
@@ -58,7 +58,7 @@ def _extend(best: FloatTable, errors: FloatTable) -> tuple[FloatTable, NDArray[n
     return total, chosen
 
 
-def water_fill(variances: FloatTable, mean_bits: float) -> FloatTable:
+def water_fill(variances: DoubleArray, mean_bits: float) -> DoubleArray:
     """Bits of reverse water-filling, ``max(0, log2(variance / level) / 2)``, that are ``mean_bits`` on average.
 
     Cover and Thomas, Elements of Information Theory, theorem 10.3.3. What whole bits can at best come near.

@@ -11,7 +11,8 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float32]
+from kvsim.numerics.arrays import FloatArray
+
 CodeBytes = NDArray[np.uint8]
 FloatFormat = Literal["e4m3", "e5m2", "e2m1"]
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvsim.errors import InvalidSpec
-
-FloatArray = NDArray[np.float32]
+from kvsim.numerics.arrays import FloatArray
 
 
 def largest_block(dim: int) -> int:

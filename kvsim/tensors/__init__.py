@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from kvsim.numerics.arrays import BoolArray, FloatArray, IntArray
 from kvsim.tensors.attention import Attended, attend
-from kvsim.tensors.kv import BoolArray, FloatArray, IntArray, KvTensors, LayerKv, Rope
+from kvsim.tensors.kv import KvTensors, LayerKv, Rope
 
 __all__ = ["Attended", "BoolArray", "FloatArray", "IntArray", "KvTensors", "LayerKv", "Rope", "attend"]

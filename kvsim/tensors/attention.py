@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvsim.tensors.kv import BoolArray, FloatArray, LayerKv
+from kvsim.numerics.arrays import BoolArray, FloatArray
+from kvsim.tensors.kv import LayerKv
 
 
 @dataclass(frozen=True, eq=False)

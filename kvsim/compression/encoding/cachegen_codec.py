@@ -9,8 +9,9 @@ from typing import Final, Literal, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from kvsim.compression.codec import CodeArray, LayerCodec, StoredLayer
+from kvsim.compression.codec import LayerCodec, StoredLayer
 from kvsim.errors import InvalidSpec
+from kvsim.numerics.arrays import CodeArray
 from kvsim.numerics.entropy import count_rows
 from kvsim.numerics.stream_coders import range_bits_under
 from kvsim.tensors import FloatArray, KvTensors, LayerKv

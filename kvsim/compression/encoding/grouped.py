@@ -7,8 +7,8 @@ from typing import Final
 
 import numpy as np
 
-from kvsim.compression.codec import CodeArray
 from kvsim.compression.encoding.tensor_codec import StoredTensor, codes_out_of_blocks, in_blocks, out_of_blocks
+from kvsim.numerics.arrays import CodeArray
 from kvsim.numerics.uniform import quantise_range
 from kvsim.tensors import FloatArray
 

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from kvsim.compression.base import KvBytes
-from kvsim.compression.codec import CodeArray, Codec, StoredLayer, Symbols
+from kvsim.compression.codec import Codec, StoredLayer, Symbols
 from kvsim.compression.encoding.before_rope import (
     BeforeRopeEncoding,
     by_head,
@@ -21,6 +21,7 @@ from kvsim.compression.encoding.before_rope import (
 )  # fmt: skip
 from kvsim.compression.encoding.sinks import SinkCodec, select_tokens
 from kvsim.errors import InvalidSpec
+from kvsim.numerics.arrays import CodeArray
 from kvsim.numerics.floats import round_fp16
 from kvsim.numerics.kmeans import kmeans_levels
 from kvsim.numerics.uniform import pack_codes, reciprocal

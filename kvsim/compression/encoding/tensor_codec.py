@@ -9,8 +9,9 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from kvsim.compression.codec import CodeArray, LayerCodec, StoredLayer, Symbols
+from kvsim.compression.codec import LayerCodec, StoredLayer, Symbols
 from kvsim.errors import InvalidSpec
+from kvsim.numerics.arrays import CodeArray
 from kvsim.tensors import FloatArray, KvTensors, LayerKv
 
 TensorName: TypeAlias = Literal["key", "value"]

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal, NamedTuple
 import numpy as np
 
 from kvsim.compression.base import KvBytes
-from kvsim.compression.codec import CodeArray, Codec, LayerCodec, StoredLayer, Symbols
+from kvsim.compression.codec import Codec, LayerCodec, StoredLayer, Symbols
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
+from kvsim.numerics.arrays import CodeArray
 from kvsim.numerics.floats import decode_float, encode_float, round_fp16
 from kvsim.numerics.hadamard import rotate
 from kvsim.numerics.lloyd_max import lloyd_max

@@ -10,9 +10,10 @@ import numpy as np
 from pydantic import Field
 
 from kvsim.compression.base import KvBytes
-from kvsim.compression.codec import CodeArray, Codec, LayerCodec, StoredLayer, Symbols
+from kvsim.compression.codec import Codec, LayerCodec, StoredLayer, Symbols
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
 from kvsim.errors import InvalidSpec
+from kvsim.numerics.arrays import CodeArray
 from kvsim.numerics.lloyd_max import SMALLEST_DIMENSION
 from kvsim.numerics.turboquant import MseQuantiser, ProdQuantiser
 from kvsim.ops import Component, OpCall, Work, channel_energy, fast_hadamard, project_rows

@@ -9,13 +9,8 @@ import numpy as np
 
 from kvsim.compression.reduction.projection_codec import LayerBasis, bare_keys, rows_of
 from kvsim.errors import InvalidSpec
-from kvsim.numerics.svd import (
-    DoubleArray,
-    Projection,
-    principal_projection,
-    query_aware_projection,
-    second_moment,
-)
+from kvsim.numerics.arrays import DoubleArray
+from kvsim.numerics.svd import Projection, principal_projection, query_aware_projection, second_moment
 from kvsim.tensors import FloatArray, KvTensors, LayerKv, Rope
 
 QUERY_RIDGE: Final = 1e-6
