@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvsim.numerics.arrays import DoubleArray, FloatArray, IntArray
-from kvsim.tensors.ensemble.heads import HeadModel, draw_heads, to_bf16
+from kvsim.numerics.floats import round_bf16
+from kvsim.tensors.ensemble.heads import HeadModel, draw_heads
 from kvsim.tensors.ensemble.spec import EnsembleSpec
 from kvsim.tensors.kv import KvTensors, LayerKv, Rope
 
@@ -66,11 +67,11 @@ def _draw_layer(
     plain_keys = np.stack(
         [_keys(spec, head, rng, latent, needles) for head, latent in zip(heads, key_latent, strict=True)]
     )
-    keys = to_bf16(rope.rotate(plain_keys.astype(np.float32), positions))
+    keys = round_bf16(rope.rotate(plain_keys.astype(np.float32), positions))
     values = np.stack([_values(spec, head, latent) for head, latent in zip(heads, value_latent, strict=True)])
     drawn = [_queries(spec, head, rope, rng, keys[index], needles) for index, head in enumerate(heads)]
     prompt, later = (np.concatenate([pair[part] for pair in drawn]) for part in range(2))
-    return LayerKv(keys, to_bf16(values), positions, later, prompt)
+    return LayerKv(keys, round_bf16(values), positions, later, prompt)
 
 
 def _keys(
@@ -116,7 +117,7 @@ def _queries(
     levels = _solve_masses(
         scale * base.astype(np.float64) @ keys.T, scale * turned.astype(np.float64) @ keys.T, visible, wanted, masses
     )
-    queries = to_bf16(base + np.einsum("cgt,ctd->gtd", levels, turned))
+    queries = round_bf16(base + np.einsum("cgt,ctd->gtd", levels, turned))
     return queries[:, :window], queries[:, window:]
 
 

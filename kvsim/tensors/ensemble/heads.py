@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvsim.numerics.arrays import DoubleArray, FloatArray
+from kvsim.numerics.arrays import DoubleArray
 from kvsim.tensors.ensemble.spec import EnsembleSpec
 
 
@@ -138,10 +138,3 @@ def _preferences(spec: EnsembleSpec, rng: np.random.Generator) -> DoubleArray:
     weights = 1.0 / np.arange(1, spec.num_topics + 1)
     rows = [rng.permutation(weights / weights.sum()) for _ in range(spec.group_size)]
     return np.stack(rows)
-
-
-def to_bf16(array: DoubleArray | FloatArray) -> FloatArray:
-    """Round to the nearest bf16, ties to even, kept as fp32."""
-    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
