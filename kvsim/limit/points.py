@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 
@@ -17,10 +17,10 @@ from kvsim.numerics.arrays import DoubleArray
 from kvsim.quality.store import FittedStrategy, fit_strategy, layer_view, store_cache
 from kvsim.specs.base import Spec
 from kvsim.strategy_table import family_of
-from kvsim.tensors import FloatArray, KvTensors
+from kvsim.tensors import TENSORS, FloatArray, KvTensors, TensorName
 
 Applies = Literal["isotropic", "head covariance", "layer covariance", "none", "lossless"]
-TOLERANCE_BITS = 1e-9
+TOLERANCE_BITS: Final = 1e-9
 
 
 class EncodingPoint(Spec):
@@ -87,8 +87,8 @@ def place(
     read_back = [one.kv for one in stored]
     bits = sum(one.bits[index] for one in stored for index in layers)
     bits /= sum(_num_values(cache, index) for cache in caches for index in layers)
-    errors = {tensor: _relative_errors(caches, read_back, tensor, layers) for tensor in ("keys", "values")}
-    error = _weighted_mean([*errors["keys"], *errors["values"]])
+    errors = {tensor: _relative_errors(caches, read_back, tensor, layers) for tensor in TENSORS}
+    error = _weighted_mean([*errors["key"], *errors["value"]])
     gaps = [
         None if error == 0 else bits - limit(error)
         for limit in (isotropic_bits, head_limit.held_out.bits, layer_limit.held_out.bits)
@@ -98,8 +98,8 @@ def place(
         family=family_of(compression),
         bits_per_value=bits,
         relative_mse=error,
-        key_relative_mse=_weighted_mean(errors["keys"]),
-        value_relative_mse=_weighted_mean(errors["values"]) if errors["values"] else None,
+        key_relative_mse=_weighted_mean(errors["key"]),
+        value_relative_mse=_weighted_mean(errors["value"]) if errors["value"] else None,
         gap_isotropic_bits=gaps[0],
         gap_head_bits=gaps[1],
         gap_layer_bits=gaps[2],
@@ -137,13 +137,13 @@ def _num_values(cache: KvTensors, layer: int) -> int:
 
 
 def _relative_errors(
-    before: Sequence[KvTensors], after: Sequence[KvTensors], tensor: str, layers: Iterable[int]
+    before: Sequence[KvTensors], after: Sequence[KvTensors], tensor: TensorName, layers: Iterable[int]
 ) -> list[tuple[float, int]]:
     """(error over energy, values per token) of every head, tokens of all caches together; none without channels."""
     found: list[tuple[float, int]] = []
     for index in layers:
         pairs = [
-            (getattr(one.layers[index], tensor), getattr(two.layers[index], tensor))
+            (one.layers[index].tensor(tensor), two.layers[index].tensor(tensor))
             for one, two in zip(before, after, strict=True)
         ]
         width = pairs[0][0].shape[2]

@@ -12,8 +12,8 @@ from kvsim.compression.base import KvBytes
 from kvsim.compression.codec import Codec
 from kvsim.compression.encoding.grouped import store_channel_groups, store_token_groups
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
-from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec, TensorName
-from kvsim.tensors import FloatArray
+from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec
+from kvsim.tensors import FloatArray, TensorName
 
 
 class Kivi(PerHeadEncoding):

@@ -13,9 +13,9 @@ from kvsim.compression.base import KvBytes
 from kvsim.compression.codec import Codec
 from kvsim.compression.encoding.grouped import store_channel_groups, store_token_groups
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
-from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec, TensorName
+from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec
 from kvsim.errors import InvalidSpec
-from kvsim.tensors import FloatArray
+from kvsim.tensors import FloatArray, TensorName
 
 Bits = Annotated[int, Field(ge=1, le=8)]
 

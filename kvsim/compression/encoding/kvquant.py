@@ -12,13 +12,7 @@ from pydantic import Field, NonNegativeInt
 
 from kvsim.compression.base import KvBytes
 from kvsim.compression.codec import Codec, StoredLayer, Symbols
-from kvsim.compression.encoding.before_rope import (
-    BeforeRopeEncoding,
-    by_head,
-    by_token,
-    with_rope,
-    without_rope,
-)  # fmt: skip
+from kvsim.compression.encoding.before_rope import BeforeRopeEncoding
 from kvsim.compression.encoding.sinks import SinkCodec, select_tokens
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.arrays import CodeArray
@@ -28,6 +22,7 @@ from kvsim.numerics.uniform import pack_codes, reciprocal
 from kvsim.specs.base import Dtype
 from kvsim.specs.model import LayerGroup
 from kvsim.tensors import BoolArray, FloatArray, KvTensors, LayerKv
+from kvsim.tensors.layout import bare_keys, by_head, by_token, turned_keys
 
 if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
@@ -135,7 +130,7 @@ class _KvQuantCodec(SinkCodec):
 
     def _learn(self, index: int, samples: Sequence[KvTensors]) -> _Learnt:
         layers = [(select_tokens(one.layers[index], ~self.sinks(one.layers[index])), one) for one in samples]
-        keys = np.concatenate([without_rope(layer, kv) for layer, kv in layers], axis=1)
+        keys = np.concatenate([bare_keys(layer, kv.rope) for layer, kv in layers], axis=1)
         cut = self._encoding.outlier_share / 2
         low, high = np.quantile(keys, [cut, 1.0 - cut], axis=1, keepdims=True).astype(np.float32)
         offset, reach = round_fp16((high + low) / 2), round_fp16((high - low) / 2)
@@ -161,11 +156,11 @@ class _KvQuantCodec(SinkCodec):
             msg = "kvquant must be fitted to calibration caches before it stores one"
             raise InvalidSpec(msg)
         learnt = self._learnt[index]
-        keys = self._store_keys(without_rope(layer, kv), learnt)
+        keys = self._store_keys(bare_keys(layer, kv.rope), learnt)
         values = self._store_values(layer.values, learnt)
         levels = 2**self._encoding.bits
         return StoredLayer(
-            with_rope(keys.vectors, layer.positions, layer, kv),
+            turned_keys(keys.vectors, layer.positions, kv.rope),
             values.vectors,
             payload_bits=8.0 * sum(pack_codes(part.codes, self._encoding.bits).size for part in (keys, values)),
             metadata_bits=keys.metadata_bits + values.metadata_bits,

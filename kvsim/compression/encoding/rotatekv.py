@@ -11,13 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from kvsim.compression.base import KvBytes
 from kvsim.compression.codec import Codec, StoredLayer, Symbols
-from kvsim.compression.encoding.before_rope import (
-    BeforeRopeEncoding,
-    by_head,
-    by_token,
-    with_rope,
-    without_rope,
-)  # fmt: skip
+from kvsim.compression.encoding.before_rope import BeforeRopeEncoding
 from kvsim.compression.encoding.sinks import SinkCodec
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.clipped import quantise_groups
@@ -25,6 +19,7 @@ from kvsim.numerics.hadamard import rotate
 from kvsim.specs.base import Dtype
 from kvsim.specs.model import LayerGroup
 from kvsim.tensors import BoolArray, FloatArray, IntArray, KvTensors, LayerKv
+from kvsim.tensors.layout import bare_keys, by_head, by_token, turned_keys
 
 if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
@@ -142,7 +137,7 @@ class _RotateKvCodec(SinkCodec):
     def _turned(self, layer: LayerKv, kv: KvTensors) -> FloatArray:
         """Keys before RoPE, turned over groups of heads, (n, H·D)."""
         together = self._encoding.heads_together(layer.num_kv_heads)
-        return rotate(by_token(without_rope(layer, kv)), block=together * layer.keys.shape[2])
+        return rotate(by_token(bare_keys(layer, kv.rope)), block=together * layer.keys.shape[2])
 
     def sinks(self, layer: LayerKv) -> BoolArray:
         """Mark the first tokens, and those with the smallest values, (n,)."""
@@ -165,7 +160,7 @@ class _RotateKvCodec(SinkCodec):
         unsorted[:, order] = keys.vectors
         flat = rotate(unsorted, block=encoding.heads_together(heads) * dim)
         return StoredLayer(
-            with_rope(by_head(flat, heads), layer.positions, layer, kv),
+            turned_keys(by_head(flat, heads), layer.positions, kv.rope),
             rotate(values.vectors),
             payload_bits=keys.payload_bits + values.payload_bits,
             metadata_bits=keys.metadata_bits + values.metadata_bits,

@@ -19,7 +19,7 @@ from kvsim.numerics.turboquant import MseQuantiser, ProdQuantiser
 from kvsim.ops import Component, OpCall, Work, channel_energy, fast_hadamard, project_rows
 from kvsim.specs.base import DTYPE_BITS, Dtype
 from kvsim.specs.model import LayerGroup
-from kvsim.tensors import FloatArray, IntArray, KvTensors, LayerKv
+from kvsim.tensors import FloatArray, IntArray, KvTensors, LayerKv, TensorName
 
 if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
@@ -213,7 +213,7 @@ class _PaperCodec(LayerCodec):
             symbols=keys.symbols + values.symbols,
         )
 
-    def _store(self, vectors: FloatArray, tensor: Literal["key", "value"]) -> _StoredTensor:
+    def _store(self, vectors: FloatArray, tensor: TensorName) -> _StoredTensor:
         heads, _, dim = vectors.shape
         parts = self._encoding.split(dim)
         order = _by_energy(vectors) if len(parts) > 1 else np.broadcast_to(np.arange(dim), (heads, dim))
@@ -233,7 +233,7 @@ class _PaperCodec(LayerCodec):
             )
         return stored
 
-    def _store_part(self, vectors: FloatArray, part: Instance, tensor: Literal["key", "value"]) -> _StoredTensor:
+    def _store_part(self, vectors: FloatArray, part: Instance, tensor: TensorName) -> _StoredTensor:
         encoding = self._encoding
         has_signs = encoding.algorithm == "prod" and tensor == "key"
         quantiser = (ProdQuantiser if has_signs else MseQuantiser)(
