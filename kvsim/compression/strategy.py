@@ -98,6 +98,22 @@ class Compression(Spec):
         return spoken or spell(self.encoding)
 
     @property
+    def active_parts(self) -> tuple[StrategyPart, ...]:
+        """The parts that do something: those of any family but ``baseline``."""
+        parts = (self.selection, self.reduction, self.encoding, self.coding)
+        return tuple(part for part in parts if part.family != "baseline")
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families of those parts, each once, ``baseline`` where there are none."""
+        return tuple(dict.fromkeys(part.family for part in self.active_parts)) or ("baseline",)
+
+    @property
+    def family(self) -> str:
+        """The same in one line, such as ``eviction + quantisation``."""
+        return " + ".join(self.families)
+
+    @property
     def stores_native(self) -> bool:
         """Whether kept tokens are stored as the model made them."""
         return self.reduction.is_none and self.encoding.is_native and self.coding.is_none

@@ -8,15 +8,12 @@ from typing import Final, Literal
 import numpy as np
 
 from kvsim.compression import Compression
-from kvsim.compression.base import LayerView
-from kvsim.compression.stacked import StackedEncoding
 from kvsim.errors import IncompatibleScenario
 from kvsim.limit.covariance import CovarianceLimit
 from kvsim.limit.rate_distortion import isotropic_bits
 from kvsim.numerics.arrays import DoubleArray
-from kvsim.quality.store import FittedStrategy, fit_strategy, layer_view, store_cache
+from kvsim.quality.store import FittedStrategy, fit_strategy, is_exempt, layer_view, store_cache
 from kvsim.specs.base import Spec
-from kvsim.strategy_table import family_of
 from kvsim.tensors import TENSORS, FloatArray, KvTensors, TensorName
 
 Applies = Literal["isotropic", "head covariance", "layer covariance", "none", "lossless"]
@@ -95,7 +92,7 @@ def place(
     ]
     return EncodingPoint(
         strategy=compression.name,
-        family=family_of(compression),
+        family=compression.family,
         bits_per_value=bits,
         relative_mse=error,
         key_relative_mse=_weighted_mean(errors["key"]),
@@ -121,15 +118,7 @@ def _applies(bits: float, error: float, head: CovarianceLimit, layer: Covariance
 
 def _encoded_layers(compression: Compression, cache: KvTensors) -> frozenset[int]:
     """Layers that the format does not exempt: what it keeps native says nothing of the format."""
-    return frozenset(
-        index for index in range(cache.num_layers) if not _is_exempt(compression, layer_view(cache, index))
-    )
-
-
-def _is_exempt(compression: Compression, layer: LayerView) -> bool:
-    given = compression.encoding_at(layer)
-    inner = given.encoding if isinstance(given, StackedEncoding) else given
-    return inner.is_native and not compression.encoding.is_native
+    return frozenset(index for index in range(cache.num_layers) if not is_exempt(compression, layer_view(cache, index)))
 
 
 def _num_values(cache: KvTensors, layer: int) -> int:
