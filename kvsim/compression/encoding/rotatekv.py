@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, gcd, log2
+from math import gcd, log2
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import numpy as np
@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from kvsim.compression.base import KvBytes
 from kvsim.compression.codec import Codec, StoredLayer, Symbols
 from kvsim.compression.encoding.before_rope import BeforeRopeEncoding
+from kvsim.compression.encoding.grouped import token_group_bytes
 from kvsim.compression.encoding.sinks import SinkCodec
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.clipped import quantise_groups
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
 
 _FIRST_TOKENS = 4
-_METADATA_BYTES = 4.0
 
 
 class RotateKv(BeforeRopeEncoding):
@@ -73,7 +73,7 @@ class RotateKv(BeforeRopeEncoding):
         raise NotImplementedError  # keys of all heads are grouped together
 
     def value_vector_bytes(self, head_dim: int) -> KvBytes:
-        return KvBytes(float(ceil(head_dim * self.bits / 8)), _METADATA_BYTES * ceil(head_dim / self.group_size))
+        return token_group_bytes(head_dim, self.bits, self.group_size)
 
     def bytes_per_token(self, group: LayerGroup, native: Dtype) -> KvBytes:
         if group.kv_elements_per_token == 0:
