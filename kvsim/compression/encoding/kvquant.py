@@ -18,6 +18,7 @@ from kvsim.errors import InvalidSpec
 from kvsim.numerics.arrays import CodeArray
 from kvsim.numerics.floats import round_fp16
 from kvsim.numerics.kmeans import kmeans_levels
+from kvsim.numerics.ranking import mark_largest
 from kvsim.numerics.uniform import pack_codes, reciprocal
 from kvsim.specs.base import Dtype
 from kvsim.specs.model import LayerGroup
@@ -171,7 +172,7 @@ class _KvQuantCodec(SinkCodec):
         spread = (keys - learnt.key_offset) * reciprocal(learnt.key_reach)
         heads, tokens, dim = keys.shape
         budget = tokens * self._encoding.outliers(heads * dim)
-        mask = _largest(np.abs(spread).reshape(1, -1), budget).reshape(keys.shape)
+        mask = mark_largest(np.abs(spread).reshape(1, -1), budget).reshape(keys.shape)
         codes = _nearest(spread, learnt.key_levels)
         dense = learnt.key_levels[codes] * learnt.key_reach + learnt.key_offset
         vectors = np.where(mask, round_fp16(keys), dense)
@@ -190,7 +191,7 @@ class _KvQuantCodec(SinkCodec):
     def _scaled_values(self, rows: FloatArray) -> _ScaledValues:
         """Scale each token, (n, H·D), to -1 ... 1 without its largest and smallest numbers, which are kept apart."""
         count = self._encoding.outliers(rows.shape[1])
-        outliers = _largest(rows, count - count // 2) | _largest(-rows, count // 2)
+        outliers = mark_largest(rows, count - count // 2) | mark_largest(-rows, count // 2)
         low = np.where(outliers, np.inf, rows).min(axis=1, keepdims=True).astype(np.float32)
         high = np.where(outliers, -np.inf, rows).max(axis=1, keepdims=True).astype(np.float32)
         offset, reach = round_fp16((high + low) / 2), round_fp16((high - low) / 2)
@@ -214,13 +215,6 @@ class _ScaledValues:
     outliers: BoolArray
     offset: FloatArray
     reach: FloatArray
-
-
-def _largest(rows: FloatArray, count: int) -> BoolArray:
-    """Mark the ``count`` largest numbers of each row, earlier ones first where they are equal."""
-    marked = np.zeros(rows.shape, dtype=bool)
-    np.put_along_axis(marked, np.argsort(-rows, axis=1, kind="stable")[:, :count], values=True, axis=1)
-    return marked
 
 
 def _nearest(numbers: FloatArray, levels: FloatArray) -> CodeArray:

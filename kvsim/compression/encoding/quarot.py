@@ -13,7 +13,7 @@ from kvsim.compression.encoding.grouped import token_group_bytes
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
 from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec
 from kvsim.numerics.clipped import quantise_groups
-from kvsim.numerics.hadamard import rotate
+from kvsim.numerics.hadamard import is_power_of_two, rotate
 from kvsim.ops import Component, OpCall, fast_hadamard
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup
@@ -71,7 +71,7 @@ class QuaRot(PerHeadEncoding):
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         refused = super().check(model, device)
         dims = {dim for group in model.kv_groups for dim in (group.k_head_dim, group.v_head_dim)}
-        odd = next((dim for dim in sorted(dims) if dim & (dim - 1)), None)
+        odd = next((dim for dim in sorted(dims) if dim and not is_power_of_two(dim)), None)
         if refused or odd is None:
             return refused
         return f"quarot rotates heads by a Hadamard matrix, which needs a power of two; {model.name} has {odd} channels"

@@ -16,7 +16,7 @@ from kvsim.compression.encoding.grouped import token_group_bytes
 from kvsim.compression.encoding.sinks import SinkCodec
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.clipped import quantise_groups
-from kvsim.numerics.hadamard import rotate
+from kvsim.numerics.hadamard import is_power_of_two, rotate
 from kvsim.specs.base import Dtype
 from kvsim.specs.model import LayerGroup
 from kvsim.tensors import BoolArray, FloatArray, IntArray, KvTensors, LayerKv
@@ -106,7 +106,7 @@ class RotateKv(BeforeRopeEncoding):
             return refused
         for group in model.kv_groups:
             for dim in (self.heads_together(group.num_kv_heads) * group.k_head_dim, group.v_head_dim):
-                if dim & (dim - 1):
+                if dim and not is_power_of_two(dim):
                     return f"rotatekv turns {dim} channels by a Hadamard matrix, not a power of two ({model.name})"
         return None
 

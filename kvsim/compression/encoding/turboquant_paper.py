@@ -14,6 +14,7 @@ from kvsim.compression.codec import Codec, LayerCodec, StoredLayer, Symbols
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.arrays import CodeArray
+from kvsim.numerics.hadamard import is_power_of_two
 from kvsim.numerics.lloyd_max import SMALLEST_DIMENSION
 from kvsim.numerics.turboquant import MseQuantiser, ProdQuantiser
 from kvsim.ops import Component, OpCall, Work, channel_energy, fast_hadamard, project_rows
@@ -184,7 +185,7 @@ class TurboQuantPaper(PerHeadEncoding):
     def _refuses_width(self, channels: int) -> str | None:
         if channels < SMALLEST_DIMENSION:
             return f"turboquant_{self.algorithm} rotates {channels} channels, and needs {SMALLEST_DIMENSION} or more"
-        if self.rotation == "hadamard" and channels & (channels - 1):
+        if self.rotation == "hadamard" and not is_power_of_two(channels):
             return f"a Hadamard rotation needs a power of two, not {channels} channels; use rotation=dense"
         return None
 
