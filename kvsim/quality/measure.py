@@ -76,9 +76,7 @@ class MeasuredRisk:
     @property
     def needle_survival(self) -> float | None:
         """Over all needles that any head looks for."""
-        sought = sum(head.sought_needles for head in self.heads)
-        kept = sum((head.needle_survival or 0.0) * head.sought_needles for head in self.heads)
-        return kept / sought if sought else None
+        return _survival(self.heads)
 
 
 def measure(strategy: FittedStrategy, kv: KvTensors) -> MeasuredRisk:
@@ -112,8 +110,6 @@ def _pool_head(same: tuple[HeadRisk, ...]) -> HeadRisk:
     def mean(read: Callable[[HeadRisk], float]) -> float:
         return float(np.mean([read(head) for head in same]))
 
-    sought = sum(head.sought_needles for head in same)
-    kept = sum((head.needle_survival or 0.0) * head.sought_needles for head in same)
     return HeadRisk(
         same[0].layer,
         same[0].head,
@@ -121,9 +117,17 @@ def _pool_head(same: tuple[HeadRisk, ...]) -> HeadRisk:
         lost_mass=mean(lambda head: head.lost_mass),
         logit_error=float(np.sqrt(mean(lambda head: head.logit_error**2))),
         top1_agreement=mean(lambda head: head.top1_agreement),
-        needle_survival=kept / sought if sought else None,
-        sought_needles=sought,
+        needle_survival=_survival(same),
+        sought_needles=sum(head.sought_needles for head in same),
     )
+
+
+def _survival(heads: Iterable[HeadRisk]) -> float | None:
+    """Share that survives of all needles that any of ``heads`` looks for; None where none does."""
+    several = tuple(heads)
+    sought = sum(head.sought_needles for head in several)
+    kept = sum((head.needle_survival or 0.0) * head.sought_needles for head in several)
+    return kept / sought if sought else None
 
 
 def kept_indices(before: LayerKv, after: LayerKv) -> IntArray:
