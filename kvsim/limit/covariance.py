@@ -26,7 +26,7 @@ BLOCK_TOKENS: Final = 32
 """Neighbouring tokens are alike, so halves take turns block by block and not token by token."""
 MIN_TOKENS: Final = 4 * BLOCK_TOKENS
 REFERENCE_BITS: Final = 2.0
-"""Rate at which keys before and after RoPE are compared."""
+"""Rate at which keys before and after RoPE, and both estimates of a limit, are compared."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Final
 from kvsim.compression import STRATEGIES, parse_compression
 from kvsim.errors import InvalidSpec, KvsimError
 from kvsim.limit.answer import CURVE_BITS, HeadLimit, LimitAnswer, LimitCurve, NotMeasured
-from kvsim.limit.covariance import Component, CovarianceLimit, covariance_limit
+from kvsim.limit.covariance import REFERENCE_BITS, Component, CovarianceLimit, covariance_limit
 from kvsim.limit.points import EncodingPoint, measure_point
 from kvsim.limit.rate_distortion import isotropic_bits, isotropic_distortion, sphere_distortion
 from kvsim.limit.token_ids import TokenIdTier
@@ -16,7 +16,6 @@ from kvsim.tensors import KvTensors
 
 Progress = Callable[[float], None]
 TABLE_BITS: Final = (1.0, 2.0, 3.0, 4.0)
-REFERENCE_BITS: Final = 2.0
 
 
 def default_strategies() -> tuple[str, ...]:
