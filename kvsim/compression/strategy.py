@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Self, get_args
 
 from pydantic import Field, model_validator
 
-from kvsim.compression.base import KvEncoding, LayerView, StrategyPart, TokenSelection
+from kvsim.compression.base import KvEncoding, LayerView, StrategyPart
 from kvsim.compression.coding.arithmetic import Arithmetic
 from kvsim.compression.coding.base import Coding
 from kvsim.compression.coding.deflate import Deflate
@@ -43,6 +43,7 @@ from kvsim.compression.reduction.shared_layers import CrossLayerAttention, KvSha
 from kvsim.compression.reduction.think import ThinK
 from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
+from kvsim.compression.selection.base import TokenSelection
 from kvsim.compression.selection.h2o import H2O
 from kvsim.compression.selection.keep_all import KeepAll
 from kvsim.compression.selection.pyramidkv import PyramidKV
