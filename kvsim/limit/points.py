@@ -11,10 +11,10 @@ from kvsim.compression import Compression
 from kvsim.errors import IncompatibleScenario
 from kvsim.limit.covariance import CovarianceLimit
 from kvsim.limit.rate_distortion import isotropic_bits
-from kvsim.numerics.arrays import DoubleArray
 from kvsim.quality.store import FittedStrategy, fit_strategy, is_exempt, layer_view, store_cache
 from kvsim.specs.base import Spec
-from kvsim.tensors import TENSORS, FloatArray, KvTensors, TensorName
+from kvsim.tensors import TENSORS, KvTensors, TensorName
+from kvsim.tensors.statistics import head_energy
 
 Applies = Literal["isotropic", "head covariance", "layer covariance", "none", "lossless"]
 TOLERANCE_BITS: Final = 1e-9
@@ -138,16 +138,11 @@ def _relative_errors(
         width = pairs[0][0].shape[2]
         if not width:
             continue
-        energy = sum(_per_head(old) for old, _ in pairs)
-        error = sum(_per_head(new.astype(np.float64) - old) for old, new in pairs)
+        energy = sum(head_energy(old) for old, _ in pairs)
+        error = sum(head_energy(new.astype(np.float64) - old) for old, new in pairs)
         ratios = np.divide(error, energy, out=np.zeros_like(error), where=energy > 0)
         found += [(float(ratio), width) for ratio in ratios]
     return found
-
-
-def _per_head(array: FloatArray | DoubleArray) -> DoubleArray:
-    energy: DoubleArray = (array.astype(np.float64) ** 2).sum(axis=(1, 2))
-    return energy
 
 
 def _weighted_mean(parts: Sequence[tuple[float, int]]) -> float:

@@ -15,8 +15,8 @@ import numpy as np
 
 from kvsim.numerics.arrays import DoubleArray
 from kvsim.quality.dropping import squared_distance
-from kvsim.tensors import BoolArray, FloatArray, LayerKv, attend
-from kvsim.tensors.statistics import effective_tokens, kurtosis
+from kvsim.tensors import TENSORS, BoolArray, FloatArray, LayerKv, attend
+from kvsim.tensors.statistics import effective_tokens, head_energy, kurtosis
 
 HEAVY_KURTOSIS: Final = 10.0
 """Kurtosis of keys above which the even spread of error over channels, that the formula assumes, is doubtful."""
@@ -49,19 +49,18 @@ class Distortion:
 def distortion(before: LayerKv, after: LayerKv) -> Distortion:
     """Measure D and c of a layer whose tokens were all kept (or of the kept ones: give both as kept)."""
     return Distortion(
-        *(_relative_error(getattr(before, name), getattr(after, name)) for name in ("keys", "values")),
-        *(_shrink(getattr(before, name), getattr(after, name)) for name in ("keys", "values")),
+        *(_relative_error(before.tensor(name), after.tensor(name)) for name in TENSORS),
+        *(_shrink(before.tensor(name), after.tensor(name)) for name in TENSORS),
     )
 
 
 def _relative_error(before: FloatArray, after: FloatArray) -> DoubleArray:
-    energy = (before.astype(np.float64) ** 2).sum(axis=(1, 2))
-    change = ((after.astype(np.float64) - before) ** 2).sum(axis=(1, 2))
+    energy, change = head_energy(before), head_energy(after.astype(np.float64) - before)
     return np.asarray(change / np.where(energy > 0.0, energy, 1.0))
 
 
 def _shrink(before: FloatArray, after: FloatArray) -> DoubleArray:
-    energy = (before.astype(np.float64) ** 2).sum(axis=(1, 2))
+    energy = head_energy(before)
     product = (before.astype(np.float64) * after).sum(axis=(1, 2))
     return np.asarray(np.where(energy > 0.0, 1.0 - product / np.where(energy > 0.0, energy, 1.0), 0.0))
 
