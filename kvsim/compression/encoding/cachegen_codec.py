@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Final, Literal, Self, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvsim.compression.codec import LayerCodec, StoredLayer
 from kvsim.errors import InvalidSpec
-from kvsim.numerics.arrays import CodeArray
+from kvsim.numerics.arrays import CodeArray, DoubleArray
 from kvsim.numerics.entropy import count_rows
+from kvsim.numerics.floats import round_fp16
 from kvsim.numerics.stream_coders import range_bits_under
 from kvsim.tensors import TENSORS, FloatArray, KvTensors, LayerKv, TensorName
 from kvsim.tensors.layout import by_head, by_token
@@ -39,7 +39,7 @@ class CacheGenCodec(LayerCodec):
 
     needs_calibration = True
 
-    def __init__(self, group_tokens: int, laws: dict[LawKey, NDArray[np.float64]] | None = None) -> None:
+    def __init__(self, group_tokens: int, laws: dict[LawKey, DoubleArray] | None = None) -> None:
         self._group_tokens = group_tokens
         self._laws = laws
 
@@ -48,7 +48,7 @@ class CacheGenCodec(LayerCodec):
         if not samples:
             msg = "cachegen learns the laws of its codes offline and needs sample sequences of the model; give some"
             raise InvalidSpec(msg)
-        laws: dict[LawKey, NDArray[np.float64]] = {}
+        laws: dict[LawKey, DoubleArray] = {}
         for index in range(samples[0].num_layers):
             for tensor in TENSORS:
                 coded = [self._quantise(one.layers[index], index, tensor, one) for one in samples]
@@ -94,13 +94,13 @@ def _vector_quantise(rows: FloatArray, bins: int) -> tuple[CodeArray, FloatArray
     """Round each row to ``bins - 1`` levels between plus and minus its largest magnitude; the scale is fp16."""
     largest = bins // 2 - 1
     peak = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
-    scale = np.minimum(peak / largest, np.finfo(np.float16).max).astype(np.float16).astype(np.float32)
+    scale = round_fp16(peak / largest)
     safe = np.where(scale > 0, scale, 1.0)
     codes = np.clip(np.rint(rows / safe), -largest, largest) * (scale > 0)
     return (codes + largest).astype(np.int32), (codes * scale).astype(np.float32)
 
 
-def _law(codes: Sequence[CodeArray], bins: int) -> NDArray[np.float64]:
+def _law(codes: Sequence[CodeArray], bins: int) -> DoubleArray:
     """Probability of each code in each channel, (channels, bins), all above 0."""
     counts = count_rows(_by_channel(np.concatenate(codes)), bins).astype(np.float64)
     shared = counts.sum(axis=0) + 0.5
