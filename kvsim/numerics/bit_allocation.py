@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from kvsim.numerics.arrays import DoubleArray
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One way to store the components from ``start`` up to ``stop``.
+
+    Attributes
+    ----------
+    width : int
+        Bits of each component; 0 drops them.
+    cost : int
+        Bits in all, with what the components share.
+    error : float
+    """
+
+    start: int
+    stop: int
+    width: int
+    cost: int
+    error: float
 
 
 def allocate_bits(errors: DoubleArray, budget: int) -> NDArray[np.int64]:
@@ -56,3 +79,44 @@ def _extend(best: DoubleArray, errors: DoubleArray) -> tuple[DoubleArray, NDArra
         better = other < total
         total[better], chosen[better] = other[better], bits
     return total, chosen
+
+
+def allocate_segments(count: int, segments: Sequence[Segment], budget: int) -> tuple[Segment, ...]:
+    """Segments, end to end over components 0 to ``count``, of least total error under a budget.
+
+    Dynamic programming over the end of the last segment and the bits spent: what follows does not depend on how the
+    components before were cut, so the best cut up to ``stop`` ends in one segment after the best cut up to its start.
+
+    Returns
+    -------
+    tuple of Segment
+        In order; among equally good cuts one of least cost.
+
+    Raises
+    ------
+    ValueError
+        The budget is negative, or no cut of these segments covers all components within it.
+    """
+    if budget < 0:
+        msg = f"a budget of {budget} bits is negative"
+        raise ValueError(msg)
+    best = {0: np.zeros(budget + 1)}
+    chosen: dict[int, NDArray[np.int64]] = {}
+    for index in sorted(range(len(segments)), key=lambda one: (segments[one].stop, segments[one].cost)):
+        one = segments[index]
+        if one.start not in best or one.cost > budget:
+            continue
+        total = best.setdefault(one.stop, np.full(budget + 1, np.inf))[one.cost :]
+        taken = chosen.setdefault(one.stop, np.full(budget + 1, -1, dtype=np.int64))[one.cost :]
+        other = best[one.start][: len(total)] + one.error
+        better = other < total
+        total[better], taken[better] = other[better], index
+    if not np.isfinite(best.get(count, np.array([np.inf]))).any():
+        msg = f"no segments cover {count} components within {budget} bits"
+        raise ValueError(msg)
+    found, left, end = [], int(np.argmin(best[count])), count
+    while end:
+        one = segments[chosen[end][left]]
+        found.append(one)
+        end, left = one.start, left - one.cost
+    return tuple(reversed(found))
