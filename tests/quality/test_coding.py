@@ -240,7 +240,8 @@ def test_a_token_unlike_all_others_is_kept_as_well_as_they_are() -> None:
         for one in (rows, far)
     ]
     # Steps are each token's own: nothing is clipped. Three bits over the range of 64 normal numbers, 4.7 deviations,
-    # lose (4.7 / 7)^2 / 12 = 0.038; the range in a group of unequal components is wider and that of a smaller one narrower.
+    # lose (4.7 / 7)^2 / 12 = 0.038; the range in a group of unequal components is wider and that of a smaller one
+    # narrower.
     assert lost[0] < 0.04
     assert lost[1] < 2 * lost[0]
 
