@@ -2,13 +2,15 @@
 
 Every encoding that makes codes runs on drawn caches (kvsim/tensors/ensemble), every coder codes what comes out, and
 whole codecs run as they are. Run ``OMP_NUM_THREADS=1 python tools/write_kv_rates.py`` after an encoding, a coder or an
-ensemble has changed; it takes minutes.
+ensemble has changed; it takes minutes. Named codecs (``write_kv_rates.py kvtc kvtc:16``) are measured alone, and their
+lines replaced.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -175,6 +177,29 @@ def main() -> None:
     write_atomic(PAGE, TABLES.sub(lambda match: f"{match[1]}\n{table}\n{match[2]}", page).encode())
 
 
+def remeasure(names: Sequence[str]) -> None:
+    """Measure some codecs again and replace their lines in both files."""
+    rates, page = (path.read_text(encoding="utf-8") for path in (RATES, PAGE))
+    for name in names:
+        measured = measure_codec(name)
+        rates = replace_line(rates, f'  "{name}": ', codec_line(name, measured))
+        page = replace_line(page, f"| `{name}` | ", codec_row(name, measured), after="| Codec |")
+    write_atomic(RATES, rates.encode())
+    write_atomic(PAGE, page.encode())
+
+
+def replace_line(text: str, start: str, new: str, *, after: str = "codecs:") -> str:
+    """Replace the one line that starts so, in what follows ``after``; raise ValueError where there is none."""
+    head, mark, tail = text.partition(after)
+    lines = tail.split("\n")
+    found = [index for index, line in enumerate(lines) if line.startswith(start)]
+    if not found:
+        msg = f"no line starts with {start!r} after {after!r}: measure everything once"
+        raise ValueError(msg)
+    lines[found[0]] = new
+    return head + mark + "\n".join(lines)
+
+
 def rates_text(codes: dict[str, dict[str, Measured]], codecs: dict[str, Measured]) -> str:
     """The YAML file."""
     lines = [
@@ -193,8 +218,13 @@ def rates_text(codes: dict[str, dict[str, Measured]], codecs: dict[str, Measured
         lines.append(f"  {name}:")
         lines += [f'    "{spell_part(one)}": {found[spell_part(one)].row(100)}' for one in codings()]
     lines += ["", "codecs:       # bits / bits of the 16-bit cache, native tokens left out"]
-    lines += [f'  "{name}": {measured.row(1000)}' for name, measured in codecs.items()]
+    lines += [codec_line(name, measured) for name, measured in codecs.items()]
     return "\n".join(lines) + "\n"
+
+
+def codec_line(name: str, measured: Measured) -> str:
+    """A codec's line of the YAML file."""
+    return f'  "{name}": {measured.row(1000)}'
 
 
 def code_table(codes: dict[str, dict[str, Measured]]) -> str:
@@ -211,11 +241,18 @@ def code_table(codes: dict[str, dict[str, Measured]]) -> str:
 def codec_table(codecs: dict[str, Measured]) -> str:
     """Bits per value of whole codecs, and the span over caches."""
     lines = ["| Codec | bits per value | span over caches | times smaller than 16 bits |", "|---|---|---|---|"]
-    for name, one in codecs.items():
-        span = f"{16 * min(one.shares):.2f} to {16 * max(one.shares):.2f}"
-        lines.append(f"| `{name}` | {one.bits_per_value:.2f} | {span} | {16 / one.bits_per_value:.2f} |")
+    lines += [codec_row(name, one) for name, one in codecs.items()]
     return "\n".join(lines) + "\n"
 
 
+def codec_row(name: str, measured: Measured) -> str:
+    """A codec's row of the page's table."""
+    span = f"{16 * min(measured.shares):.2f} to {16 * max(measured.shares):.2f}"
+    return f"| `{name}` | {measured.bits_per_value:.2f} | {span} | {16 / measured.bits_per_value:.2f} |"
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        remeasure(sys.argv[1:])
+    else:
+        main()

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-FloatTable = NDArray[np.float64]
+from kvsim.numerics.arrays import DoubleArray
 
 
-def allocate_bits(errors: FloatTable, budget: int) -> NDArray[np.int64]:
+@dataclass(frozen=True)
+class Segment:
+    """One way to store the components from ``start`` up to ``stop``.
+
+    Attributes
+    ----------
+    width : int
+        Bits of each component; 0 drops them.
+    cost : int
+        Bits in all, with what the components share.
+    error : float
+    """
+
+    start: int
+    stop: int
+    width: int
+    cost: int
+    error: float
+
+
+def allocate_bits(errors: DoubleArray, budget: int) -> NDArray[np.int64]:
     """Bits per component that minimise the total error under a budget, by dynamic programming.
 
     Parameters
@@ -46,7 +69,7 @@ def allocate_bits(errors: FloatTable, budget: int) -> NDArray[np.int64]:
     return bits
 
 
-def _extend(best: FloatTable, errors: FloatTable) -> tuple[FloatTable, NDArray[np.int8]]:
+def _extend(best: DoubleArray, errors: DoubleArray) -> tuple[DoubleArray, NDArray[np.int8]]:
     """Least error with one more component, for every number of bits spent, and the bits that it gets."""
     total = best + errors[0]
     chosen = np.zeros(len(best), dtype=np.int8)
@@ -58,17 +81,42 @@ def _extend(best: FloatTable, errors: FloatTable) -> tuple[FloatTable, NDArray[n
     return total, chosen
 
 
-def water_fill(variances: FloatTable, mean_bits: float) -> FloatTable:
-    """Bits of reverse water-filling, ``max(0, log2(variance / level) / 2)``, that are ``mean_bits`` on average.
+def allocate_segments(count: int, segments: Sequence[Segment], budget: int) -> tuple[Segment, ...]:
+    """Segments, end to end over components 0 to ``count``, of least total error under a budget.
 
-    Cover and Thomas, Elements of Information Theory, theorem 10.3.3. What whole bits can at best come near.
+    Dynamic programming over the end of the last segment and the bits spent: what follows does not depend on how the
+    components before were cut, so the best cut up to ``stop`` ends in one segment after the best cut up to its start.
+
+    Returns
+    -------
+    tuple of Segment
+        In order; among equally good cuts one of least cost.
+
+    Raises
+    ------
+    ValueError
+        The budget is negative, or no cut of these segments covers all components within it.
     """
-    spread = np.sort(variances[variances > 0])[::-1]
-    if not len(spread) or mean_bits <= 0:
-        return np.zeros(len(variances))
-    logs, total = np.log2(spread), 2.0 * mean_bits * len(variances)
-    # With k components above water, their logs' sum - k * level = total; the right k leaves the next one under water.
-    levels = (np.cumsum(logs) - total) / np.arange(1, len(spread) + 1)
-    level = levels[np.flatnonzero(levels < logs)[-1]]
-    with np.errstate(divide="ignore"):
-        return np.asarray(np.maximum(0.0, 0.5 * (np.log2(variances) - level)), dtype=np.float64)
+    if budget < 0:
+        msg = f"a budget of {budget} bits is negative"
+        raise ValueError(msg)
+    best = {0: np.zeros(budget + 1)}
+    chosen: dict[int, NDArray[np.int64]] = {}
+    for index in sorted(range(len(segments)), key=lambda one: (segments[one].stop, segments[one].cost)):
+        one = segments[index]
+        if one.start not in best or one.cost > budget:
+            continue
+        total = best.setdefault(one.stop, np.full(budget + 1, np.inf))[one.cost :]
+        taken = chosen.setdefault(one.stop, np.full(budget + 1, -1, dtype=np.int64))[one.cost :]
+        other = best[one.start][: len(total)] + one.error
+        better = other < total
+        total[better], taken[better] = other[better], index
+    if not np.isfinite(best.get(count, np.array([np.inf]))).any():
+        msg = f"no segments cover {count} components within {budget} bits"
+        raise ValueError(msg)
+    found, left, end = [], int(np.argmin(best[count])), count
+    while end:
+        one = segments[chosen[end][left]]
+        found.append(one)
+        end, left = one.start, left - one.cost
+    return tuple(reversed(found))

@@ -211,7 +211,7 @@ def test_wrong_input_of_the_command_is_named(folder: Path, tmp_path: Path) -> No
     text, out = ["--text", str(folder / "text.txt")], ["-o", str(tmp_path / "kv.safetensors")]
     model = ["--model", str(folder)]
     assert "has 112 tokens" in fails("capture", *model, *text, "--tokens", "120", "--queries", "4", *out)
-    assert "cannot load it" in fails("capture", "--model", str(tmp_path / "none"), *text, *out)
+    assert "no such folder" in fails("capture", "--model", str(tmp_path / "none"), *text, *out)
     assert "must end in .safetensors" in fails("capture", *model, *text, "-o", str(tmp_path / "kv.npz"))
     assert "--text" in fails("run", *model)
     assert "give one of" in fails("run", *model, *text, "--ensemble", "diffuse")

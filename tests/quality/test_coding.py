@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,8 @@ from kvsim.compression import CODINGS, parse_compression
 from kvsim.compression.codec import Symbols, fixed_width_bits
 from kvsim.compression.coding.base import Coding
 from kvsim.compression.encoding.cachegen_codec import CacheGenCodec, delta_bins
-from kvsim.compression.encoding.kvtc_codec import KvtcCodec, deflated_bits, make_transform
+from kvsim.compression.encoding.kvtc_codec import KvtcCodec, logit_weights
+from kvsim.compression.encoding.kvtc_transform import coded_bits, deflated_bits, make_transform
 from kvsim.compression.encoding.lossless import coded_words, word_bits
 from kvsim.errors import InvalidSpec, NotRunnable
 from kvsim.numerics.entropy import empirical_entropy
@@ -184,9 +186,10 @@ def test_kvtc_keeps_its_budget_and_loses_more_with_less(
         codec = KvtcCodec(ratio, 4, 128).fit(smooth_samples)
         for run, *transforms in codec._runs:
             for transform in transforms:
-                assert transform.bits.sum() <= 16 / ratio * len(run) * 64
-                assert np.allclose(transform.vectors.T @ transform.vectors, np.eye(len(transform.bits)), atol=1e-5)
-                assert transform.bits.min() >= 1
+                assert 0 < transform.bits_per_row <= 16 / ratio * len(run) * 64
+                assert sum(group.size for group in transform.groups) == transform.down.shape[1]
+                assert np.allclose(transform.up @ transform.down, np.eye(len(transform.up)), atol=1e-5)
+                assert np.array_equal(transform.up, transform.down.T)
         strategy = fit_strategy(parse_compression(f"kvtc:{ratio}"), smooth_samples)
         stored = store_cache(strategy, smooth)
         coded = 2 * 2 * 32 * 4 * (600 - 132)
@@ -198,30 +201,134 @@ def test_kvtc_keeps_its_budget_and_loses_more_with_less(
     assert errors[0] < 0.01
 
 
+def _lost(rows: np.ndarray, mean_bits: float, weights: np.ndarray | None = None) -> np.ndarray:
+    transform = make_transform(rows, mean_bits, weights)
+    return np.asarray(transform.decode(transform.encode(rows), len(rows)) - rows)
+
+
 def test_kvtc_finds_the_rank_of_its_data_and_spends_bits_there() -> None:
     rng = np.random.default_rng(0)
-    mix = np.linalg.qr(rng.standard_normal((64, 4)))[0]
-    rows = (rng.standard_normal((2000, 4)) * [8, 4, 2, 1] @ mix.T + 3.0).astype(np.float32)
-    transform = make_transform(rows, 0.25)
-    assert len(transform.bits) == 4
-    assert transform.bits.sum() == 16
-    # Variances fall by 4 from one to the next, which is worth one bit each.
-    assert np.abs(transform.bits - [5.5, 4.5, 3.5, 2.5]).max() <= 1
-    lost = float(np.mean((transform.decode(transform.encode(rows)) - rows) ** 2)) * 64
-    # Shannon's 4 * 64 * 4^-5.5; a uniform quantiser of up to 6 bits loses at most 4.26 times as much (Max, 1960).
-    assert 0.125 < lost < 4.26 * 0.125
+    mix = np.linalg.qr(rng.standard_normal((64, 16)))[0]
+    rows = (rng.standard_normal((2000, 16)) * 4 @ mix.T + 3.0).astype(np.float32)
+    transform = make_transform(rows, 2.0)
+    # 128 bits: one group of 16 components takes its scale and 6 bits each, and nothing is left outside of it.
+    assert [(group.size, group.bits) for group in transform.groups] == [(16, 6)]
+    assert transform.bits_per_row == 128
+    lost = float(np.mean(_lost(rows, 2.0) ** 2)) * 64 / 16
+    # Steps of a range over 63; the mean range of 16 normal numbers is 3.53 deviations (Tippett, 1925). A twelfth of its
+    # square, and the variance of the range on top.
+    step = 4 * 3.53 / 63
+    assert step**2 / 12 * 0.8 < lost < step**2 / 12 * 1.2
+
+
+def test_more_bits_never_lose_more(smooth_samples: tuple[KvTensors, ...]) -> None:
+    layer = smooth_samples[0].layers[0]
+    rows = layer.values.transpose(1, 0, 2).reshape(layer.num_tokens, -1)[:256]
+    lost = [float(np.mean(_lost(rows, bits) ** 2)) for bits in (0.0, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
+    assert all(more <= less * (1 + 1e-6) for less, more in itertools.pairwise(lost))
+    assert lost[0] == pytest.approx(float(rows.var(axis=0).mean()), rel=1e-4)
+    assert lost[-1] < 0.001 * lost[0]
+
+
+def test_a_token_unlike_all_others_is_kept_as_well_as_they_are() -> None:
+    rng = np.random.default_rng(0)
+    rows = (rng.standard_normal((2000, 64)) * np.linspace(4, 1, 64)).astype(np.float32)
+    transform = make_transform(rows, 4.0)
+    far = rows[:1] * 20
+    lost = [
+        float(np.sum((transform.decode(transform.encode(one), len(one)) - one) ** 2) / np.sum(one**2))
+        for one in (rows, far)
+    ]
+    # Steps are each token's own: nothing is clipped. Three bits over the range of 64 normal numbers, 4.7 deviations,
+    # lose (4.7 / 7)^2 / 12 = 0.038; the range in a group of unequal components is wider and that of a smaller one
+    # narrower.
+    assert lost[0] < 0.04
+    assert lost[1] < 2 * lost[0]
+
+
+def test_kvtc_writes_the_bits_that_it_counts(smooth: KvTensors, smooth_samples: tuple[KvTensors, ...]) -> None:
+    layer = smooth.layers[0]
+    rows = layer.values.transpose(1, 0, 2).reshape(layer.num_tokens, -1)
+    transform = make_transform(rows, 2.0)
+    coded = transform.encode(rows)
+    payload, scales = coded_bits(coded, transform.groups)
+    assert scales == 32 * len(transform.groups) * len(rows)
+    assert all(one.codes.min() >= 0 for one in coded)
+    assert all(one.codes.max() < 1 << group.bits for one, group in zip(coded, transform.groups, strict=True))
+    for one in coded:
+        assert np.array_equal(one.scale, one.scale.astype(np.float16))
+        assert np.array_equal(one.zero, one.zero.astype(np.float16))
+    plain = transform.bits_per_row * len(rows) - scales
+    assert 0.3 * plain < payload < 1.01 * plain
+    stored = KvtcCodec(8, 4, 128).fit(smooth_samples).store(smooth)
+    assert sum(one.metadata_bits for one in stored) == 32 * 596 * sum(
+        len(transform.groups) for _, *both in KvtcCodec(8, 4, 128).fit(smooth_samples)._runs for transform in both
+    )
+
+
+def _with_queries(kv: KvTensors, seed: int) -> KvTensors:
+    """Queries that read few channels, those in which keys vary little."""
+    rng = np.random.default_rng(seed)
+    assert kv.rope is not None
+    layers = []
+    for layer in kv.layers:
+        bare = kv.rope.undo(layer.keys, layer.positions).transpose(1, 0, 2).reshape(layer.num_tokens, 2, -1)
+        small = [np.linalg.eigh(np.cov(bare[:, head], rowvar=False))[1][:, 12:20] for head in range(2)]
+        drawn = np.stack([rng.standard_normal((40, 8)) @ one.T for one in small]).astype(np.float32)
+        layers.append(replace(layer, queries=kv.rope.rotate(drawn, np.full((2, 40), layer.num_tokens))))
+    return replace(kv, layers=tuple(layers))
+
+
+def test_each_objective_is_the_better_one_by_its_own_measure() -> None:
+    rng = np.random.default_rng(0)
+    scale = np.arange(1, 65) ** -0.7
+    turn = np.linalg.qr(rng.standard_normal((64, 64)))[0]
+    rows = (rng.standard_normal((2000, 64)) * scale @ turn.T).astype(np.float32)
+    # What varies least is read most.
+    weights = (turn * scale**-3) @ turn.T
+    plain, weighted = _lost(rows, 2.0), _lost(rows, 2.0, weights)
+    assert np.sum(plain**2) < np.sum(weighted**2)
+    by_weight = [float(np.einsum("nc,cd,nd->", lost, weights, lost)) for lost in (plain, weighted)]
+    assert by_weight[1] < 0.5 * by_weight[0]
+
+
+def test_coding_keys_for_their_queries_loses_less_of_logits(
+    smooth: KvTensors, smooth_samples: tuple[KvTensors, ...]
+) -> None:
+    samples = [_with_queries(one, seed) for seed, one in enumerate(smooth_samples)]
+    asked = _with_queries(smooth, 9)
+    logits = []
+    for objective in ("kv", "kq"):
+        stored = KvtcCodec(16, 4, 128, objective).fit(samples).store(asked)  # type: ignore[arg-type]
+        lost = [one.keys - layer.keys for one, layer in zip(stored, asked.layers, strict=True)]
+        logits.append(
+            sum(float(np.sum((layer.queries @ one.transpose(0, 2, 1)) ** 2))
+                for one, layer in zip(lost, asked.layers, strict=True))
+        )  # fmt: skip
+    assert logits[1] < 0.7 * logits[0]
+    with pytest.raises(InvalidSpec, match="needs calibration caches with queries"):
+        KvtcCodec(16, 4, 128, "kq").fit(smooth_samples)
+
+
+def test_weighted_error_is_that_of_logits_without_rotation() -> None:
+    cache = replace(_with_queries(smooth_cache(0), 0), rope=None)
+    weights = logit_weights([cache], range(2))
+    lost = np.random.default_rng(0).standard_normal((5, 2 * 64))
+    by_head = lost.reshape(5, 2, 2, 32)
+    direct = sum(
+        float(np.sum((cache.layers[index].queries[head] @ by_head[:, index, head].T) ** 2))
+        for index in range(2)
+        for head in range(2)
+    )
+    # One hundredth of the mean weight is added along every direction.
+    assert direct < np.einsum("nc,cd,nd->", lost, weights, lost) < 1.1 * direct
 
 
 def test_decorrelating_beats_quantising_channels_at_equal_bits(smooth_samples: tuple[KvTensors, ...]) -> None:
     layer = smooth_samples[0].layers[0]
     rows = layer.values.transpose(1, 0, 2).reshape(layer.num_tokens, -1)
-    spun = make_transform(rows, 2.0)
     shuffled = np.random.default_rng(0).permuted(rows, axis=0)  # the same channels, independent of each other
-    plain = make_transform(shuffled, 2.0)
-    lost = [
-        float(np.mean((one.decode(one.encode(data)) - data) ** 2)) for one, data in ((spun, rows), (plain, shuffled))
-    ]
-    assert lost[0] < 0.2 * lost[1]
+    assert np.mean(_lost(rows, 2.0) ** 2) < 0.2 * np.mean(_lost(shuffled, 2.0) ** 2)
 
 
 def test_kvtc_does_not_see_positions(smooth: KvTensors, smooth_samples: tuple[KvTensors, ...]) -> None:
@@ -260,8 +367,8 @@ def test_codecs_that_learn_offline_say_so(smooth: KvTensors, smooth_samples: tup
 def test_cachegen_is_finer_where_layers_are_early_and_at_anchors(
     smooth: KvTensors, smooth_samples: tuple[KvTensors, ...]
 ) -> None:
-    assert [delta_bins(index, 32, "keys") for index in (0, 9, 10, 31)] == [32, 32, 16, 16]
-    assert [delta_bins(index, 32, "values") for index in (0, 1, 2, 31)] == [32, 32, 16, 16]
+    assert [delta_bins(index, 32, "key") for index in (0, 9, 10, 31)] == [32, 32, 16, 16]
+    assert [delta_bins(index, 32, "value") for index in (0, 1, 2, 31)] == [32, 32, 16, 16]
     stored = CacheGenCodec(10).fit(smooth_samples).store(smooth)
     lost = [np.abs(one.keys - layer.keys) for one, layer in zip(stored, smooth.layers, strict=True)]
     assert lost[0].mean() < 0.7 * lost[-1].mean()

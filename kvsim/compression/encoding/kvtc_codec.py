@@ -3,57 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Self, TypeAlias
+from typing import Final, Literal, Self, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kvsim.compression.codec import CodeArray, Codec, StoredLayer
+from kvsim.compression.codec import Codec, StoredLayer
+from kvsim.compression.encoding.kvtc_transform import Table, Transform, coded_bits, make_transform
+from kvsim.compression.query_moments import grouped_query_moments
 from kvsim.errors import InvalidSpec, NotRunnable
-from kvsim.numerics.bit_allocation import allocate_bits
-from kvsim.numerics.byte_coders import compressed_bits, pack, unpack
 from kvsim.tensors import FloatArray, KvTensors, LayerKv
 
-Table: TypeAlias = NDArray[np.float64]
+Objective: TypeAlias = Literal["kv", "kq"]
 
-MAX_BITS: Final = 8
 ROWS_PER_COLUMN: Final = 4
 """Calibration rows that a column of a basis needs; fewer, and it fits the rows and not the model."""
-SEARCHED_ROWS: Final = 512
-"""Calibration rows on which quantisers are compared."""
-CLIPS: Final = (0.8, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.6, 4.3, 5.0, 6.5, 8.5)
-"""Half the range of a quantiser in standard deviations, to choose from."""
-
-
-@dataclass(frozen=True, eq=False)
-class Transform:
-    """An orthogonal basis with a uniform quantiser per component; components without bits are dropped.
-
-    Attributes
-    ----------
-    mean : (C,)
-    vectors : (C, k)
-        Orthonormal columns, in falling order of bits.
-    steps : (k,)
-    bits : (k,) of int
-    """
-
-    mean: FloatArray
-    vectors: FloatArray
-    steps: FloatArray
-    bits: NDArray[np.int64]
-
-    def encode(self, rows: FloatArray) -> CodeArray:
-        """Codes (n, k) of rows (n, C)."""
-        levels = (1 << self.bits).astype(np.int64)
-        codes = np.floor((rows - self.mean) @ self.vectors / self.steps) + levels // 2
-        return np.clip(codes, 0, levels - 1).astype(np.int32)
-
-    def decode(self, codes: CodeArray) -> FloatArray:
-        """Rows that the codes stand for: the middle of each step, the mean where a component was dropped."""
-        centred = (codes - (1 << self.bits) // 2 + 0.5) * self.steps
-        return (centred.astype(np.float32) @ self.vectors.T + self.mean).astype(np.float32)
+QUERY_RIDGE: Final = 0.01
+"""Weight of directions that no calibration query reads, against the mean one."""
 
 
 class KvtcCodec(Codec):
@@ -66,30 +31,33 @@ class KvtcCodec(Codec):
         target_ratio: int,
         sink_tokens: int,
         recent_tokens: int,
+        objective: Objective = "kv",
         runs: tuple[tuple[range, Transform, Transform], ...] = (),
     ) -> None:
         self._target_ratio = target_ratio
+        self._objective: Objective = objective
         self._native = (sink_tokens, recent_tokens)
         self._runs = runs
 
     def fit(self, samples: Sequence[KvTensors]) -> Self:
-        """Find the bases of keys and of values for each run of layers; raise InvalidSpec without samples."""
+        """Find the bases of keys and of values for each run of layers.
+
+        Raises
+        ------
+        InvalidSpec
+            There are no samples, or none with queries where errors are measured in logits.
+        """
         if not samples:
             msg = "kvtc learns its bases offline and needs sample sequences of the model; give some"
             raise InvalidSpec(msg)
         cut = [self._middle(sample) for sample in samples]
         budget = samples[0].native_bits / self._target_ratio
-        runs = tuple(
-            (
-                run,
-                *(
-                    make_transform(np.concatenate([_rows(kv, run, is_key) for kv in cut]), budget)
-                    for is_key in (True, False)
-                ),
-            )
-            for run in _runs(cut)
-        )
-        return type(self)(self._target_ratio, *self._native, runs)  # type: ignore[arg-type]
+        runs = []
+        for run in _runs(cut):
+            keys, values = (np.concatenate([_rows(kv, run, is_key) for kv in cut]) for is_key in (True, False))
+            weights = logit_weights(cut, run) if self._objective == "kq" else None
+            runs.append((run, make_transform(keys, budget, weights), make_transform(values, budget)))
+        return type(self)(self._target_ratio, *self._native, self._objective, tuple(runs))
 
     def _middle(self, kv: KvTensors) -> KvTensors:
         """Leave out sinks and newest tokens, which are not coded, of a sample long enough to spare the latter."""
@@ -109,68 +77,36 @@ class KvtcCodec(Codec):
         kv = _with_layers(kv, [_cut(layer, slice(self._native[0], None)) for layer in kv.layers])
         stored: list[StoredLayer] = []
         for run, *transforms in self._runs:
-            bits, read_back = 0.0, []
+            bits, read_back = np.zeros(2), []
             for is_key, transform in zip((True, False), transforms, strict=True):
-                codes = transform.encode(_rows(kv, run, is_key))
-                bits += deflated_bits(codes, transform.bits)
-                read_back.append(_split(transform.decode(codes), kv, run, is_key))
-            stored += [
-                StoredLayer(keys, values, payload_bits=bits / len(run)) for keys, values in zip(*read_back, strict=True)
-            ]
+                rows = _rows(kv, run, is_key)
+                coded = transform.encode(rows)
+                bits += coded_bits(coded, transform.groups)
+                read_back.append(_split(transform.decode(coded, len(rows)), kv, run, is_key))
+            payload, metadata = (float(one) / len(run) for one in bits)
+            stored += [StoredLayer(keys, values, payload, metadata) for keys, values in zip(*read_back, strict=True)]
         return tuple(_with_sinks(one, head, kv.native_bits) for one, head in zip(stored, sinks, strict=True))
 
 
-def make_transform(rows: FloatArray, mean_bits: float) -> Transform:
-    """Fit basis, quantisers and bits to sample rows, (n, C), for a budget in bits per column."""
-    exact = rows.astype(np.float64)
-    mean = exact.mean(axis=0)
-    variances, vectors = np.linalg.eigh(np.cov(exact, rowvar=False, bias=True).reshape(len(mean), -1))
-    order = np.argsort(-variances, kind="stable")
-    vectors, deviations = vectors[:, order], np.sqrt(np.maximum(variances[order], 0.0))
-    chosen = np.linspace(0, len(rows) - 1, min(len(rows), SEARCHED_ROWS)).astype(np.int64)
-    errors, steps = _search_steps((exact[chosen] - mean) @ vectors, deviations)
-    bits = allocate_bits(errors, round(mean_bits * len(mean)))
-    kept = np.flatnonzero(bits)
-    kept = kept[np.argsort(-bits[kept], kind="stable")]
-    return Transform(
-        mean.astype(np.float32),
-        np.ascontiguousarray(vectors[:, kept], dtype=np.float32),
-        steps[kept, bits[kept]].astype(np.float32),
-        bits[kept],
-    )
+def logit_weights(samples: Sequence[KvTensors], run: range) -> Table:
+    """Weights of errors of keys before RoPE, (C, C): a squared error in logits is ``e' weights e``, over all queries.
 
+    Second moments of the queries that read each head, turned back by spread key positions. Heads meet no other head's
+    queries, so the weights are block-diagonal.
 
-def _search_steps(components: Table, deviations: Table) -> tuple[Table, Table]:
-    """Least mean squared error of each component at 0 to 8 bits, (C, 9), and the step that has it."""
-    # In units of a component's deviation and one component after the other, so that every quantiser is the same.
-    safe = np.maximum(deviations, 1e-12)
-    scaled = np.ascontiguousarray((components / safe).T, dtype=np.float32)
-    errors = np.full((len(safe), MAX_BITS + 1), np.inf)
-    clips = np.ones_like(errors)
-    errors[:, 0] = np.mean(scaled**2, axis=1)
-    for bits in range(1, MAX_BITS + 1):
-        half = 1 << (bits - 1)
-        for clip in CLIPS:
-            step = np.float32(clip / half)
-            lost = scaled / step
-            lost -= np.clip(np.floor(lost), -half, half - 1) + np.float32(0.5)
-            error = step**2 * np.einsum("cn,cn->c", lost, lost) / scaled.shape[1]
-            better = error < errors[:, bits]
-            errors[better, bits], clips[better, bits] = error[better], clip
-    return errors * safe[:, None] ** 2, clips * safe[:, None] / (1 << np.arange(MAX_BITS + 1)) * 2
-
-
-def deflated_bits(codes: CodeArray, bits: NDArray[np.int64]) -> float:
-    """Bits of codes (n, k) through DEFLATE: one block for the components of each number of bits, packed in turn."""
-    total = 0.0
-    for width in np.unique(bits) if codes.size else ():
-        row = np.ascontiguousarray(codes[:, bits == width].T).ravel()
-        data = pack(row, 1 << int(width))
-        if not np.array_equal(unpack(data, 1 << int(width), len(row)), row):
-            msg = "packing gave back other codes than it was given"
-            raise RuntimeError(msg)
-        total += compressed_bits(data.tobytes(), "deflate")
-    return total
+    Raises
+    ------
+    InvalidSpec
+        A sample holds no queries.
+    """
+    blocks = [grouped_query_moments(samples, index, 1, pre_rope=True)[0] for index in run]
+    weights: Table = np.zeros((sum(map(len, blocks)),) * 2)
+    start = 0
+    for block in blocks:
+        part = slice(start, start + len(block))
+        weights[part, part], start = block, part.stop
+    weights += float(QUERY_RIDGE * np.trace(weights) / len(weights)) * np.eye(len(weights))
+    return weights
 
 
 def _runs(samples: Sequence[KvTensors]) -> list[range]:
@@ -219,6 +155,7 @@ def _with_sinks(coded: StoredLayer, sinks: LayerKv, native_bits: int) -> StoredL
         keys=np.concatenate((sinks.keys, coded.keys), axis=1),
         values=np.concatenate((sinks.values, coded.values), axis=1),
         payload_bits=coded.payload_bits + float(native_bits * (sinks.keys.size + sinks.values.size)),
+        metadata_bits=coded.metadata_bits,
     )
 
 
