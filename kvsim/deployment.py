@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvsim.compression import Compression
-from kvsim.compression.base import KvEncoding, LayerView, TokenCurve, TokenSelection, growing
+from kvsim.compression.base import KvEncoding, LayerView, TokenCurve, growing
+from kvsim.compression.selection.base import TokenSelection
 from kvsim.parallelism import Parallelism
 from kvsim.specs.device import DeviceSpec
 from kvsim.specs.engine import EngineSpec, SamplingSpec

@@ -57,13 +57,7 @@ class StrategyRow(Spec):
 
 def families(names: Iterable[str] = STRATEGIES) -> tuple[str, ...]:
     """Families of strategies, in order of appearance."""
-    return tuple(dict.fromkeys(one for name in names for one in family_of(parse_compression(name)).split(" + ")))
-
-
-def family_of(compression: Compression) -> str:
-    """Families of the parts that do something, joined by ``+``."""
-    found = [part.family for part in _parts(compression) if part.family != "baseline"]
-    return " + ".join(dict.fromkeys(found)) or "baseline"
+    return tuple(dict.fromkeys(one for name in names for one in parse_compression(name).families))
 
 
 def strategy_table(
@@ -84,7 +78,7 @@ def strategy_table(
     return tuple(
         _row(name, compression, model, spec, device, context_tokens)
         for name, compression in chosen.items()
-        if family is None or family in family_of(compression).split(" + ")
+        if family is None or family in compression.families
     )
 
 
@@ -97,7 +91,7 @@ def _row(
     native, mine = (stored_bytes(one, spec, context_tokens, 0) for one in (Compression(), compression))
     return StrategyRow(
         name=name,
-        family=family_of(compression),
+        family=compression.family,
         description=describe_strategy(name),
         bytes_per_token=per_token,
         bits_per_value=8 * per_token / values if per_token is not None and values else None,
@@ -141,7 +135,7 @@ def _decode_basis(compression: Compression, model: str, device: str) -> tuple[Ba
 
 def kernels_of(compression: Compression, *, is_latent: bool = False) -> Iterator[str]:
     """Variants of ours that make, read or choose this strategy's cache; ``is_latent`` on a model with MLA."""
-    parts = [part for part in _parts(compression) if not _is_neutral(part)]
+    parts = compression.active_parts
     wanted = {_plain(name) for part in parts for name in _spellings(part)}
     if compression.stores_native:
         wanted.add("native")
@@ -164,11 +158,3 @@ def _spellings(part: StrategyPart) -> Iterator[str]:
 
 def _plain(name: str) -> str:
     return name.replace(":", "_").replace("-", "_")
-
-
-def _parts(compression: Compression) -> tuple[StrategyPart, ...]:
-    return compression.selection, compression.reduction, compression.encoding, compression.coding
-
-
-def _is_neutral(part: StrategyPart) -> bool:
-    return part.family == "baseline"

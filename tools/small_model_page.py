@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvsim.compression import parse_compression
 from kvsim.documents import write_atomic
-from kvsim.quality.compare import family_of, rank_at
+from kvsim.quality.compare import rank_at
 from kvsim.quality.small_model.points import small_model_points
 from kvsim.quality.small_model.results import ResultRow, Results, load_results
 from kvsim.quality.small_model.tasks import TASKS
@@ -98,7 +98,7 @@ def _strategies(results: Results) -> Iterator[str]:
     for row in sorted(results.over("all", "all"), key=lambda one: (-one.bits_per_element, one.strategy)):
         scores = " | ".join(f"{100 * _row(results, task, row.strategy).score:.1f}" for task in LOOKUPS)
         language = _row(results, "language", row.strategy)
-        family = family_of(parse_compression(row.strategy))
+        family = parse_compression(row.strategy).family
         yield (
             f"| `{row.strategy}` | {family} | {row.bits_per_element:.2f} | {scores} "
             f"| {language.perplexity:.2f} | {100 * language.score:.1f} | {1e3 * row.kl_nats:.3g} |"

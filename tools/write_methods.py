@@ -20,15 +20,18 @@ PARTS: dict[str, tuple[type[StrategyPart], ...]] = {
     "encoding": ENCODINGS, "reduction": REDUCTIONS, "coding": CODINGS, "selection": SELECTIONS,
 }  # fmt: skip
 PAGES = {
-    "quantisation": "quantisation.md",
-    "rotation": "rotation.md",
-    "low rank": "low-rank.md",
-    "channel pruning": "channel-pruning.md",
-    "cross-layer": "cross-layer.md",
-    "transform coding": "entropy-coding.md",
-    "entropy coding": "entropy-coding.md",
+    "quantisation": ("quantisation.md", "rotation.md#kvquant"),
+    "rotation": ("rotation.md",),
+    "low rank": ("low-rank.md",),
+    "architecture": ("low-rank.md#mla", "cross-layer.md#cla"),
+    "channel pruning": ("channel-pruning.md",),
+    "cross-layer": ("cross-layer.md",),
+    "transform coding": ("entropy-coding.md",),
+    "entropy coding": ("entropy-coding.md",),
+    "eviction": ("selections.md",),
+    "sparse reading": ("selections.md",),
 }
-"""Family -> page below docs/methods; the others have no page of their own."""
+"""Family -> where below docs/methods its methods are explained."""
 
 
 def rows() -> Iterator[str]:
@@ -37,10 +40,9 @@ def rows() -> Iterator[str]:
     for family in dict.fromkeys(part.family for _, part in found):
         yield f"### {family.capitalize()}"
         yield ""
-        page = PAGES.get(family)
-        if page is not None and (PAGE.parent / "methods" / page).exists():
-            yield f"Maths, bytes and sources: [methods/{page}](methods/{page})."
-            yield ""
+        pages = (f"[methods/{page}](methods/{page})" for page in PAGES[family])
+        yield f"Maths, bytes and sources: {', '.join(pages)}."
+        yield ""
         yield "| Name | Part | What it does, and where it is published |"
         yield "|---|---|---|"
         for kind, part in found:

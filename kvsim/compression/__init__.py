@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kvsim.compression.base import KvEncoding, TokenSelection
+from kvsim.compression.base import KvEncoding
 from kvsim.compression.parse import STRATEGIES, NamedCompression, describe_strategy, parse_compression
+from kvsim.compression.selection.base import TokenSelection
 from kvsim.compression.stored import stored_bytes
 from kvsim.compression.strategy import (
     CODINGS,

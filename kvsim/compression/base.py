@@ -1,4 +1,4 @@
-"""The main questions a KV compression answers: which tokens are kept and read, and how a kept token is stored.
+"""What the parts of a strategy are made of, and how a kept token is stored.
 
 A strategy is a frozen value: parameters in, numbers out. Token counts over the life of a sequence are piecewise
 linear in the number of generated tokens, which is what lets the simulator add up decode steps in closed form.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvsim.errors import InvalidSpec, NotRunnable
 from kvsim.specs.base import DTYPE_BITS, Dtype, Spec
-from kvsim.specs.model import LayerGroup, LayerKind
+from kvsim.specs.model import LayerGroup
 from kvsim.specs.prior import Prior
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from kvsim.ops import OpCall
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
-    from kvsim.tensors import BoolArray, IntArray, LayerKv
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,100 +106,6 @@ class StrategyPart(Spec):
     def inline_text(self) -> str | None:
         """Give what follows ``name:`` for these parameters, or None where they need their names."""
         return None
-
-
-class TokenSelection(StrategyPart):
-    """Which tokens are kept and read.
-
-    ``prompt_tokens`` is everything processed before the first decode step (after a preemption it includes the
-    tokens generated so far); curves then run over the tokens generated since. A selection acts on full-attention
-    layers that keep K and V per head (:func:`acts_on`) and is only asked about those: sliding and chunked layers
-    keep their window, latent layers keep everything.
-    """
-
-    @abstractmethod
-    def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        """Tokens held in memory in this layer after prefill, over generated tokens."""
-
-    @abstractmethod
-    def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        """Tokens whose K and V one decode step reads in this layer."""
-
-    def layer_band(self, layer: LayerView) -> int:
-        """Band of a layer: layers of one group and band have equal curves and equal work."""
-        return 0
-
-    def prefill_resident_tokens(self, processed_tokens: int, layer: LayerView) -> int:
-        """Tokens held while the prompt is still being processed; uncompressed unless the method bounds it."""
-        return processed_tokens
-
-    def scanned_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve | None:
-        """Tokens whose metadata a decode step reads to choose what to attend (Quest's page bounds), or None."""
-        return None
-
-    def scan_bytes_per_token(self, group: LayerGroup, element_bytes: float) -> float:
-        """Metadata bytes read, and held, per scanned token in one layer."""
-        return 0.0
-
-    def scan_flops_per_token(self, group: LayerGroup, model: ModelSpec) -> float:
-        """Vector FLOPs per scanned token, sequence and layer in each decode step (Quest's page scores), 0 if none."""
-        return 0.0
-
-    def prefill_ops(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
-        """Work at the end of prefill for one sequence and layer: scoring, top-k, compaction."""
-        return ()
-
-    def decode_ops(self, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
-        """Work per decode step, sequence and layer that does not grow with context."""
-        return ()
-
-    def decode_score_flops_per_token(self, group: LayerGroup, model: ModelSpec) -> float:
-        """FLOPs per attended token, sequence and layer in each decode step (H2O's score update), 0 if none."""
-        return 0.0
-
-    @property
-    def evicts(self) -> bool:
-        """Whether tokens leave memory for good, so that a cached prefix cannot be reused by another request."""
-        return False
-
-    @property
-    def granularity(self) -> str:
-        """Where the kept set may differ: 'none', 'layer' or 'head' (a head-wise set needs ragged pages)."""
-        return "none"
-
-    @property
-    def query_aware(self) -> bool:
-        """Whether the method looks at the question when it compresses (SnapKV's observation window)."""
-        return False
-
-    def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
-        """Why this model or device cannot run the method, or None."""
-        return None
-
-    @abstractmethod
-    def keep(self, layer_kv: LayerKv, layer: LayerView, attention_scale: float) -> IntArray | None:
-        """Choose the tokens of a prompt that stay, as indices (H, kept) ascending per head; None keeps all.
-
-        As many as `resident_tokens` says of the prompt's length. ``attention_scale`` is what logits are multiplied by.
-
-        Raises
-        ------
-        InvalidSpec
-            The method scores with queries of the prompt, and the cache has none.
-        """
-
-    def read_mask(self, layer_kv: LayerKv, layer: LayerView) -> BoolArray | None:
-        """Which kept tokens each of the layer's queries reads, (Hq, m, n); None reads all."""
-        return None
-
-    def index_bits(self, layer_kv: LayerKv, layer: LayerView, native_bits: int) -> float:
-        """Bits of what is held of the kept tokens to choose among them (Quest's page bounds), 0 if nothing."""
-        return 0.0
-
-
-def acts_on(group: LayerGroup) -> bool:
-    """Whether token selections apply to a group: full attention with K and V per head, not a shared latent."""
-    return group.kind is LayerKind.FULL and not group.is_latent and group.num_kv_heads > 0
 
 
 class KvEncoding(StrategyPart):

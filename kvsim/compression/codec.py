@@ -9,12 +9,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self, TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvsim.tensors import FloatArray, KvTensors, LayerKv
+from kvsim.tensors import FloatArray, KvTensors, LayerKv, TensorName
 
 CodeArray: TypeAlias = NDArray[np.int32]
 
@@ -31,7 +31,7 @@ class Symbols:
     levels : int
     """
 
-    tensor: Literal["key", "value"]
+    tensor: TensorName
     codes: CodeArray
     levels: int
 

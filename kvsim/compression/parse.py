@@ -8,9 +8,10 @@ from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator
 
-from kvsim.compression.base import KvEncoding, StrategyPart, TokenSelection
+from kvsim.compression.base import KvEncoding, StrategyPart
 from kvsim.compression.coding.base import Coding
 from kvsim.compression.reduction.base import Reduction
+from kvsim.compression.selection.base import TokenSelection
 from kvsim.compression.stacked import StackedEncoding
 from kvsim.compression.strategy import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS, Compression
 from kvsim.documents import validate

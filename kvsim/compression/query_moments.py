@@ -8,7 +8,8 @@ from typing import Final
 import numpy as np
 
 from kvsim.errors import InvalidSpec
-from kvsim.numerics.svd import DoubleArray, second_moment
+from kvsim.numerics.arrays import DoubleArray
+from kvsim.numerics.svd import second_moment
 from kvsim.tensors import FloatArray, KvTensors, LayerKv, Rope
 
 _POSITIONS: Final = 64

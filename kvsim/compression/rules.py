@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from kvsim.compression.base import KvEncoding, StrategyPart, TokenSelection
+from kvsim.compression.base import KvEncoding, StrategyPart
 from kvsim.compression.coding.base import Coding
 from kvsim.compression.reduction.base import Reduction
+from kvsim.compression.selection.base import TokenSelection
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class StackedEncoding(KvEncoding):
 
     def fixed_bytes_per_sequence(self, group: LayerGroup, native: Dtype) -> float:
         own = self.encoding.fixed_bytes_per_sequence(self.reduction.reduced_group(group), native)
-        return self.reduction.fixed_share * own + self.reduction.fixed_bytes_per_sequence(group, native)
+        return self.reduction.resident_share * own + self.reduction.fixed_bytes_per_sequence(group, native)
 
     @property
     def is_replicated(self) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvsim.compression.base import KvEncoding, LayerView, TokenSelection, acts_on
+from kvsim.compression.base import KvEncoding, LayerView
 from kvsim.compression.encoding.native import Native
+from kvsim.compression.selection.base import TokenSelection, acts_on
 from kvsim.compression.strategy import Compression
 from kvsim.specs.base import DTYPE_BITS, Dtype
 from kvsim.specs.model import LayerGroup

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Self, get_args
 
 from pydantic import Field, model_validator
 
-from kvsim.compression.base import KvEncoding, LayerView, StrategyPart, TokenSelection
+from kvsim.compression.base import KvEncoding, LayerView, StrategyPart
 from kvsim.compression.coding.arithmetic import Arithmetic
 from kvsim.compression.coding.base import Coding
 from kvsim.compression.coding.deflate import Deflate
@@ -43,6 +43,7 @@ from kvsim.compression.reduction.shared_layers import CrossLayerAttention, KvSha
 from kvsim.compression.reduction.think import ThinK
 from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
+from kvsim.compression.selection.base import TokenSelection
 from kvsim.compression.selection.h2o import H2O
 from kvsim.compression.selection.keep_all import KeepAll
 from kvsim.compression.selection.pyramidkv import PyramidKV
@@ -96,6 +97,22 @@ class Compression(Spec):
         parts = [self.selection] if not isinstance(self.selection, KeepAll) else []
         spoken = "+".join([spell(part) for part in parts] + ([] if self.stores_native else [spell(self.stored)]))
         return spoken or spell(self.encoding)
+
+    @property
+    def active_parts(self) -> tuple[StrategyPart, ...]:
+        """The parts that do something: those of any family but ``baseline``."""
+        parts = (self.selection, self.reduction, self.encoding, self.coding)
+        return tuple(part for part in parts if part.family != "baseline")
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families of those parts, each once, ``baseline`` where there are none."""
+        return tuple(dict.fromkeys(part.family for part in self.active_parts)) or ("baseline",)
+
+    @property
+    def family(self) -> str:
+        """The same in one line, such as ``eviction + quantisation``."""
+        return " + ".join(self.families)
 
     @property
     def stores_native(self) -> bool:

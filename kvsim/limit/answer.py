@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from kvsim.limit.covariance import Tensor
 from kvsim.limit.points import EncodingPoint
 from kvsim.limit.token_ids import TokenIdTier
 from kvsim.specs.base import Spec
+from kvsim.tensors import TensorName
 
 CURVE_BITS: Final = tuple(quarter / 4 for quarter in range(41))
 """Rates at which curves are given: 0 to 10 bits per value."""
@@ -37,7 +37,7 @@ class LimitCurve(Spec):
 class HeadLimit(Spec):
     """One K or V vector: error at whole bits, and how far from isotropic it is."""
 
-    tensor: Tensor
+    tensor: TensorName
     layer: int
     head: int
     before_rope: bool

@@ -16,16 +16,17 @@ from typing import Final, Literal
 import numpy as np
 
 from kvsim.errors import InvalidSpec
-from kvsim.limit.rate_distortion import DoubleArray, Spectrum
-from kvsim.tensors import KvTensors
+from kvsim.limit.rate_distortion import Spectrum
+from kvsim.numerics.arrays import DoubleArray
+from kvsim.tensors import KvTensors, TensorName
+from kvsim.tensors.layout import bare_keys, by_token
 
-Tensor = Literal["key", "value"]
 Scope = Literal["head", "layer"]
 BLOCK_TOKENS: Final = 32
 """Neighbouring tokens are alike, so halves take turns block by block and not token by token."""
 MIN_TOKENS: Final = 4 * BLOCK_TOKENS
 REFERENCE_BITS: Final = 2.0
-"""Rate at which keys before and after RoPE are compared."""
+"""Rate at which keys before and after RoPE, and both estimates of a limit, are compared."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class Component:
         Whether keys were turned back first, which a decoder can do as it knows the positions.
     """
 
-    tensor: Tensor
+    tensor: TensorName
     layer: int
     head: int | None
     num_tokens: int
@@ -69,7 +70,7 @@ class CovarianceLimit:
             Spectrum.joined([one.plug_in for one in components]),
         )
 
-    def only(self, tensor: Tensor) -> CovarianceLimit:
+    def only(self, tensor: TensorName) -> CovarianceLimit:
         """The limit of K alone, or of V."""
         return CovarianceLimit.of([one for one in self.components if one.tensor == tensor])
 
@@ -110,7 +111,7 @@ def _check(caches: Sequence[KvTensors]) -> None:
         raise InvalidSpec(msg)
 
 
-def _component(caches: Sequence[KvTensors], layer: int, head: int | None, tensor: Tensor) -> Component:
+def _component(caches: Sequence[KvTensors], layer: int, head: int | None, tensor: TensorName) -> Component:
     cached = _vectors(caches, layer, head, tensor, undo_rope=False)
     found = _measured(cached, tensor, layer, head, before_rope=False)
     if tensor == "key" and all(cache.rope is not None for cache in caches):
@@ -123,22 +124,19 @@ def _component(caches: Sequence[KvTensors], layer: int, head: int | None, tensor
 
 
 def _vectors(
-    caches: Sequence[KvTensors], layer: int, head: int | None, tensor: Tensor, *, undo_rope: bool
+    caches: Sequence[KvTensors], layer: int, head: int | None, tensor: TensorName, *, undo_rope: bool
 ) -> list[DoubleArray]:
     """One (n, d) array per cache; d counts all heads where ``head`` is None."""
     found = []
     for cache in caches:
         one = cache.layers[layer]
-        array = one.keys if tensor == "key" else one.values
-        if undo_rope and cache.rope is not None:
-            array = cache.rope.undo(array, one.positions)
-        picked = array if head is None else array[head : head + 1]
-        found.append(picked.transpose(1, 0, 2).reshape(one.num_tokens, -1).astype(np.float64))
+        array = bare_keys(one, cache.rope) if undo_rope else one.tensor(tensor)
+        found.append(by_token(array if head is None else array[head : head + 1]).astype(np.float64))
     return found
 
 
 def _measured(
-    vectors: Sequence[DoubleArray], tensor: Tensor, layer: int, head: int | None, *, before_rope: bool
+    vectors: Sequence[DoubleArray], tensor: TensorName, layer: int, head: int | None, *, before_rope: bool
 ) -> Component:
     halves = [np.concatenate([_half(one, which) for one in vectors]) for which in (0, 1)]
     together = np.concatenate(halves)

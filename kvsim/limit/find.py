@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from kvsim.compression import STRATEGIES, parse_compression
+from kvsim.compression import STRATEGIES, Compression, parse_compression
 from kvsim.errors import InvalidSpec, KvsimError
 from kvsim.limit.answer import CURVE_BITS, HeadLimit, LimitAnswer, LimitCurve, NotMeasured
-from kvsim.limit.covariance import Component, CovarianceLimit, covariance_limit
+from kvsim.limit.covariance import REFERENCE_BITS, Component, CovarianceLimit, covariance_limit
 from kvsim.limit.points import EncodingPoint, measure_point
 from kvsim.limit.rate_distortion import isotropic_bits, isotropic_distortion, sphere_distortion
 from kvsim.limit.token_ids import TokenIdTier
@@ -16,7 +16,6 @@ from kvsim.tensors import KvTensors
 
 Progress = Callable[[float], None]
 TABLE_BITS: Final = (1.0, 2.0, 3.0, 4.0)
-REFERENCE_BITS: Final = 2.0
 
 
 def default_strategies() -> tuple[str, ...]:
@@ -57,14 +56,7 @@ def find_limit(
         name: parse_compression(name) for name in (strategies if strategies is not None else default_strategies())
     }
     head_limit, layer_limit = covariance_limit(caches), covariance_limit(caches, "layer")
-    points, missing = [], []
-    for done, (name, compression) in enumerate(chosen.items()):
-        try:
-            points.append(measure_point(compression, caches, samples, head_limit, layer_limit))
-        except KvsimError as error:
-            missing.append(NotMeasured(strategy=name, reason=str(error)))
-        if progress is not None:
-            progress((done + 1) / len(chosen))
+    points, missing = _points(chosen, caches, samples, (head_limit, layer_limit), progress)
     first = caches[0].layers[0]
     return LimitAnswer(
         source="; ".join(dict.fromkeys(cache.source for cache in caches)),
@@ -81,6 +73,25 @@ def find_limit(
         token_ids=token_ids,
         notes=_notes(head_limit, layer_limit, points),
     )
+
+
+def _points(
+    chosen: Mapping[str, Compression],
+    caches: Sequence[KvTensors],
+    samples: Sequence[KvTensors],
+    limits: tuple[CovarianceLimit, CovarianceLimit],
+    progress: Progress | None,
+) -> tuple[list[EncodingPoint], list[NotMeasured]]:
+    """Measure what can be measured, and say of the rest why not."""
+    points, missing = [], []
+    for done, (name, compression) in enumerate(chosen.items()):
+        try:
+            points.append(measure_point(compression, caches, samples, *limits))
+        except KvsimError as error:
+            missing.append(NotMeasured(strategy=name, reason=str(error)))
+        if progress is not None:
+            progress((done + 1) / len(chosen))
+    return points, missing
 
 
 def _curve(head: CovarianceLimit, layer: CovarianceLimit, dim: int) -> LimitCurve:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 
 from kvsim.compression import Compression
-from kvsim.compression.base import LayerView
-from kvsim.compression.stacked import StackedEncoding
 from kvsim.errors import IncompatibleScenario
 from kvsim.limit.covariance import CovarianceLimit
-from kvsim.limit.rate_distortion import DoubleArray, isotropic_bits
-from kvsim.quality.store import FittedStrategy, fit_strategy, layer_view, store_cache
+from kvsim.limit.rate_distortion import isotropic_bits
+from kvsim.quality.store import FittedStrategy, fit_strategy, is_exempt, layer_view, store_cache
 from kvsim.specs.base import Spec
-from kvsim.strategy_table import family_of
-from kvsim.tensors import FloatArray, KvTensors
+from kvsim.tensors import TENSORS, KvTensors, TensorName
+from kvsim.tensors.statistics import head_energy
 
 Applies = Literal["isotropic", "head covariance", "layer covariance", "none", "lossless"]
-TOLERANCE_BITS = 1e-9
+TOLERANCE_BITS: Final = 1e-9
 
 
 class EncodingPoint(Spec):
@@ -86,19 +84,19 @@ def place(
     read_back = [one.kv for one in stored]
     bits = sum(one.bits[index] for one in stored for index in layers)
     bits /= sum(_num_values(cache, index) for cache in caches for index in layers)
-    errors = {tensor: _relative_errors(caches, read_back, tensor, layers) for tensor in ("keys", "values")}
-    error = _weighted_mean([*errors["keys"], *errors["values"]])
+    errors = {tensor: _relative_errors(caches, read_back, tensor, layers) for tensor in TENSORS}
+    error = _weighted_mean([*errors["key"], *errors["value"]])
     gaps = [
         None if error == 0 else bits - limit(error)
         for limit in (isotropic_bits, head_limit.held_out.bits, layer_limit.held_out.bits)
     ]
     return EncodingPoint(
         strategy=compression.name,
-        family=family_of(compression),
+        family=compression.family,
         bits_per_value=bits,
         relative_mse=error,
-        key_relative_mse=_weighted_mean(errors["keys"]),
-        value_relative_mse=_weighted_mean(errors["values"]) if errors["values"] else None,
+        key_relative_mse=_weighted_mean(errors["key"]),
+        value_relative_mse=_weighted_mean(errors["value"]) if errors["value"] else None,
         gap_isotropic_bits=gaps[0],
         gap_head_bits=gaps[1],
         gap_layer_bits=gaps[2],
@@ -120,15 +118,7 @@ def _applies(bits: float, error: float, head: CovarianceLimit, layer: Covariance
 
 def _encoded_layers(compression: Compression, cache: KvTensors) -> frozenset[int]:
     """Layers that the format does not exempt: what it keeps native says nothing of the format."""
-    return frozenset(
-        index for index in range(cache.num_layers) if not _is_exempt(compression, layer_view(cache, index))
-    )
-
-
-def _is_exempt(compression: Compression, layer: LayerView) -> bool:
-    given = compression.encoding_at(layer)
-    inner = given.encoding if isinstance(given, StackedEncoding) else given
-    return inner.is_native and not compression.encoding.is_native
+    return frozenset(index for index in range(cache.num_layers) if not is_exempt(compression, layer_view(cache, index)))
 
 
 def _num_values(cache: KvTensors, layer: int) -> int:
@@ -136,28 +126,23 @@ def _num_values(cache: KvTensors, layer: int) -> int:
 
 
 def _relative_errors(
-    before: Sequence[KvTensors], after: Sequence[KvTensors], tensor: str, layers: Iterable[int]
+    before: Sequence[KvTensors], after: Sequence[KvTensors], tensor: TensorName, layers: Iterable[int]
 ) -> list[tuple[float, int]]:
     """(error over energy, values per token) of every head, tokens of all caches together; none without channels."""
     found: list[tuple[float, int]] = []
     for index in layers:
         pairs = [
-            (getattr(one.layers[index], tensor), getattr(two.layers[index], tensor))
+            (one.layers[index].tensor(tensor), two.layers[index].tensor(tensor))
             for one, two in zip(before, after, strict=True)
         ]
         width = pairs[0][0].shape[2]
         if not width:
             continue
-        energy = sum(_per_head(old) for old, _ in pairs)
-        error = sum(_per_head(new.astype(np.float64) - old) for old, new in pairs)
+        energy = sum(head_energy(old) for old, _ in pairs)
+        error = sum(head_energy(new.astype(np.float64) - old) for old, new in pairs)
         ratios = np.divide(error, energy, out=np.zeros_like(error), where=energy > 0)
         found += [(float(ratio), width) for ratio in ratios]
     return found
-
-
-def _per_head(array: FloatArray | DoubleArray) -> DoubleArray:
-    energy: DoubleArray = (array.astype(np.float64) ** 2).sum(axis=(1, 2))
-    return energy
 
 
 def _weighted_mean(parts: Sequence[tuple[float, int]]) -> float:

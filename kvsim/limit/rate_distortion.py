@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf, lgamma, log, pi
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from kvsim.errors import InvalidSpec
+from kvsim.numerics.arrays import DoubleArray
 
-DoubleArray: TypeAlias = NDArray[np.float64]
 CAP_STEPS: Final = 4096
 QUADRATURE_NODES: Final = 256
 

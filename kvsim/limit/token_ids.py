@@ -51,18 +51,7 @@ def token_id_tier(model: str, device: str, context_tokens: int, tensor_parallel_
     InvalidSpec
         The model keeps no KV per token, or the context is longer than one sequence may be.
     """
-    scenario = Scenario(
-        model=model,
-        device=device,
-        tensor_parallel_size=tensor_parallel_size,
-        workload=SyntheticWorkload(
-            num_prompts=1,
-            input_len=ConstantLengths(tokens=context_tokens),
-            output_len=ConstantLengths(tokens=1),
-            arrivals=BurstArrivals(),
-        ),
-    )
-    prepared = prepare(scenario)
+    prepared = prepare(_one_prompt(model, device, context_tokens, tensor_parallel_size))
     if context_tokens >= prepared.max_model_len:
         msg = f"--context {context_tokens}: a sequence holds less than {prepared.max_model_len} tokens here"
         raise InvalidSpec(msg)
@@ -88,6 +77,20 @@ def token_id_tier(model: str, device: str, context_tokens: int, tensor_parallel_
             low=min(seconds.values()),
             high=max(seconds.values()),
             basis=weakest(basis for part, basis in component_basis(deployment).items() if part in _PARTS),
+        ),
+    )
+
+
+def _one_prompt(model: str, device: str, context_tokens: int, tensor_parallel_size: int) -> Scenario:
+    return Scenario(
+        model=model,
+        device=device,
+        tensor_parallel_size=tensor_parallel_size,
+        workload=SyntheticWorkload(
+            num_prompts=1,
+            input_len=ConstantLengths(tokens=context_tokens),
+            output_len=ConstantLengths(tokens=1),
+            arrivals=BurstArrivals(),
         ),
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-FloatTable = NDArray[np.float64]
+from kvsim.numerics.arrays import DoubleArray
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Segment:
     error: float
 
 
-def allocate_bits(errors: FloatTable, budget: int) -> NDArray[np.int64]:
+def allocate_bits(errors: DoubleArray, budget: int) -> NDArray[np.int64]:
     """Bits per component that minimise the total error under a budget, by dynamic programming.
 
     Parameters
@@ -69,7 +69,7 @@ def allocate_bits(errors: FloatTable, budget: int) -> NDArray[np.int64]:
     return bits
 
 
-def _extend(best: FloatTable, errors: FloatTable) -> tuple[FloatTable, NDArray[np.int8]]:
+def _extend(best: DoubleArray, errors: DoubleArray) -> tuple[DoubleArray, NDArray[np.int8]]:
     """Least error with one more component, for every number of bits spent, and the bits that it gets."""
     total = best + errors[0]
     chosen = np.zeros(len(best), dtype=np.int8)
@@ -120,19 +120,3 @@ def allocate_segments(count: int, segments: Sequence[Segment], budget: int) -> t
         found.append(one)
         end, left = one.start, left - one.cost
     return tuple(reversed(found))
-
-
-def water_fill(variances: FloatTable, mean_bits: float) -> FloatTable:
-    """Bits of reverse water-filling, ``max(0, log2(variance / level) / 2)``, that are ``mean_bits`` on average.
-
-    Cover and Thomas, Elements of Information Theory, theorem 10.3.3. What whole bits can at best come near.
-    """
-    spread = np.sort(variances[variances > 0])[::-1]
-    if not len(spread) or mean_bits <= 0:
-        return np.zeros(len(variances))
-    logs, total = np.log2(spread), 2.0 * mean_bits * len(variances)
-    # With k components above water, their logs' sum - k * level = total; the right k leaves the next one under water.
-    levels = (np.cumsum(logs) - total) / np.arange(1, len(spread) + 1)
-    level = levels[np.flatnonzero(levels < logs)[-1]]
-    with np.errstate(divide="ignore"):
-        return np.asarray(np.maximum(0.0, 0.5 * (np.log2(variances) - level)), dtype=np.float64)

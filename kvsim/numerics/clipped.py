@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kvsim.numerics.arrays import CodeArray, FloatArray
 from kvsim.numerics.floats import round_fp16
-from kvsim.numerics.uniform import CodeArray, Quantised, pack_codes, reciprocal
-
-FloatArray = NDArray[np.float32]
+from kvsim.numerics.uniform import Quantised, pack_codes, reciprocal
 
 
 class Grouped(NamedTuple):

@@ -11,7 +11,8 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float32]
+from kvsim.numerics.arrays import DoubleArray, FloatArray
+
 CodeBytes = NDArray[np.uint8]
 FloatFormat = Literal["e4m3", "e5m2", "e2m1"]
 
@@ -48,8 +49,8 @@ def round_fp16(values: FloatArray) -> FloatArray:
     return np.clip(values, -limit, limit).astype(np.float16).astype(np.float32)
 
 
-def round_bf16(values: FloatArray) -> FloatArray:
-    """Round finite fp32 to bfloat16, ties to even."""
+def round_bf16(values: FloatArray | DoubleArray) -> FloatArray:
+    """Round finite numbers, brought to fp32, to bfloat16, ties to even."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = (bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)

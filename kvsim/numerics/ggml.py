@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kvsim.numerics.arrays import CodeArray, FloatArray
 from kvsim.numerics.floats import round_fp16
 from kvsim.numerics.uniform import reciprocal
 
-FloatArray = NDArray[np.float32]
-CodeArray = NDArray[np.int32]
 GgmlType = Literal["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
 BLOCK: Final = 32

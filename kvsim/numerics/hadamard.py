@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvsim.errors import InvalidSpec
-
-FloatArray = NDArray[np.float32]
+from kvsim.numerics.arrays import FloatArray
 
 
 def largest_block(dim: int) -> int:
     """Give the largest power of two that divides ``dim``, 1 for an odd one."""
     return dim & -dim
+
+
+def is_power_of_two(dim: int) -> bool:
+    """Whether Sylvester's matrix exists in ``dim`` dimensions."""
+    return dim > 0 and dim & (dim - 1) == 0
 
 
 def hadamard_matrix(dim: int) -> FloatArray:
@@ -72,7 +75,7 @@ def random_signs(dim: int, seed: int) -> FloatArray:
 
 
 def _power_of_two(size: int) -> int:
-    if size < 1 or size & (size - 1):
+    if not is_power_of_two(size):
         msg = f"a Hadamard matrix needs a power of two, not {size}; blocks of {largest_block(max(size, 1))} would do"
         raise InvalidSpec(msg)
     return size

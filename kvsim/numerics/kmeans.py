@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from kvsim.numerics.arrays import DoubleArray
 
 
-def kmeans_levels(values: NDArray[np.float32], count: int, steps: int = 100) -> Array:
+def kmeans_levels(values: NDArray[np.float32], count: int, steps: int = 100) -> DoubleArray:
     """Find ``count`` ascending levels near which the values lie, by Lloyd's algorithm from their quantiles.
 
     A level whose cell holds no value stays where it is. The result is a local optimum, the same every time.

@@ -13,13 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvsim.errors import InvalidSpec
-
-Array = NDArray[np.float64]
-FloatArray = NDArray[np.float32]
-CodeArray = NDArray[np.int32]
+from kvsim.numerics.arrays import CodeArray, DoubleArray, FloatArray
 
 MAX_BITS = 8
 SMALLEST_DIMENSION = 3
@@ -46,9 +42,9 @@ class Codebook:
     """
 
     bits: int
-    levels: Array
-    thresholds: Array
-    probabilities: Array
+    levels: DoubleArray
+    thresholds: DoubleArray
+    probabilities: DoubleArray
     distortion: float
 
     @property
@@ -100,11 +96,11 @@ class _Law(ABC):
         """Where the density ends, or is as good as 0."""
 
     @abstractmethod
-    def density(self, points: Array) -> Array:
+    def density(self, points: DoubleArray) -> DoubleArray:
         """Density at points inside."""
 
     @abstractmethod
-    def cells(self, thresholds: Array) -> tuple[Array, Array]:
+    def cells(self, thresholds: DoubleArray) -> tuple[DoubleArray, DoubleArray]:
         """Mass and first moment of each cell that the thresholds cut the line into."""
 
 
@@ -113,10 +109,10 @@ class _Normal(_Law):
 
     half_width = _TAIL
 
-    def density(self, points: Array) -> Array:
+    def density(self, points: DoubleArray) -> DoubleArray:
         return np.exp(-0.5 * points * points) / math.sqrt(2.0 * math.pi)
 
-    def cells(self, thresholds: Array) -> tuple[Array, Array]:
+    def cells(self, thresholds: DoubleArray) -> tuple[DoubleArray, DoubleArray]:
         below = np.array([0.5 * math.erfc(-edge / math.sqrt(2.0)) for edge in thresholds])
         height = self.density(thresholds)
         return np.diff(below, prepend=0.0, append=1.0), -np.diff(height, prepend=0.0, append=0.0)
@@ -135,11 +131,11 @@ class _SphereCoordinate(_Law):
     def half_width(self) -> float:
         return math.sqrt(self._dimension)
 
-    def density(self, points: Array) -> Array:
+    def density(self, points: DoubleArray) -> DoubleArray:
         inside = np.maximum(1.0 - points * points / self._dimension, 0.0)
         return self._scale / self.half_width * inside ** ((self._dimension - 3) / 2)
 
-    def cells(self, thresholds: Array) -> tuple[Array, Array]:
+    def cells(self, thresholds: DoubleArray) -> tuple[DoubleArray, DoubleArray]:
         angles = np.concatenate(([-math.pi / 2], np.arcsin(thresholds / self.half_width), [math.pi / 2]))
         half = np.diff(angles)[:, None] / 2
         points = (angles[:-1, None] + half) + half * self._nodes
@@ -148,11 +144,11 @@ class _SphereCoordinate(_Law):
         return mass / mass.sum(), -self._scale * self.half_width / (self._dimension - 1) * np.diff(ends)
 
 
-def _midpoints(levels: Array) -> Array:
+def _midpoints(levels: DoubleArray) -> DoubleArray:
     return (levels[1:] + levels[:-1]) / 2
 
 
-def _solve(law: _Law, count: int) -> Array:
+def _solve(law: _Law, count: int) -> DoubleArray:
     """Levels that are the centroids of their cells, to rounding: Newton's steps, Lloyd's where one leads nowhere."""
     levels = _start(law, count)
     for _ in range(_MOST_STEPS):
@@ -165,25 +161,25 @@ def _solve(law: _Law, count: int) -> Array:
     return levels
 
 
-def _improved(law: _Law, levels: Array) -> Array:
+def _improved(law: _Law, levels: DoubleArray) -> DoubleArray:
     """Levels after the longest of Newton's step, its half, ... that keeps them in order and does no harm."""
     step, before = _newton_step(law, levels), _distortion(law, levels)
     for halvings in range(6):
-        moved: Array = levels + step / 2**halvings
+        moved: DoubleArray = levels + step / 2**halvings
         in_order = bool(np.all(np.diff(moved) > 0)) and abs(moved[-1]) < law.half_width
         if in_order and _distortion(law, moved) <= before + 1e-16:
             return moved
     mass, moment = law.cells(_midpoints(levels))
-    centroids: Array = moment / mass
+    centroids: DoubleArray = moment / mass
     return centroids
 
 
-def _distortion(law: _Law, levels: Array) -> float:
+def _distortion(law: _Law, levels: DoubleArray) -> float:
     mass, moment = law.cells(_midpoints(levels))
     return float(1.0 + (levels * (levels * mass - 2.0 * moment)).sum())
 
 
-def _newton_step(law: _Law, levels: Array) -> Array:
+def _newton_step(law: _Law, levels: DoubleArray) -> DoubleArray:
     """Newton's step for ``moment - level * mass = 0`` in every cell; a threshold moves by half of what a level does."""
     thresholds = _midpoints(levels)
     mass, moment = law.cells(thresholds)
@@ -199,7 +195,7 @@ def _newton_step(law: _Law, levels: Array) -> Array:
     return np.linalg.solve(slope, levels * mass - moment).astype(np.float64)
 
 
-def _start(law: _Law, count: int) -> Array:
+def _start(law: _Law, count: int) -> DoubleArray:
     """Levels as dense as the cube root of the density, which is right for many levels (Panter and Dite 1951)."""
     grid = np.linspace(-law.half_width, law.half_width, 20_001)
     weight = np.cumsum(law.density(grid) ** (1 / 3))

@@ -6,11 +6,10 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kvsim.numerics.arrays import FloatArray
 from kvsim.numerics.hadamard import random_signs, rotate
 
-FloatArray = NDArray[np.float32]
 RotationKind = Literal["dense", "hadamard"]
 
 

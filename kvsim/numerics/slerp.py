@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-DoubleArray = NDArray[np.float64]
+from kvsim.numerics.arrays import DoubleArray
 
 _PARALLEL = 1e-6
 """Sine of an angle below which the chord stands for the arc."""

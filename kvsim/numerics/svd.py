@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvsim.errors import InvalidSpec
+from kvsim.numerics.arrays import DoubleArray, FloatArray
 from kvsim.numerics.floats import round_bf16
 from kvsim.numerics.hadamard import largest_block, rotate
-
-FloatArray = NDArray[np.float32]
-DoubleArray = NDArray[np.float64]
 
 _SKETCH_SEED: Final = 2503
 """The sketch is drawn once, whatever the data, so that storing twice gives the same."""

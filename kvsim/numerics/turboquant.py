@@ -9,13 +9,12 @@ import math
 from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kvsim.numerics.arrays import CodeArray, FloatArray
 from kvsim.numerics.floats import round_fp16
-from kvsim.numerics.lloyd_max import CodeArray, lloyd_max
+from kvsim.numerics.lloyd_max import lloyd_max
 from kvsim.numerics.rotation import Rotation, RotationKind, gaussian_projection, multiply
 
-FloatArray = NDArray[np.float32]
 CodebookLaw = Literal["beta", "gaussian"]
 
 ROTATION_SEED = 2504

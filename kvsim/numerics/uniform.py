@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kvsim.numerics.arrays import CodeArray, FloatArray
 from kvsim.numerics.floats import round_fp16
-
-FloatArray = NDArray[np.float32]
-CodeArray = NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvsim.compression import Compression, parse_compression
-from kvsim.compression.base import StrategyPart
 
 NATIVE: Final = "native"
 SLACK_BITS: Final = 0.005
@@ -60,13 +59,7 @@ class Ranked:
 
 def method_of(compression: Compression) -> str:
     """Kinds of the parts that do something, such as ``snapkv+kivi``."""
-    return "+".join(part.kind for part in _active(compression)) or NATIVE
-
-
-def family_of(compression: Compression) -> str:
-    """Words of the families of those parts, such as ``eviction + quantisation``."""
-    families = (part.family for part in _active(compression))
-    return " + ".join(dict.fromkeys(family for family in families if family)) or "baseline"
+    return "+".join(part.kind for part in compression.active_parts) or NATIVE
 
 
 def rank_at(points: Iterable[Point], budget_bits: float) -> tuple[Ranked, ...]:
@@ -80,7 +73,7 @@ def rank_at(points: Iterable[Point], budget_bits: float) -> tuple[Ranked, ...]:
             best[method] = point
     ordered = sorted(best.items(), key=lambda item: (_key(item[1]), item[0]))
     return tuple(
-        Ranked(index, method, family_of(parse_compression(point.strategy)), point, _overlaps(point, ordered[0][1]))
+        Ranked(index, method, parse_compression(point.strategy).family, point, _overlaps(point, ordered[0][1]))
         for index, (method, point) in enumerate(ordered, start=1)
     )
 
@@ -97,19 +90,6 @@ def rank_agreement(first: Sequence[Ranked], second: Sequence[Ranked]) -> float |
     right = _ranks([there[method] for method in shared])
     squared = sum((one - other) ** 2 for one, other in zip(left, right, strict=True))
     return 1.0 - 6.0 * squared / (count * (count * count - 1))
-
-
-def _active(compression: Compression) -> tuple[StrategyPart, ...]:
-    parts: list[StrategyPart] = []
-    if compression.selection.kind != "keep_all":
-        parts.append(compression.selection)
-    if not compression.reduction.is_none:
-        parts.append(compression.reduction)
-    if not compression.encoding.is_native:
-        parts.append(compression.encoding)
-    if not compression.coding.is_none:
-        parts.append(compression.coding)
-    return tuple(parts)
 
 
 def _key(point: Point) -> tuple[float, float, str]:

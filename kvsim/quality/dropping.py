@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvsim.numerics.arrays import DoubleArray
 from kvsim.tensors import FloatArray, LayerKv, attend
-
-Floats: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +26,9 @@ class EvictionTheory:
         2 m max ||v||, what can be said from the mass alone.
     """
 
-    lost_mass: Floats
-    output_change: Floats
-    bound: Floats
+    lost_mass: DoubleArray
+    output_change: DoubleArray
+    bound: DoubleArray
 
 
 def evict(weights: NDArray[Any], values: NDArray[Any], is_kept: NDArray[np.bool_]) -> EvictionTheory:
@@ -50,7 +49,7 @@ def evict(weights: NDArray[Any], values: NDArray[Any], is_kept: NDArray[np.bool_
     return EvictionTheory(lost, change, 2.0 * lost * largest)
 
 
-def random_eviction_error(weights: NDArray[Any], values: NDArray[Any], kept: int) -> tuple[Floats, Floats]:
+def random_eviction_error(weights: NDArray[Any], values: NDArray[Any], kept: int) -> tuple[DoubleArray, DoubleArray]:
     """E||o - o'||^2 where ``kept`` of n tokens stay at random: by variance over K, and by finite influence; (Hq, m).
 
     The first, (1 - p) tr(Sigma) / K with p = K / n and influence n a_i (v_i - o), is a reconstruction of the
@@ -77,7 +76,7 @@ def truncation_error(vectors: NDArray[Any], rank: int) -> float:
 
 def truncation_bounds(
     layer: LayerKv, attention_scale: float, key_change: FloatArray, value_change: FloatArray
-) -> tuple[Floats, Floats]:
+) -> tuple[DoubleArray, DoubleArray]:
     """Bound what dropped dimensions do, from their change of keys and values, (H, n, D); quality formulas 4.3.
 
     |logit change| <= s ||q|| ||k - k_r||, (Hq, m, n), and, with logits as they were, ||output change|| <=
@@ -91,7 +90,7 @@ def truncation_bounds(
     return attention_scale * queries * keys, (weights @ values[..., None])[..., 0]
 
 
-def squared_distance(values: Floats, outputs: Floats) -> Floats:
+def squared_distance(values: DoubleArray, outputs: DoubleArray) -> DoubleArray:
     """||v_i - o||^2 as (Hq, m, n)."""
     products = outputs @ values.swapaxes(1, 2)
     squares = (values**2).sum(axis=-1)[:, None, :] + (outputs**2).sum(axis=-1)[..., None]

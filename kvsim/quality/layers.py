@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from kvsim.compression import Compression
-from kvsim.compression.base import TokenSelection
+from kvsim.compression.selection.base import TokenSelection
 from kvsim.errors import NotRunnable
 from kvsim.quality.published import published_quality
 from kvsim.specs.base import Spec

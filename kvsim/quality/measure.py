@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvsim.errors import InvalidSpec
+from kvsim.numerics.arrays import DoubleArray
 from kvsim.quality.store import FittedStrategy, StoredCache, store_cache
 from kvsim.tensors import Attended, BoolArray, IntArray, KvTensors, LayerKv, attend
 
@@ -20,8 +21,6 @@ SOUGHT_MASS: Final = 0.1
 """Attention from which on a query is said to look for a needle."""
 TOP_TOKENS: Final = 5
 """A needle survives among as many top tokens, or at its old rank if that was lower: FIRST_TOKENS and itself."""
-
-Floats: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,7 @@ class MeasuredRisk:
     @property
     def needle_survival(self) -> float | None:
         """Over all needles that any head looks for."""
-        sought = sum(head.sought_needles for head in self.heads)
-        kept = sum((head.needle_survival or 0.0) * head.sought_needles for head in self.heads)
-        return kept / sought if sought else None
+        return _survival(self.heads)
 
 
 def measure(strategy: FittedStrategy, kv: KvTensors) -> MeasuredRisk:
@@ -113,8 +110,6 @@ def _pool_head(same: tuple[HeadRisk, ...]) -> HeadRisk:
     def mean(read: Callable[[HeadRisk], float]) -> float:
         return float(np.mean([read(head) for head in same]))
 
-    sought = sum(head.sought_needles for head in same)
-    kept = sum((head.needle_survival or 0.0) * head.sought_needles for head in same)
     return HeadRisk(
         same[0].layer,
         same[0].head,
@@ -122,9 +117,17 @@ def _pool_head(same: tuple[HeadRisk, ...]) -> HeadRisk:
         lost_mass=mean(lambda head: head.lost_mass),
         logit_error=float(np.sqrt(mean(lambda head: head.logit_error**2))),
         top1_agreement=mean(lambda head: head.top1_agreement),
-        needle_survival=kept / sought if sought else None,
-        sought_needles=sought,
+        needle_survival=_survival(same),
+        sought_needles=sum(head.sought_needles for head in same),
     )
+
+
+def _survival(heads: Iterable[HeadRisk]) -> float | None:
+    """Share that survives of all needles that any of ``heads`` looks for; None where none does."""
+    several = tuple(heads)
+    sought = sum(head.sought_needles for head in several)
+    kept = sum((head.needle_survival or 0.0) * head.sought_needles for head in several)
+    return kept / sought if sought else None
 
 
 def kept_indices(before: LayerKv, after: LayerKv) -> IntArray:
@@ -174,26 +177,26 @@ class _LayerPair:
             for head in range(len(errors))
         ]
 
-    def _output_error(self) -> Floats:
+    def _output_error(self) -> DoubleArray:
         truth = self.before.outputs.astype(np.float64)
         change = ((self.after.outputs - truth) ** 2).sum(axis=(1, 2))
         size = (truth**2).sum(axis=(1, 2))
         return np.asarray(np.sqrt(change / np.where(size > 0.0, size, 1.0)))
 
-    def _lost_mass(self) -> Floats:
+    def _lost_mass(self) -> DoubleArray:
         seen = np.zeros(self.before.weights.shape, dtype=bool)
         np.put_along_axis(seen, np.broadcast_to(self.source, self.is_read.shape), self.is_read, axis=-1)
         lost = np.where(seen, 0.0, self.before.weights.astype(np.float64))
         return np.asarray(lost.sum(axis=-1).mean(axis=-1))
 
-    def _logit_error(self) -> Floats:
+    def _logit_error(self) -> DoubleArray:
         old = np.take_along_axis(self.before.logits, np.broadcast_to(self.source, self.is_read.shape), axis=-1)
         change = np.where(self.is_read, self.after.logits.astype(np.float64) - old, 0.0)
         count = self.is_read.sum(axis=-1, keepdims=True)
         change = np.where(self.is_read, change - change.sum(axis=-1, keepdims=True) / count, 0.0)
         return np.asarray(np.sqrt((change**2).sum(axis=(1, 2)) / count.sum(axis=(1, 2))))
 
-    def _top1(self) -> Floats:
+    def _top1(self) -> DoubleArray:
         kept_positions = np.take_along_axis(self.positions, self.source, axis=-1)
         old = np.where(self.positions >= FIRST_TOKENS, self.before.logits, -np.inf).argmax(axis=-1)
         new = np.where(kept_positions >= FIRST_TOKENS, self.after.logits, -np.inf).argmax(axis=-1)

@@ -9,16 +9,14 @@ c = D: its code is the mean of what it stands for; an unbiased one has c = 0). T
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kvsim.numerics.arrays import DoubleArray
 from kvsim.quality.dropping import squared_distance
-from kvsim.tensors import BoolArray, FloatArray, LayerKv, attend
-from kvsim.tensors.statistics import effective_tokens, kurtosis
-
-Floats: TypeAlias = NDArray[np.float64]
+from kvsim.tensors import TENSORS, BoolArray, FloatArray, LayerKv, attend
+from kvsim.tensors.statistics import effective_tokens, head_energy, kurtosis
 
 HEAVY_KURTOSIS: Final = 10.0
 """Kurtosis of keys above which the even spread of error over channels, that the formula assumes, is doubtful."""
@@ -42,28 +40,27 @@ class Distortion:
         Shrink c; negative where vectors grew.
     """
 
-    key_error: Floats
-    value_error: Floats
-    key_shrink: Floats
-    value_shrink: Floats
+    key_error: DoubleArray
+    value_error: DoubleArray
+    key_shrink: DoubleArray
+    value_shrink: DoubleArray
 
 
 def distortion(before: LayerKv, after: LayerKv) -> Distortion:
     """Measure D and c of a layer whose tokens were all kept (or of the kept ones: give both as kept)."""
     return Distortion(
-        *(_relative_error(getattr(before, name), getattr(after, name)) for name in ("keys", "values")),
-        *(_shrink(getattr(before, name), getattr(after, name)) for name in ("keys", "values")),
+        *(_relative_error(before.tensor(name), after.tensor(name)) for name in TENSORS),
+        *(_shrink(before.tensor(name), after.tensor(name)) for name in TENSORS),
     )
 
 
-def _relative_error(before: FloatArray, after: FloatArray) -> Floats:
-    energy = (before.astype(np.float64) ** 2).sum(axis=(1, 2))
-    change = ((after.astype(np.float64) - before) ** 2).sum(axis=(1, 2))
+def _relative_error(before: FloatArray, after: FloatArray) -> DoubleArray:
+    energy, change = head_energy(before), head_energy(after.astype(np.float64) - before)
     return np.asarray(change / np.where(energy > 0.0, energy, 1.0))
 
 
-def _shrink(before: FloatArray, after: FloatArray) -> Floats:
-    energy = (before.astype(np.float64) ** 2).sum(axis=(1, 2))
+def _shrink(before: FloatArray, after: FloatArray) -> DoubleArray:
+    energy = head_energy(before)
     product = (before.astype(np.float64) * after).sum(axis=(1, 2))
     return np.asarray(np.where(energy > 0.0, 1.0 - product / np.where(energy > 0.0, energy, 1.0), 0.0))
 
@@ -85,11 +82,11 @@ class LayerTheory:
         Per query head, why the prediction may fail: see `CAUTIONS`.
     """
 
-    logit_noise: Floats
-    logit_error: Floats
-    key_output_error: Floats
-    value_output_error: Floats
-    output_error: Floats
+    logit_noise: DoubleArray
+    logit_error: DoubleArray
+    key_output_error: DoubleArray
+    value_output_error: DoubleArray
+    output_error: DoubleArray
     cautions: tuple[frozenset[str], ...]
 
 
@@ -147,7 +144,7 @@ def predict_layer(
     )
 
 
-def logit_variance(layer: LayerKv, attention_scale: float, key_error: Floats) -> Floats:
+def logit_variance(layer: LayerKv, attention_scale: float, key_error: DoubleArray) -> DoubleArray:
     """Var(delta_i) = s^2 ||q||^2 ||k_i||^2 D / dim of error spread evenly over channels, (Hq, m, n).
 
     Quality formulas 4.1; the lower bound of D for b bits is 4^-b and TurboQuant's upper bound sqrt(3) pi / 2 4^-b
@@ -159,7 +156,9 @@ def logit_variance(layer: LayerKv, attention_scale: float, key_error: Floats) ->
     return np.asarray(attention_scale**2 / dim * key_error[..., None] * queries[..., None] * keys[:, None, :])
 
 
-def _cautions(layer: LayerKv, weights: Floats, noise: Floats, error: Distortion) -> tuple[frozenset[str], ...]:
+def _cautions(
+    layer: LayerKv, weights: DoubleArray, noise: DoubleArray, error: Distortion
+) -> tuple[frozenset[str], ...]:
     heavy = np.repeat((kurtosis(layer.keys) > HEAVY_KURTOSIS) & (error.key_error > 0.0), layer.group_size)
     spread = effective_tokens(weights).mean(axis=-1) / weights.shape[-1]
     diffuse = (spread > DIFFUSE_SHARE) & np.repeat(error.value_error > 0.0, layer.group_size)
@@ -181,7 +180,7 @@ def mse_bounds(bits: float) -> tuple[float, float]:
     return least, np.sqrt(3.0) * np.pi / 2 * least
 
 
-def qjl_logit_variance(residual_error: float, squared_norms: Floats, dim: int) -> Floats:
+def qjl_logit_variance(residual_error: float, squared_norms: DoubleArray, dim: int) -> DoubleArray:
     """Variance of <y, x'> of TurboQuant's unbiased variant: pi / (2 d) ||y||^2 ||x||^2 D(b - 1), arXiv 2504.19874.
 
     An upper bound: what the sign vector already knows of the product is left out. ``squared_norms``: ||y||^2 ||x||^2.

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from kvsim.numerics.arrays import BoolArray, FloatArray, IntArray
 from kvsim.tensors.attention import Attended, attend
-from kvsim.tensors.kv import BoolArray, FloatArray, IntArray, KvTensors, LayerKv, Rope
+from kvsim.tensors.kv import TENSORS, KvTensors, LayerKv, Rope, TensorName
 
-__all__ = ["Attended", "BoolArray", "FloatArray", "IntArray", "KvTensors", "LayerKv", "Rope", "attend"]
+__all__ = [
+    "TENSORS",
+    "Attended",
+    "BoolArray",
+    "FloatArray",
+    "IntArray",
+    "KvTensors",
+    "LayerKv",
+    "Rope",
+    "TensorName",
+    "attend",
+]

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvsim.tensors.kv import BoolArray, FloatArray, LayerKv
+from kvsim.numerics.arrays import BoolArray, FloatArray
+from kvsim.numerics.softmax import softmax
+from kvsim.tensors.kv import LayerKv
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +35,7 @@ def attend(layer: LayerKv, attention_scale: float, mask: BoolArray | None = None
     logits = attention_scale * (grouped @ keys.transpose(0, 2, 1))
     if mask is not None:
         logits = np.where(mask.reshape(logits.shape), logits, -np.inf)
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
+    weights = softmax(logits)
     outputs = weights @ values
     query_heads, count = layer.queries.shape[:2]
     return Attended(*(array.reshape(query_heads, count, -1).astype(np.float32) for array in (logits, weights, outputs)))

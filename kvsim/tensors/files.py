@@ -25,7 +25,8 @@ import numpy as np
 
 from kvsim.documents import check_output_path, write_output
 from kvsim.errors import InvalidSpec
-from kvsim.tensors.kv import FloatArray, IntArray, KvTensors, LayerKv, Rope
+from kvsim.numerics.arrays import FloatArray, IntArray
+from kvsim.tensors.kv import KvTensors, LayerKv, Rope
 from kvsim.units import format_bytes
 
 SUFFIX: Final = ".safetensors"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvsim.errors import InvalidSpec
+from kvsim.numerics.arrays import FloatArray, IntArray
 
-FloatArray: TypeAlias = NDArray[np.float32]
-IntArray: TypeAlias = NDArray[np.int64]
-BoolArray: TypeAlias = NDArray[np.bool_]
+TensorName: TypeAlias = Literal["key", "value"]
+TENSORS: Final[tuple[TensorName, ...]] = ("key", "value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +98,10 @@ class LayerKv:
     def group_size(self) -> int:
         """Query heads per KV head."""
         return int(self.queries.shape[0]) // self.num_kv_heads
+
+    def tensor(self, name: TensorName) -> FloatArray:
+        """Keys or values."""
+        return self.keys if name == "key" else self.values
 
     def take(self, indices: IntArray) -> LayerKv:
         """Keep the tokens with these indices, (H, kept), head by head."""

@@ -7,10 +7,17 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from kvsim.numerics.arrays import DoubleArray
+
 Floats: TypeAlias = NDArray[np.floating[Any]]
 
 
-def kurtosis(vectors: Floats) -> NDArray[np.float64]:
+def head_energy(vectors: Floats) -> DoubleArray:
+    """Sum of squares of each head of (H, n, D), (H,)."""
+    return np.asarray((vectors.astype(np.float64) ** 2).sum(axis=(1, 2)))
+
+
+def kurtosis(vectors: Floats) -> DoubleArray:
     """Fourth moment over the squared second, about zero, of all elements of (..., n, D): 3 for normal vectors.
 
     Heavy channels raise it: a fraction f of channels that are s times larger gives
@@ -21,7 +28,7 @@ def kurtosis(vectors: Floats) -> NDArray[np.float64]:
     return np.asarray((squares**2).mean(axis=(-2, -1)) / np.where(second > 0.0, second, 1.0) ** 2)
 
 
-def effective_tokens(weights: Floats) -> NDArray[np.float64]:
+def effective_tokens(weights: Floats) -> DoubleArray:
     """N_eff = 1 / sum a_i^2 of attention weights (..., n): over how many tokens attention is spread."""
     return np.asarray(1.0 / (weights.astype(np.float64) ** 2).sum(axis=-1))
 
@@ -34,7 +41,7 @@ def rank_exponent(weights: Floats, first: int = 4, last: int = 200) -> float:
     return float(-np.polyfit(np.log(ranks), logs, 1)[0])
 
 
-def spectrum(vectors: Floats) -> NDArray[np.float64]:
+def spectrum(vectors: Floats) -> DoubleArray:
     """Eigenvalues of the covariance of (n, D), largest first."""
     centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
     return np.asarray(np.linalg.svd(centred, compute_uv=False) ** 2 / len(vectors))

@@ -18,8 +18,9 @@ from kvsim.compression import (
     parse_compression,
     stored_bytes,
 )
-from kvsim.compression.base import KvEncoding, LayerView, acts_on
+from kvsim.compression.base import KvEncoding, LayerView
 from kvsim.compression.encoding.native import Native
+from kvsim.compression.selection.base import acts_on
 from kvsim.ops import Component, OpCall
 from kvsim.specs.device import DeviceSpec
 from kvsim.specs.model import LayerKind, ModelSpec

@@ -36,7 +36,7 @@ from kvsim.specs.tier import HostTier, NvmeTier, RecomputeTier, RemoteTier
 from kvsim.workload_catalog import list_workloads
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted([*CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").rglob("*.md")])
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 CHEAP = ("list", "estimate", "explain")
 MAX_PICTURE_BYTES = 300_000

@@ -11,13 +11,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kvsim.numerics.bit_allocation import Segment, allocate_bits, allocate_segments, water_fill
+from kvsim.limit.rate_distortion import Spectrum
+from kvsim.numerics.bit_allocation import Segment, allocate_bits, allocate_segments
 
 VARIANCES = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=24).map(np.array)
 
 
 def _errors(variances: np.ndarray, max_bits: int = 8) -> np.ndarray:
     return variances[:, None] * 4.0 ** -np.arange(max_bits + 1)
+
+
+def _water_fill(variances: np.ndarray, budget: float) -> np.ndarray:
+    """Bits of each component, ``max(0, log2(variance / level) / 2)``, with the level found by halving."""
+    logs = np.log2(variances)
+    low, high = logs.min() - 2.0 * budget, logs.max()
+    for _ in range(80):
+        middle = (low + high) / 2
+        is_over = np.maximum(0.0, 0.5 * (logs - middle)).sum() > budget
+        low, high = (middle, high) if is_over else (low, middle)
+    return np.maximum(0.0, 0.5 * (logs - high))
 
 
 @given(
@@ -54,20 +66,19 @@ def test_falling_gains_make_it_greedy(variances: np.ndarray, budget: int) -> Non
 @given(variances=VARIANCES, budget=st.integers(1, 60))
 def test_whole_bits_are_within_one_of_water_filling(variances: np.ndarray, budget: int) -> None:
     chosen = allocate_bits(_errors(variances, 60), budget)
-    filled = water_fill(variances, budget / len(variances))
+    filled = _water_fill(variances, budget)
     assert filled.sum() == pytest.approx(budget)
     assert np.abs(chosen - filled).max() <= 1 + 1e-9
-    least = (variances * 4.0**-filled).sum()
+    least = len(variances) * Spectrum.of(variances).distortion(budget / len(variances))
+    assert least == pytest.approx((variances * 4.0**-filled).sum())
     assert least <= _errors(variances, 60)[np.arange(len(variances)), chosen].sum() * (1 + 1e-9)
 
 
 def test_water_filling_leaves_equal_errors_above_water_and_nothing_below() -> None:
     variances = np.array([16.0, 4.0, 1.0, 0.01])
-    bits = water_fill(variances, 0.75)
     # The level is 1, so 16, 4 and 1 get 2, 1 and 0 bits; the last lies under water.
-    assert bits == pytest.approx([2.0, 1.0, 0.0, 0.0])
-    assert not water_fill(variances, 0.0).any()
-    assert not water_fill(np.zeros(3), 1.0).any()
+    assert _water_fill(variances, 3) == pytest.approx([2.0, 1.0, 0.0, 0.0])
+    assert Spectrum.of(variances).distortion(0.75) == pytest.approx(3.01 / 4)
 
 
 def _cuts(count: int, segments: list[Segment]) -> list[tuple[Segment, ...]]:

@@ -355,8 +355,8 @@ def test_codecs_that_learn_offline_say_so(smooth: KvTensors, smooth_samples: tup
 def test_cachegen_is_finer_where_layers_are_early_and_at_anchors(
     smooth: KvTensors, smooth_samples: tuple[KvTensors, ...]
 ) -> None:
-    assert [delta_bins(index, 32, "keys") for index in (0, 9, 10, 31)] == [32, 32, 16, 16]
-    assert [delta_bins(index, 32, "values") for index in (0, 1, 2, 31)] == [32, 32, 16, 16]
+    assert [delta_bins(index, 32, "key") for index in (0, 9, 10, 31)] == [32, 32, 16, 16]
+    assert [delta_bins(index, 32, "value") for index in (0, 1, 2, 31)] == [32, 32, 16, 16]
     stored = CacheGenCodec(10).fit(smooth_samples).store(smooth)
     lost = [np.abs(one.keys - layer.keys) for one, layer in zip(stored, smooth.layers, strict=True)]
     assert lost[0].mean() < 0.7 * lost[-1].mean()

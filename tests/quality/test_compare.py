@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsim.compression import parse_compression
-from kvsim.quality.compare import Point, family_of, method_of, rank_agreement, rank_at
+from kvsim.quality.compare import Point, method_of, rank_agreement, rank_at
 
 KIVI4, KIVI2 = "kivi-4", "kivi-2"
 SOME = (
@@ -43,7 +43,7 @@ def test_intervals_that_reach_the_first_are_ties() -> None:
 def test_methods_are_named_by_their_parts() -> None:
     compression = parse_compression("snapkv:0.5+kivi-2")
     assert method_of(compression) == "snapkv+kivi"
-    assert family_of(compression) == "eviction + quantisation"
+    assert compression.family == "eviction + quantisation"
     assert method_of(parse_compression("native")) == "native"
 
 

@@ -16,7 +16,6 @@ from kvsim.compression.encoding.per_vector import PerVectorEncoding
 from kvsim.compression.encoding.tensor_codec import (
     StoredTensor,
     TensorCodec,
-    TensorName,
     codes_out_of_blocks,
     in_blocks,
     largest_magnitudes,
@@ -25,7 +24,7 @@ from kvsim.compression.encoding.tensor_codec import (
 from kvsim.numerics.floats import LARGEST, LEVELS, decode_float, encode_float, round_float
 from kvsim.numerics.uniform import largest_magnitude, reciprocal
 from kvsim.specs.model import LayerKind
-from kvsim.tensors import FloatArray, KvTensors
+from kvsim.tensors import FloatArray, KvTensors, TensorName
 
 if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec

@@ -12,12 +12,12 @@ from pydantic import model_validator
 from kvsim.compression.base import KvBytes
 from kvsim.compression.codec import Codec
 from kvsim.compression.encoding.per_vector import PerVectorEncoding
-from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec, TensorName, largest_magnitudes
+from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec, largest_magnitudes
 from kvsim.numerics.floats import LARGEST, LEVELS, decode_float, encode_float
 from kvsim.numerics.uniform import reciprocal
 from kvsim.specs.base import DTYPE_BITS, Dtype
 from kvsim.specs.model import LayerGroup, LayerKind
-from kvsim.tensors import FloatArray, KvTensors
+from kvsim.tensors import FloatArray, KvTensors, TensorName
 
 if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec

@@ -13,7 +13,6 @@ from kvsim.compression.encoding.per_vector import PerHeadEncoding
 from kvsim.compression.encoding.tensor_codec import (
     StoredTensor,
     TensorCodec,
-    TensorName,
     codes_out_of_blocks,
     in_blocks,
     out_of_blocks,
@@ -24,7 +23,7 @@ from kvsim.numerics.hadamard import largest_block, rotate
 from kvsim.ops import Component, OpCall, project_rows
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup
-from kvsim.tensors import FloatArray
+from kvsim.tensors import FloatArray, TensorName
 
 if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec

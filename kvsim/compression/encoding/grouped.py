@@ -7,12 +7,23 @@ from typing import Final
 
 import numpy as np
 
-from kvsim.compression.codec import CodeArray
+from kvsim.compression.base import KvBytes
 from kvsim.compression.encoding.tensor_codec import StoredTensor, codes_out_of_blocks, in_blocks, out_of_blocks
+from kvsim.numerics.arrays import CodeArray
 from kvsim.numerics.uniform import quantise_range
 from kvsim.tensors import FloatArray
 
 _SCALE_AND_ZERO_BITS: Final = 32
+
+
+def token_group_bytes(dim: int, bits: int, group_size: int) -> KvBytes:
+    """Bytes of one vector in groups of ``group_size`` of its channels, the last one smaller; codes on whole bytes."""
+    return KvBytes(float(ceil(dim * bits / 8)), _SCALE_AND_ZERO_BITS / 8 * ceil(dim / group_size))
+
+
+def channel_group_bytes(dim: int, bits: int, group_size: int) -> KvBytes:
+    """Bytes of one vector's share in groups of ``group_size`` tokens of one channel, once they are full."""
+    return KvBytes(dim * bits / 8, _SCALE_AND_ZERO_BITS / 8 * dim / group_size)
 
 
 def store_token_groups(vectors: FloatArray, bits: int, group_size: int) -> StoredTensor:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 from typing import ClassVar, Literal, Self
 
 from pydantic import PositiveInt, model_validator
 
 from kvsim.compression.base import KvBytes
 from kvsim.compression.codec import Codec
-from kvsim.compression.encoding.grouped import store_channel_groups, store_token_groups
+from kvsim.compression.encoding.grouped import (
+    channel_group_bytes,
+    store_channel_groups,
+    store_token_groups,
+    token_group_bytes,
+)
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
-from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec, TensorName
-from kvsim.tensors import FloatArray
+from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec
+from kvsim.tensors import FloatArray, TensorName
 
 
 class Kivi(PerHeadEncoding):
@@ -45,10 +49,10 @@ class Kivi(PerHeadEncoding):
         return self
 
     def key_vector_bytes(self, head_dim: int) -> KvBytes:
-        return KvBytes(head_dim * self.bits / 8, 4.0 * head_dim / self.group_size)
+        return channel_group_bytes(head_dim, self.bits, self.group_size)
 
     def value_vector_bytes(self, head_dim: int) -> KvBytes:
-        return KvBytes(float(ceil(head_dim * self.bits / 8)), 4.0 * ceil(head_dim / self.group_size))
+        return token_group_bytes(head_dim, self.bits, self.group_size)
 
     @property
     def residual_tokens(self) -> int:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from kvsim.compression.base import KvBytes
 from kvsim.compression.codec import Codec
-from kvsim.compression.encoding.grouped import store_channel_groups, store_token_groups
+from kvsim.compression.encoding.grouped import (
+    channel_group_bytes,
+    store_channel_groups,
+    store_token_groups,
+    token_group_bytes,
+)
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
-from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec, TensorName
+from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec
 from kvsim.errors import InvalidSpec
-from kvsim.tensors import FloatArray
+from kvsim.tensors import FloatArray, TensorName
 
 Bits = Annotated[int, Field(ge=1, le=8)]
 
@@ -65,14 +69,11 @@ class KvAdaQuant(PerHeadEncoding):
 
     def key_vector_bytes(self, head_dim: int) -> KvBytes:
         if self.key_groups == "channel":
-            return KvBytes(head_dim * self.key_bits / 8, 4.0 * head_dim / self.group_size)
-        return self._token_bytes(head_dim, self.key_bits)
+            return channel_group_bytes(head_dim, self.key_bits, self.group_size)
+        return token_group_bytes(head_dim, self.key_bits, self.group_size)
 
     def value_vector_bytes(self, head_dim: int) -> KvBytes:
-        return self._token_bytes(head_dim, self.value_bits)
-
-    def _token_bytes(self, head_dim: int, bits: int) -> KvBytes:
-        return KvBytes(float(ceil(head_dim * bits / 8)), 4.0 * ceil(head_dim / self.group_size))
+        return token_group_bytes(head_dim, self.value_bits, self.group_size)
 
     @property
     def residual_tokens(self) -> int:

@@ -11,22 +11,19 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from kvsim.compression.base import KvBytes
-from kvsim.compression.codec import CodeArray, Codec, StoredLayer, Symbols
-from kvsim.compression.encoding.before_rope import (
-    BeforeRopeEncoding,
-    by_head,
-    by_token,
-    with_rope,
-    without_rope,
-)  # fmt: skip
+from kvsim.compression.codec import Codec, StoredLayer, Symbols
+from kvsim.compression.encoding.before_rope import BeforeRopeEncoding
 from kvsim.compression.encoding.sinks import SinkCodec, select_tokens
 from kvsim.errors import InvalidSpec
+from kvsim.numerics.arrays import CodeArray
 from kvsim.numerics.floats import round_fp16
 from kvsim.numerics.kmeans import kmeans_levels
+from kvsim.numerics.ranking import mark_largest
 from kvsim.numerics.uniform import pack_codes, reciprocal
 from kvsim.specs.base import Dtype
 from kvsim.specs.model import LayerGroup
 from kvsim.tensors import BoolArray, FloatArray, KvTensors, LayerKv
+from kvsim.tensors.layout import bare_keys, by_head, by_token, turned_keys
 
 if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
@@ -134,7 +131,7 @@ class _KvQuantCodec(SinkCodec):
 
     def _learn(self, index: int, samples: Sequence[KvTensors]) -> _Learnt:
         layers = [(select_tokens(one.layers[index], ~self.sinks(one.layers[index])), one) for one in samples]
-        keys = np.concatenate([without_rope(layer, kv) for layer, kv in layers], axis=1)
+        keys = np.concatenate([bare_keys(layer, kv.rope) for layer, kv in layers], axis=1)
         cut = self._encoding.outlier_share / 2
         low, high = np.quantile(keys, [cut, 1.0 - cut], axis=1, keepdims=True).astype(np.float32)
         offset, reach = round_fp16((high + low) / 2), round_fp16((high - low) / 2)
@@ -160,11 +157,11 @@ class _KvQuantCodec(SinkCodec):
             msg = "kvquant must be fitted to calibration caches before it stores one"
             raise InvalidSpec(msg)
         learnt = self._learnt[index]
-        keys = self._store_keys(without_rope(layer, kv), learnt)
+        keys = self._store_keys(bare_keys(layer, kv.rope), learnt)
         values = self._store_values(layer.values, learnt)
         levels = 2**self._encoding.bits
         return StoredLayer(
-            with_rope(keys.vectors, layer.positions, layer, kv),
+            turned_keys(keys.vectors, layer.positions, kv.rope),
             values.vectors,
             payload_bits=8.0 * sum(pack_codes(part.codes, self._encoding.bits).size for part in (keys, values)),
             metadata_bits=keys.metadata_bits + values.metadata_bits,
@@ -175,7 +172,7 @@ class _KvQuantCodec(SinkCodec):
         spread = (keys - learnt.key_offset) * reciprocal(learnt.key_reach)
         heads, tokens, dim = keys.shape
         budget = tokens * self._encoding.outliers(heads * dim)
-        mask = _largest(np.abs(spread).reshape(1, -1), budget).reshape(keys.shape)
+        mask = mark_largest(np.abs(spread).reshape(1, -1), budget).reshape(keys.shape)
         codes = _nearest(spread, learnt.key_levels)
         dense = learnt.key_levels[codes] * learnt.key_reach + learnt.key_offset
         vectors = np.where(mask, round_fp16(keys), dense)
@@ -194,7 +191,7 @@ class _KvQuantCodec(SinkCodec):
     def _scaled_values(self, rows: FloatArray) -> _ScaledValues:
         """Scale each token, (n, H·D), to -1 ... 1 without its largest and smallest numbers, which are kept apart."""
         count = self._encoding.outliers(rows.shape[1])
-        outliers = _largest(rows, count - count // 2) | _largest(-rows, count // 2)
+        outliers = mark_largest(rows, count - count // 2) | mark_largest(-rows, count // 2)
         low = np.where(outliers, np.inf, rows).min(axis=1, keepdims=True).astype(np.float32)
         high = np.where(outliers, -np.inf, rows).max(axis=1, keepdims=True).astype(np.float32)
         offset, reach = round_fp16((high + low) / 2), round_fp16((high - low) / 2)
@@ -218,13 +215,6 @@ class _ScaledValues:
     outliers: BoolArray
     offset: FloatArray
     reach: FloatArray
-
-
-def _largest(rows: FloatArray, count: int) -> BoolArray:
-    """Mark the ``count`` largest numbers of each row, earlier ones first where they are equal."""
-    marked = np.zeros(rows.shape, dtype=bool)
-    np.put_along_axis(marked, np.argsort(-rows, axis=1, kind="stable")[:, :count], values=True, axis=1)
-    return marked
 
 
 def _nearest(numbers: FloatArray, levels: FloatArray) -> CodeArray:

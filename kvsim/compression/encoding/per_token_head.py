@@ -12,14 +12,14 @@ import numpy as np
 from kvsim.compression.base import KvBytes
 from kvsim.compression.codec import Codec
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
-from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec, TensorName
+from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec
 from kvsim.numerics.floats import LARGEST, LEVELS, decode_float, encode_float
 from kvsim.numerics.hadamard import largest_block, random_signs, rotate
 from kvsim.numerics.uniform import largest_magnitude, quantise_range, quantise_symmetric, reciprocal
 from kvsim.ops import Component, OpCall, project_rows
 from kvsim.specs.base import DTYPE_BITS, Dtype
 from kvsim.specs.model import LayerGroup
-from kvsim.tensors import FloatArray
+from kvsim.tensors import FloatArray, TensorName
 
 if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import ceil
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
 from kvsim.compression.base import KvBytes
-from kvsim.compression.codec import Codec, LayerCodec, StoredLayer, Symbols
+from kvsim.compression.codec import Codec
+from kvsim.compression.encoding.grouped import token_group_bytes
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
-from kvsim.numerics.clipped import Grouped, quantise_groups
-from kvsim.numerics.hadamard import rotate
+from kvsim.compression.encoding.tensor_codec import StoredTensor, TensorCodec
+from kvsim.numerics.clipped import quantise_groups
+from kvsim.numerics.hadamard import is_power_of_two, rotate
 from kvsim.ops import Component, OpCall, fast_hadamard
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup
-from kvsim.tensors import FloatArray, KvTensors, LayerKv
+from kvsim.tensors import FloatArray, TensorName
 
 if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
-
-GROUP_METADATA_BYTES = 4.0
-"""An fp16 scale and an fp16 zero point."""
 
 
 class QuaRot(PerHeadEncoding):
@@ -52,8 +50,7 @@ class QuaRot(PerHeadEncoding):
     clip_ratio: Annotated[float, Field(gt=0, le=1)] = 0.95
 
     def key_vector_bytes(self, head_dim: int) -> KvBytes:
-        groups = ceil(head_dim / self.group_size)
-        return KvBytes(float(ceil(head_dim * self.bits / 8)), GROUP_METADATA_BYTES * groups)
+        return token_group_bytes(head_dim, self.bits, self.group_size)
 
     def value_vector_bytes(self, head_dim: int) -> KvBytes:
         return self.key_vector_bytes(head_dim)
@@ -74,7 +71,7 @@ class QuaRot(PerHeadEncoding):
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         refused = super().check(model, device)
         dims = {dim for group in model.kv_groups for dim in (group.k_head_dim, group.v_head_dim)}
-        odd = next((dim for dim in sorted(dims) if dim & (dim - 1)), None)
+        odd = next((dim for dim in sorted(dims) if dim and not is_power_of_two(dim)), None)
         if refused or odd is None:
             return refused
         return f"quarot rotates heads by a Hadamard matrix, which needs a power of two; {model.name} has {odd} channels"
@@ -88,21 +85,11 @@ def _turn(name: str, heads: int, group: LayerGroup, model: ModelSpec) -> OpCall:
     return OpCall(name, work, Component.COMPRESSION)
 
 
-class _QuaRotCodec(LayerCodec):
+class _QuaRotCodec(TensorCodec):
     def __init__(self, encoding: QuaRot) -> None:
         self._encoding = encoding
 
-    def store_layer(self, layer: LayerKv, index: int, kv: KvTensors) -> StoredLayer:
-        keys, values = self._store(layer.keys), self._store(layer.values)
-        levels = 2**self._encoding.bits
-        return StoredLayer(
-            rotate(keys.vectors),
-            rotate(values.vectors),
-            payload_bits=keys.payload_bits + values.payload_bits,
-            metadata_bits=keys.metadata_bits + values.metadata_bits,
-            symbols=(Symbols("key", keys.codes, levels), Symbols("value", values.codes, levels)),
-        )
-
-    def _store(self, vectors: FloatArray) -> Grouped:
+    def store_tensor(self, vectors: FloatArray, tensor: TensorName, layer: int) -> StoredTensor:
         encoding = self._encoding
-        return quantise_groups(rotate(vectors), encoding.bits, encoding.group_size, encoding.clip_ratio)
+        made = quantise_groups(rotate(vectors), encoding.bits, encoding.group_size, encoding.clip_ratio)
+        return StoredTensor(rotate(made.vectors), made.payload_bits, made.metadata_bits, made.codes, 2**encoding.bits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, gcd, log2
+from math import gcd, log2
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import numpy as np
@@ -11,27 +11,22 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from kvsim.compression.base import KvBytes
 from kvsim.compression.codec import Codec, StoredLayer, Symbols
-from kvsim.compression.encoding.before_rope import (
-    BeforeRopeEncoding,
-    by_head,
-    by_token,
-    with_rope,
-    without_rope,
-)  # fmt: skip
+from kvsim.compression.encoding.before_rope import BeforeRopeEncoding
+from kvsim.compression.encoding.grouped import token_group_bytes
 from kvsim.compression.encoding.sinks import SinkCodec
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.clipped import quantise_groups
-from kvsim.numerics.hadamard import rotate
+from kvsim.numerics.hadamard import is_power_of_two, rotate
 from kvsim.specs.base import Dtype
 from kvsim.specs.model import LayerGroup
 from kvsim.tensors import BoolArray, FloatArray, IntArray, KvTensors, LayerKv
+from kvsim.tensors.layout import bare_keys, by_head, by_token, turned_keys
 
 if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
 
 _FIRST_TOKENS = 4
-_METADATA_BYTES = 4.0
 
 
 class RotateKv(BeforeRopeEncoding):
@@ -78,7 +73,7 @@ class RotateKv(BeforeRopeEncoding):
         raise NotImplementedError  # keys of all heads are grouped together
 
     def value_vector_bytes(self, head_dim: int) -> KvBytes:
-        return KvBytes(float(ceil(head_dim * self.bits / 8)), _METADATA_BYTES * ceil(head_dim / self.group_size))
+        return token_group_bytes(head_dim, self.bits, self.group_size)
 
     def bytes_per_token(self, group: LayerGroup, native: Dtype) -> KvBytes:
         if group.kv_elements_per_token == 0:
@@ -111,7 +106,7 @@ class RotateKv(BeforeRopeEncoding):
             return refused
         for group in model.kv_groups:
             for dim in (self.heads_together(group.num_kv_heads) * group.k_head_dim, group.v_head_dim):
-                if dim & (dim - 1):
+                if dim and not is_power_of_two(dim):
                     return f"rotatekv turns {dim} channels by a Hadamard matrix, not a power of two ({model.name})"
         return None
 
@@ -142,7 +137,7 @@ class _RotateKvCodec(SinkCodec):
     def _turned(self, layer: LayerKv, kv: KvTensors) -> FloatArray:
         """Keys before RoPE, turned over groups of heads, (n, H·D)."""
         together = self._encoding.heads_together(layer.num_kv_heads)
-        return rotate(by_token(without_rope(layer, kv)), block=together * layer.keys.shape[2])
+        return rotate(by_token(bare_keys(layer, kv.rope)), block=together * layer.keys.shape[2])
 
     def sinks(self, layer: LayerKv) -> BoolArray:
         """Mark the first tokens, and those with the smallest values, (n,)."""
@@ -165,7 +160,7 @@ class _RotateKvCodec(SinkCodec):
         unsorted[:, order] = keys.vectors
         flat = rotate(unsorted, block=encoding.heads_together(heads) * dim)
         return StoredLayer(
-            with_rope(by_head(flat, heads), layer.positions, layer, kv),
+            turned_keys(by_head(flat, heads), layer.positions, kv.rope),
             rotate(values.vectors),
             payload_bits=keys.payload_bits + values.payload_bits,
             metadata_bits=keys.metadata_bits + values.metadata_bits,

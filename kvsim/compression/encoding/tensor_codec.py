@@ -5,15 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 
-from kvsim.compression.codec import CodeArray, LayerCodec, StoredLayer, Symbols
+from kvsim.compression.codec import LayerCodec, StoredLayer, Symbols
 from kvsim.errors import InvalidSpec
-from kvsim.tensors import FloatArray, KvTensors, LayerKv
-
-TensorName: TypeAlias = Literal["key", "value"]
+from kvsim.numerics.arrays import CodeArray
+from kvsim.tensors import FloatArray, KvTensors, LayerKv, TensorName
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal, NamedTuple
 import numpy as np
 
 from kvsim.compression.base import KvBytes
-from kvsim.compression.codec import CodeArray, Codec, LayerCodec, StoredLayer, Symbols
+from kvsim.compression.codec import Codec, LayerCodec, StoredLayer, Symbols
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
+from kvsim.numerics.arrays import CodeArray
 from kvsim.numerics.floats import decode_float, encode_float, round_fp16
-from kvsim.numerics.hadamard import rotate
+from kvsim.numerics.hadamard import is_power_of_two, rotate
 from kvsim.numerics.lloyd_max import lloyd_max
 from kvsim.numerics.turboquant import lengths, over
 from kvsim.numerics.uniform import Quantised
@@ -108,7 +109,7 @@ class TurboQuant(PerHeadEncoding):
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         if self._rotates_keys:
             for group in model.kv_groups:
-                if not group.is_latent and group.k_head_dim & (group.k_head_dim - 1):
+                if group.k_head_dim and not group.is_latent and not is_power_of_two(group.k_head_dim):
                     return (
                         f"{self.preset} rotates keys by a Hadamard matrix, which needs a power of two, but "
                         f"{model.name} has head_dim {group.k_head_dim}; turboquant_k8v4 does not rotate"

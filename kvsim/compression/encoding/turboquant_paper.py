@@ -10,15 +10,17 @@ import numpy as np
 from pydantic import Field
 
 from kvsim.compression.base import KvBytes
-from kvsim.compression.codec import CodeArray, Codec, LayerCodec, StoredLayer, Symbols
+from kvsim.compression.codec import Codec, LayerCodec, StoredLayer, Symbols
 from kvsim.compression.encoding.per_vector import PerHeadEncoding
 from kvsim.errors import InvalidSpec
+from kvsim.numerics.arrays import CodeArray
+from kvsim.numerics.hadamard import is_power_of_two
 from kvsim.numerics.lloyd_max import SMALLEST_DIMENSION
 from kvsim.numerics.turboquant import MseQuantiser, ProdQuantiser
 from kvsim.ops import Component, OpCall, Work, channel_energy, fast_hadamard, project_rows
 from kvsim.specs.base import DTYPE_BITS, Dtype
 from kvsim.specs.model import LayerGroup
-from kvsim.tensors import FloatArray, IntArray, KvTensors, LayerKv
+from kvsim.tensors import FloatArray, IntArray, KvTensors, LayerKv, TensorName
 
 if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
@@ -183,7 +185,7 @@ class TurboQuantPaper(PerHeadEncoding):
     def _refuses_width(self, channels: int) -> str | None:
         if channels < SMALLEST_DIMENSION:
             return f"turboquant_{self.algorithm} rotates {channels} channels, and needs {SMALLEST_DIMENSION} or more"
-        if self.rotation == "hadamard" and channels & (channels - 1):
+        if self.rotation == "hadamard" and not is_power_of_two(channels):
             return f"a Hadamard rotation needs a power of two, not {channels} channels; use rotation=dense"
         return None
 
@@ -212,7 +214,7 @@ class _PaperCodec(LayerCodec):
             symbols=keys.symbols + values.symbols,
         )
 
-    def _store(self, vectors: FloatArray, tensor: Literal["key", "value"]) -> _StoredTensor:
+    def _store(self, vectors: FloatArray, tensor: TensorName) -> _StoredTensor:
         heads, _, dim = vectors.shape
         parts = self._encoding.split(dim)
         order = _by_energy(vectors) if len(parts) > 1 else np.broadcast_to(np.arange(dim), (heads, dim))
@@ -232,7 +234,7 @@ class _PaperCodec(LayerCodec):
             )
         return stored
 
-    def _store_part(self, vectors: FloatArray, part: Instance, tensor: Literal["key", "value"]) -> _StoredTensor:
+    def _store_part(self, vectors: FloatArray, part: Instance, tensor: TensorName) -> _StoredTensor:
         encoding = self._encoding
         has_signs = encoding.algorithm == "prod" and tensor == "key"
         quantiser = (ProdQuantiser if has_signs else MseQuantiser)(

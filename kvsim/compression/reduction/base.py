@@ -65,18 +65,16 @@ class Reduction(StrategyPart):
 
     @property
     def resident_share(self) -> float:
-        """Share of the reduced KV that this layer holds itself, less than 1 where layers share; they read it all."""
+        """Share of the encoded numbers that this layer holds itself, less than 1 where layers share; they read it all.
+
+        Of those per token as of those that an encoding holds once per sequence.
+        """
         return 1.0
 
     @property
     def residual_share(self) -> float:
         """Share of an encoding's newest native tokens that this layer holds itself."""
         return 1.0
-
-    @property
-    def fixed_share(self) -> float:
-        """Share of what an encoding holds once per sequence and layer (scales of a tensor) that this layer holds."""
-        return 1.0 if self.resident_share else 0.0
 
     @property
     def prices_mean_layer(self) -> bool:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from kvsim.compression.base import LayerView
@@ -15,6 +14,7 @@ from kvsim.compression.codec import Reduced, ReductionCodec
 from kvsim.compression.reduction.base import Reduction
 from kvsim.compression.reduction.none import NoReduction
 from kvsim.numerics.floats import round_bf16, round_fp16
+from kvsim.numerics.ranking import mark_largest
 from kvsim.numerics.slerp import angles, slerp, unit
 from kvsim.ops import Component, OpCall, merge_directions, select_top_k
 from kvsim.specs.base import DTYPE_BITS, Dtype
@@ -190,7 +190,7 @@ class _MiniCacheCodec(ReductionCodec):
     def _merge(self, first: FloatArray, second: FloatArray, native_bits: int) -> _MergedTensor:
         (one, one_length), (other, other_length) = unit(first), unit(second)
         between = angles(one, other)
-        apart = _largest(between, self._method.retained_tokens(between.shape[1]))
+        apart = mark_largest(between, self._method.retained_tokens(between.shape[1]))
         direction = np.where(apart[..., None], one, slerp(one, other, self._method.interpolation))
         stored = (direction * np.sqrt(direction.shape[2])).astype(np.float32)
         return _MergedTensor(
@@ -209,10 +209,3 @@ class _MiniCacheCodec(ReductionCodec):
             apart = self._method.retained_tokens(tokens) * heads * channels * kv.native_bits
             return float(2 * 16 * heads * tokens + 2 * heads * tokens + apart)
         return float(2 * 16 * heads * tokens) if any(index == first for first, _ in pairs) else 0.0
-
-
-def _largest(values: NDArray[np.float64], count: int) -> BoolArray:
-    """Mark the ``count`` largest of each row, the earlier of equal ones."""
-    marked = np.zeros(values.shape, dtype=bool)
-    np.put_along_axis(marked, np.argsort(-values, axis=1, kind="stable")[:, :count], True, axis=1)
-    return marked

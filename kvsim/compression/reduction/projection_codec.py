@@ -13,6 +13,7 @@ from kvsim.errors import InvalidSpec
 from kvsim.numerics.svd import Projection, stored_as
 from kvsim.specs.model import LayerGroup, LayerKind
 from kvsim.tensors import FloatArray, KvTensors, LayerKv, Rope
+from kvsim.tensors.layout import bare_keys, turned_keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,11 +127,6 @@ def heads_of(rows: FloatArray, heads: int) -> FloatArray:
     return split.transpose(0, 2, 1, 3).reshape(heads, tokens, width * groups // heads)
 
 
-def bare_keys(layer: LayerKv, rope: Rope | None) -> FloatArray:
-    """Keys before RoPE; as they are without one."""
-    return layer.keys if rope is None else rope.undo(layer.keys, layer.positions)
-
-
 def _project(layer: LayerKv, basis: LayerBasis, rope: Rope | None, bits: int) -> LayerKv:
     groups = len(basis.keys)
     return replace(
@@ -150,4 +146,4 @@ def _rebuild(old: LayerKv, new: LayerKv, basis: LayerBasis, rope: Rope | None) -
         heads_of(np.stack([one.restore(rows) for one, rows in zip(bases, coordinates, strict=True)]), old.num_kv_heads)
         for bases, coordinates in ((basis.keys, new.keys), (basis.values, new.values))
     )
-    return replace(old, keys=keys if rope is None else rope.rotate(keys, old.positions), values=values)
+    return replace(old, keys=turned_keys(keys, old.positions, rope), values=values)

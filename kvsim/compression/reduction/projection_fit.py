@@ -8,16 +8,12 @@ from typing import Final
 import numpy as np
 
 from kvsim.compression.query_moments import grouped_query_moments, queries_per_head, query_moments
-from kvsim.compression.reduction.projection_codec import LayerBasis, bare_keys, rows_of
+from kvsim.compression.reduction.projection_codec import LayerBasis, rows_of
 from kvsim.errors import InvalidSpec
-from kvsim.numerics.svd import (
-    DoubleArray,
-    Projection,
-    principal_projection,
-    query_aware_projection,
-    second_moment,
-)
+from kvsim.numerics.arrays import DoubleArray
+from kvsim.numerics.svd import Projection, principal_projection, query_aware_projection, second_moment
 from kvsim.tensors import KvTensors
+from kvsim.tensors.layout import bare_keys
 
 QUERY_RIDGE: Final = 1e-6
 """Weight of directions that no calibration query reads, against the mean one: enough to order them, no more."""

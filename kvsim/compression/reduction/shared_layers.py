@@ -122,10 +122,6 @@ class KvSharer(SharedLayers):
         return 1.0 - self.sharing_fraction
 
     @property
-    def fixed_share(self) -> float:
-        return self.resident_share
-
-    @property
     def prices_mean_layer(self) -> bool:
         return True
 

@@ -96,10 +96,6 @@ class Xkv(Reduction):
     def resident_share(self) -> float:
         return 1.0 / self.layer_group_size
 
-    @property
-    def fixed_share(self) -> float:
-        return self.resident_share
-
     def fixed_bytes_per_sequence(self, group: LayerGroup, native: Dtype) -> float:
         if group.kv_elements_per_token == 0:
             return 0.0

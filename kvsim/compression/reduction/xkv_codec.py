@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvsim.compression.codec import Reduced, ReductionCodec
-from kvsim.compression.reduction.projection_codec import bare_keys, heads_of, layer_shape, rows_of
+from kvsim.compression.reduction.projection_codec import layer_shape
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.svd import Projection, randomised_projection, stored_as
 from kvsim.tensors import FloatArray, KvTensors, LayerKv, Rope
+from kvsim.tensors.layout import bare_keys, by_head, by_token, turned_keys
 
 if TYPE_CHECKING:
     from kvsim.compression.reduction.xkv import Xkv
@@ -80,7 +81,7 @@ def _check_layers_agree(kv: KvTensors) -> None:
 
 
 def _side_by_side(vectors: Sequence[FloatArray]) -> FloatArray:
-    return np.concatenate([rows_of(one, 1)[0] for one in vectors], axis=1)
+    return np.concatenate([by_token(one) for one in vectors], axis=1)
 
 
 def _key_rows(together: Sequence[LayerKv], rope: Rope | None) -> FloatArray:
@@ -107,7 +108,7 @@ def _rebuilt(
     layers = []
     for layer, key_rows, value_rows in zip(old, keys, values, strict=True):
         heads = layer.num_kv_heads
-        bare = heads_of(key_rows[None], heads)
-        turned = bare if rope is None else rope.rotate(bare, layer.positions)
-        layers.append(replace(layer, keys=turned, values=heads_of(value_rows[None], heads)))
+        bare = by_head(key_rows, heads)
+        keys_again = turned_keys(bare, layer.positions, rope)
+        layers.append(replace(layer, keys=keys_again, values=by_head(value_rows, heads)))
     return layers

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from kvsim.compression.base import TokenSelection, acts_on
+from kvsim.compression.selection.base import TokenSelection, acts_on
 from kvsim.errors import InvalidSpec
 from kvsim.specs.model import LayerGroup
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from kvsim.compression.base import LayerView, TokenCurve, TokenSelection, growing
+from kvsim.compression.base import LayerView, TokenCurve, growing
+from kvsim.compression.selection.base import TokenSelection
 
 if TYPE_CHECKING:
     from kvsim.tensors import IntArray, LayerKv

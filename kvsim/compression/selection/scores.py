@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim.errors import InvalidSpec
+from kvsim.numerics.softmax import softmax
 from kvsim.tensors import FloatArray, IntArray, LayerKv
 
 _CHUNK = 128
@@ -35,9 +36,7 @@ def received_attention(layer_kv: LayerKv, attention_scale: float, window: int | 
         logits = attention_scale * np.einsum("hgqd,hnd->hgqn", part.astype(np.float64), keys)
         last_seen = tokens - count + start + np.arange(part.shape[2])
         logits = np.where(np.arange(tokens) <= last_seen[:, None], logits, -np.inf)
-        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        total += weights.sum(axis=2).mean(axis=1)
+        total += softmax(logits).sum(axis=2).mean(axis=1)
     return total.astype(np.float32)
 
 

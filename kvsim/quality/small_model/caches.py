@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvsim.compression.base import TokenSelection
+from kvsim.compression.selection.base import TokenSelection
 from kvsim.quality.small_model.architecture import ForwardPass, PastKv, Shape, SmallTransformer
 from kvsim.quality.small_model.tasks import TaskBatch
 from kvsim.quality.store import StoredCache, layer_view

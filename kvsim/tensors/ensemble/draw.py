@@ -7,9 +7,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvsim.tensors.ensemble.heads import Array64, HeadModel, draw_heads, to_bf16
+from kvsim.numerics.arrays import DoubleArray, FloatArray, IntArray
+from kvsim.numerics.floats import round_bf16
+from kvsim.tensors.ensemble.heads import HeadModel, draw_heads
 from kvsim.tensors.ensemble.spec import EnsembleSpec
-from kvsim.tensors.kv import FloatArray, IntArray, KvTensors, LayerKv, Rope
+from kvsim.tensors.kv import KvTensors, LayerKv, Rope
 
 MARKER: Final = 12.0
 """Coordinate of a marked key along its code, in units of an average channel's standard deviation."""
@@ -23,7 +25,7 @@ def draw(spec: EnsembleSpec, seed: int, *, sequence: int = 0, name: str = "ensem
     rng = np.random.default_rng(np.random.SeedSequence([seed, 1, sequence]))
     rope = Rope.plain(spec.head_dim, spec.rope_theta)
     needles = _needle_positions(spec, rng)
-    previous: tuple[Array64, Array64] | None = None
+    previous: tuple[DoubleArray, DoubleArray] | None = None
     layers = []
     for heads in draw_heads(spec, seed):
         latent = tuple(_latent(spec, rng, None if previous is None else previous[part]) for part in range(2))
@@ -45,7 +47,7 @@ def _needle_positions(spec: EnsembleSpec, rng: np.random.Generator) -> IntArray:
     return np.sort(rng.permutation(allowed)[: spec.num_needles])
 
 
-def _latent(spec: EnsembleSpec, rng: np.random.Generator, below: Array64 | None) -> Array64:
+def _latent(spec: EnsembleSpec, rng: np.random.Generator, below: DoubleArray | None) -> DoubleArray:
     """Normal coordinates (H, n, D) of variance 1, correlated with the token before and the layer below."""
     noise = rng.standard_normal((spec.num_kv_heads, spec.num_tokens, spec.head_dim))
     if spec.token_correlation:
@@ -59,20 +61,22 @@ def _latent(spec: EnsembleSpec, rng: np.random.Generator, below: Array64 | None)
 
 def _draw_layer(
     spec: EnsembleSpec, heads: tuple[HeadModel, ...], rope: Rope, rng: np.random.Generator,
-    key_latent: Array64, value_latent: Array64, needles: IntArray,
+    key_latent: DoubleArray, value_latent: DoubleArray, needles: IntArray,
 ) -> LayerKv:  # fmt: skip
     positions = np.broadcast_to(np.arange(spec.num_tokens), (spec.num_kv_heads, spec.num_tokens)).copy()
     plain_keys = np.stack(
         [_keys(spec, head, rng, latent, needles) for head, latent in zip(heads, key_latent, strict=True)]
     )
-    keys = to_bf16(rope.rotate(plain_keys.astype(np.float32), positions))
+    keys = round_bf16(rope.rotate(plain_keys.astype(np.float32), positions))
     values = np.stack([_values(spec, head, latent) for head, latent in zip(heads, value_latent, strict=True)])
     drawn = [_queries(spec, head, rope, rng, keys[index], needles) for index, head in enumerate(heads)]
     prompt, later = (np.concatenate([pair[part] for pair in drawn]) for part in range(2))
-    return LayerKv(keys, to_bf16(values), positions, later, prompt)
+    return LayerKv(keys, round_bf16(values), positions, later, prompt)
 
 
-def _keys(spec: EnsembleSpec, head: HeadModel, rng: np.random.Generator, latent: Array64, needles: IntArray) -> Array64:
+def _keys(
+    spec: EnsembleSpec, head: HeadModel, rng: np.random.Generator, latent: DoubleArray, needles: IntArray
+) -> DoubleArray:
     """Keys of one head before RoPE, (n, D)."""
     coordinates = latent.copy()
     # An exponential law of logits is a power law of attention weights.
@@ -85,12 +89,12 @@ def _keys(spec: EnsembleSpec, head: HeadModel, rng: np.random.Generator, latent:
         coordinates[np.ix_(tokens, np.arange(sink + 1))] = 0.0
     coordinates[sinks, sink] = MARKER * np.where(sinks == 0, 1.0, 0.75)
     coordinates[marked, code[: len(marked)]] = MARKER
-    keys: Array64 = (coordinates @ head.basis.T + head.key_mean) * head.channel_scale
+    keys: DoubleArray = (coordinates @ head.basis.T + head.key_mean) * head.channel_scale
     return keys
 
 
-def _values(spec: EnsembleSpec, head: HeadModel, latent: Array64) -> Array64:
-    values: Array64 = (latent * head.value_std) @ head.value_basis.T + head.value_mean
+def _values(spec: EnsembleSpec, head: HeadModel, latent: DoubleArray) -> DoubleArray:
+    values: DoubleArray = (latent * head.value_std) @ head.value_basis.T + head.value_mean
     values[: spec.num_sinks] *= spec.sink_value_scale
     return values
 
@@ -113,11 +117,11 @@ def _queries(
     levels = _solve_masses(
         scale * base.astype(np.float64) @ keys.T, scale * turned.astype(np.float64) @ keys.T, visible, wanted, masses
     )
-    queries = to_bf16(base + np.einsum("cgt,ctd->gtd", levels, turned))
+    queries = round_bf16(base + np.einsum("cgt,ctd->gtd", levels, turned))
     return queries[:, :window], queries[:, window:]
 
 
-def _plain_queries(spec: EnsembleSpec, head: HeadModel, rng: np.random.Generator, count: int) -> Array64:
+def _plain_queries(spec: EnsembleSpec, head: HeadModel, rng: np.random.Generator, count: int) -> DoubleArray:
     """Give what queries ask about before RoPE, without sink and needle: (G, t, D)."""
     root = np.sqrt(spec.head_dim)
     topics = np.stack([rng.choice(spec.num_topics, size=count, p=row) for row in head.topic_preference])
@@ -126,11 +130,11 @@ def _plain_queries(spec: EnsembleSpec, head: HeadModel, rng: np.random.Generator
     return np.asarray(content + noise + head.query_mean)
 
 
-def _sink_direction(spec: EnsembleSpec, head: HeadModel, count: int) -> Array64:
+def _sink_direction(spec: EnsembleSpec, head: HeadModel, count: int) -> DoubleArray:
     return np.broadcast_to(head.basis[:, spec.num_topics + spec.num_needles], (count, spec.head_dim))
 
 
-def _needle_directions(spec: EnsembleSpec, head: HeadModel, count: int) -> Array64:
+def _needle_directions(spec: EnsembleSpec, head: HeadModel, count: int) -> DoubleArray:
     """Give the code that each query looks for, in turn."""
     if not spec.num_needles:
         return np.zeros((count, spec.head_dim))
@@ -146,7 +150,9 @@ def _wanted(spec: EnsembleSpec, needles: IntArray, count: int) -> NDArray[np.boo
     return wanted
 
 
-def _masses(spec: EnsembleSpec, rng: np.random.Generator, shape: tuple[int, ...], asks: NDArray[np.bool_]) -> Array64:
+def _masses(
+    spec: EnsembleSpec, rng: np.random.Generator, shape: tuple[int, ...], asks: NDArray[np.bool_]
+) -> DoubleArray:
     """Attention mass that sinks and the needle shall have, (2, G, t); 0 asks for nothing."""
     spread = min(SINK_SPREAD, spec.sink_mass / 2, (1 - spec.sink_mass) / 2)
     even = np.linspace(-spread, spread, int(np.prod(shape)))
@@ -157,8 +163,8 @@ def _masses(spec: EnsembleSpec, rng: np.random.Generator, shape: tuple[int, ...]
 
 
 def _solve_masses(
-    base: Array64, along: Array64, visible: NDArray[np.bool_], wanted: NDArray[np.bool_], masses: Array64
-) -> Array64:
+    base: DoubleArray, along: DoubleArray, visible: NDArray[np.bool_], wanted: NDArray[np.bool_], masses: DoubleArray
+) -> DoubleArray:
     """Find how far to go along each direction, (2, G, t), so that wanted tokens get their masses.
 
     Newton's method on log odds, which are nearly linear, one direction at a time. ``base``: (G, t, n); ``along``,
@@ -183,7 +189,7 @@ def _solve_masses(
     return levels
 
 
-def _mean(weights: Array64, chosen: NDArray[np.bool_], values: Array64) -> Array64:
+def _mean(weights: DoubleArray, chosen: NDArray[np.bool_], values: DoubleArray) -> DoubleArray:
     """Weighted mean of ``values`` over chosen tokens."""
     some = weights * chosen
     return np.asarray((some * values).sum(axis=-1) / np.maximum(some.sum(axis=-1), 1e-300))

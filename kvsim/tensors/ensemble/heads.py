@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kvsim.numerics.arrays import DoubleArray
 from kvsim.tensors.ensemble.spec import EnsembleSpec
-from kvsim.tensors.kv import FloatArray
-
-Array64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,15 +33,15 @@ class HeadModel:
     retrieves : bool
     """
 
-    basis: Array64
-    key_std: Array64
-    channel_scale: Array64
-    key_mean: Array64
-    query_mean: Array64
-    value_basis: Array64
-    value_std: Array64
-    value_mean: Array64
-    topic_preference: Array64
+    basis: DoubleArray
+    key_std: DoubleArray
+    channel_scale: DoubleArray
+    key_mean: DoubleArray
+    query_mean: DoubleArray
+    value_basis: DoubleArray
+    value_std: DoubleArray
+    value_mean: DoubleArray
+    topic_preference: DoubleArray
     retrieves: bool
 
 
@@ -76,7 +74,7 @@ def _draw_head(spec: EnsembleSpec, rng: np.random.Generator, *, retrieves: bool)
     )
 
 
-def power_law(dim: int, exponent: float) -> Array64:
+def power_law(dim: int, exponent: float) -> DoubleArray:
     """Eigenvalues i ** -exponent with mean 1."""
     values = np.arange(1, dim + 1, dtype=np.float64) ** -exponent
     return np.asarray(values / values.mean())
@@ -89,12 +87,12 @@ def slow_channels(spec: EnsembleSpec) -> NDArray[np.int64]:
     return np.concatenate((pairs, pairs + half))
 
 
-def _orthonormal(rng: np.random.Generator, dim: int) -> Array64:
+def _orthonormal(rng: np.random.Generator, dim: int) -> DoubleArray:
     turned, triangle = np.linalg.qr(rng.standard_normal((dim, dim)))
     return np.asarray(turned * np.sign(np.diag(triangle)))
 
 
-def _key_basis(spec: EnsembleSpec, rng: np.random.Generator) -> Array64:
+def _key_basis(spec: EnsembleSpec, rng: np.random.Generator) -> DoubleArray:
     """Columns within slow channels first, then columns within fast ones: RoPE mixes the latter only."""
     slow = slow_channels(spec)
     fast = np.setdiff1d(np.arange(spec.head_dim), slow)
@@ -104,7 +102,7 @@ def _key_basis(spec: EnsembleSpec, rng: np.random.Generator) -> Array64:
     return basis
 
 
-def _key_std(spec: EnsembleSpec, rng: np.random.Generator) -> Array64:
+def _key_std(spec: EnsembleSpec, rng: np.random.Generator) -> DoubleArray:
     """Deal the spectrum out: topics get the largest eigenvalues, markers middling ones, all others any."""
     dim, markers = spec.head_dim, spec.num_needles + 1
     middling = rng.permutation(np.arange(max(spec.num_topics, dim // 4), 3 * dim // 4))[:markers]
@@ -114,14 +112,14 @@ def _key_std(spec: EnsembleSpec, rng: np.random.Generator) -> Array64:
     return np.asarray(np.sqrt(power_law(dim, spec.key_spectrum_exponent)[ranks]))
 
 
-def _channel_scale(spec: EnsembleSpec, rng: np.random.Generator) -> Array64:
+def _channel_scale(spec: EnsembleSpec, rng: np.random.Generator) -> DoubleArray:
     half = spec.head_dim // 2
     scale = np.ones(half)
     scale[rng.permutation(half)[: spec.heavy_pairs]] = spec.heavy_channel_scale
     return np.concatenate((scale, scale))
 
 
-def _means(spec: EnsembleSpec, rng: np.random.Generator) -> tuple[Array64, Array64]:
+def _means(spec: EnsembleSpec, rng: np.random.Generator) -> tuple[DoubleArray, DoubleArray]:
     """Give means whose product in each pair is one amplitude: over RoPE's log-spaced pairs the logit falls as -log lag.
 
     The sum over pairs of A cos(w lag) counts the pairs with w < 1 / lag, so it falls by A per pair, and pairs are
@@ -136,14 +134,7 @@ def _means(spec: EnsembleSpec, rng: np.random.Generator) -> tuple[Array64, Array
     return key_amplitude * direction, amplitude / carried * direction
 
 
-def _preferences(spec: EnsembleSpec, rng: np.random.Generator) -> Array64:
+def _preferences(spec: EnsembleSpec, rng: np.random.Generator) -> DoubleArray:
     weights = 1.0 / np.arange(1, spec.num_topics + 1)
     rows = [rng.permutation(weights / weights.sum()) for _ in range(spec.group_size)]
     return np.stack(rows)
-
-
-def to_bf16(array: Array64 | FloatArray) -> FloatArray:
-    """Round to the nearest bf16, ties to even, kept as fp32."""
-    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
