@@ -121,12 +121,15 @@ def _bytes_per_token(compression: Compression, model: ModelSpec) -> float:
 
 @lru_cache(maxsize=512)
 def _decode_basis(compression: Compression, model: str, device: str) -> tuple[Basis | None, str | None]:
-    """(basis, None), or (None, why it cannot run)."""
+    """(basis, None), or (None, why it cannot run); (None, None) for what lies in tiers and attention never reads."""
     scenario = Scenario(model=model, device=device, workload=WORKLOAD, compression=compression)
+    is_readable = compression.refused_in_pool is None
     try:
-        deployment = resolve(scenario)
+        deployment = resolve(scenario, in_pool=is_readable)
     except IncompatibleScenario as error:
         return None, str(error)
+    if not is_readable:
+        return None, None
     if deployment.engine_fit is not None:
         return deployment.engine_fit.basis, None
     kernels = [one.kernel for one in pricings(deployment) if one.operation == DECODE]

@@ -1,6 +1,14 @@
 """Hand-made reports: what the layers above the simulator need to be tested without it."""
 
+# ruff: noqa: E402  (the switch below must be set before numpy is imported)
+
 from __future__ import annotations
+
+import os
+
+# Matrices are small, and tests run in parallel processes: a thread pool for each costs many times what it gives.
+for switch in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(switch, "1")
 
 from collections.abc import Callable
 from datetime import date

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kvsim.compression import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS, Compression
 from kvsim.compression.base import StrategyPart
+from kvsim.compression.parse import parse_part
 from kvsim.compression.rules import RULES, Parts
 from kvsim.device_catalog import load_device
 from kvsim.documents import write_atomic
@@ -54,15 +55,9 @@ def _names(slot: str) -> list[str]:
     return [name for part in SLOTS[slot] for name in part.names if name != neutral]
 
 
-def _part(slot: str, name: str) -> StrategyPart:
-    """Give the part of that name, which need not be a strategy by itself."""
-    part = next(part for part in SLOTS[slot] if name in part.names)
-    return part.model_validate(dict(part.names[name]))
-
-
 def _cell(names: dict[str, str]) -> str:
     """``yes``, ``priced`` where no algorithm runs, ``shape`` where the model's shape is refused, or rules' numbers."""
-    chosen = {slot: _part(slot, name) for slot, name in names.items()}
+    chosen = {slot: parse_part(name) for slot, name in names.items()}
     parts = Parts(**{slot: chosen.get(slot, getattr(Compression(), slot)) for slot in SLOTS})
     broken = [str(number) for number, rule in enumerate(RULES, 1) if rule(parts)]
     if broken:

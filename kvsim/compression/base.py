@@ -264,6 +264,11 @@ class KvEncoding(StrategyPart):
         return False
 
     @property
+    def joins_layers(self) -> bool:
+        """Whether a token's numbers of several heads and layers are stored together, so that all must hold it."""
+        return False
+
+    @property
     def skips_boundary_layers(self) -> int:
         """How many first and how many last layers stay native on dense models (vLLM's TurboQuant: 2)."""
         return 0

@@ -99,6 +99,11 @@ def _summary(part: StrategyPart) -> str:
     return part.summaries[near]
 
 
+def parse_part(name: str) -> StrategyPart:
+    """Turn the name of one part into it; raise as `parse_compression` does. Some make no strategy by themselves."""
+    return _parse_part(name, name)
+
+
 def _parse_part(piece: str, text: str) -> StrategyPart:
     match = _PIECE.fullmatch(piece)
     if match is None:

@@ -51,11 +51,12 @@ def _latents_keep_all_tokens(parts: Parts) -> str | None:
 
 def _same_tokens_in_joined_layers(parts: Parts) -> str | None:
     """Layers that hold tokens for one another must hold the same tokens."""
-    selection, reduction = parts.selection, parts.reduction
-    if not reduction.joins_layers or not selection.evicts or selection.granularity == "none":
+    selection = parts.selection
+    joining = next((part for part in (parts.reduction, parts.encoding) if part.joins_layers), None)
+    if joining is None or not selection.evicts or selection.granularity == "none":
         return None
     return (
-        f"{_name(reduction)} stores tokens of several layers together, so these must hold the same ones, but "
+        f"{_name(joining)} stores tokens of several layers together, so these must hold the same ones, but "
         f"{_name(selection)} keeps other tokens in each layer and head; streaming_llm and quest go with it"
     )
 

@@ -63,6 +63,9 @@ def test_more_bandwidth_alone_cannot_lift_an_unpack_bound(family):
         "int4_per_token_head": "int4_per_token_head", "kivi_4": "kivi-4", "kivi_2": "kivi-2",
         "turboquant_k8v4": "turboquant_k8v4", "turboquant_4bit": "turboquant_4bit_nc",
         "turboquant_k3v4": "turboquant_k3v4_nc", "turboquant_3bit": "turboquant_3bit_nc",
+        "turboquant_mse": "turboquant_mse", "turboquant_prod": "turboquant_prod", "quarot_4": "quarot-4",
+        "quarot_3": "quarot-3", "quarot_2": "quarot-2", "rotatekv_4": "rotatekv-4", "rotatekv_3": "rotatekv-3",
+        "rotatekv_2": "rotatekv-2", "kvquant_4": "kvquant-4", "kvquant_3": "kvquant-3", "kvquant_2": "kvquant-2",
     }  # fmt: skip
     if family not in strategies:
         pytest.skip(f"{family} has no native path on Hopper")

@@ -48,6 +48,10 @@ class Kvtc(PublishedRatioEncoding):
     recent_tokens: NonNegativeInt = 128
     """Newest tokens that stay native."""
 
+    @property
+    def joins_layers(self) -> bool:
+        return True
+
     @field_validator("target_ratio")
     @classmethod
     def _published(cls, value: int) -> int:
