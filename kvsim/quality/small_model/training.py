@@ -19,7 +19,7 @@ from torch.nn import functional as nnf
 
 from kvsim.errors import KvsimError
 from kvsim.quality.small_model.architecture import Shape, SmallTransformer
-from kvsim.quality.small_model.recipe import LOOKUP_TASKS, Recipe, meets, recipe_for
+from kvsim.quality.small_model.recipe import LOOKUP_TASKS, RECIPE, Recipe, meets
 from kvsim.quality.small_model.tasks import QUESTION_TOKENS, TaskBatch, generate
 
 ASKED_TOKENS: Final = 72
@@ -69,7 +69,7 @@ def train(
     NotConverged
         The criterion was not reached within ``max_steps``.
     """
-    recipe = recipe or recipe_for(shape.architecture)
+    recipe = recipe or RECIPE
     log = TrainingLog(shape.as_dict(), asdict(recipe), seed)
     say = report or (lambda _line: None)
     began = time.perf_counter()
