@@ -7,10 +7,11 @@ from typing import Final
 
 import numpy as np
 
-from kvsim.compression import STRATEGIES, parse_compression
+from kvsim.compression import parse_compression
 from kvsim.errors import KvsimError, NotRunnable
 from kvsim.quality.compare import Point
 from kvsim.quality.measure import MeasuredRisk, measure, pooled
+from kvsim.quality.small_model.grid import measured_strategies
 from kvsim.quality.store import fit_strategy
 from kvsim.tensors import KvTensors
 from kvsim.tensors.ensemble import PRESETS, draw
@@ -24,14 +25,14 @@ LEAST_ERROR: Final = 1e-6
 def ensemble_points(
     names: Sequence[str] | None = None, report: Callable[[str], None] | None = None, *, seed: int = 0
 ) -> tuple[Point, ...]:
-    """Measure strategies, every named one unless given, on all ensembles; ranked by the relative output error.
+    """Measure strategies, those of the small model unless given, on all ensembles; ranked by the relative output error.
 
     The error of a strategy is the geometric mean over ensembles, so that none outweighs the others. What does not run,
     or not on these shapes, is reported and left out.
     """
     ensembles = {name: _draw(name, seed) for name in PRESETS}
     points = []
-    for name in names or STRATEGIES:
+    for name in names or measured_strategies():
         try:
             risks = {of: _measure(name, caches, samples) for of, (caches, samples) in ensembles.items()}
         except NotRunnable as error:
