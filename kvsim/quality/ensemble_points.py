@@ -9,11 +9,12 @@ from typing import Final
 
 import numpy as np
 
-from kvsim.compression import STRATEGIES, parse_compression
+from kvsim.compression import parse_compression
 from kvsim.errors import KvsimError, NotRunnable
 from kvsim.quality.amid import exempt_note, fit_amid, outer_layers, store_amid
 from kvsim.quality.compare import Point
 from kvsim.quality.measure import MeasuredRisk, compare_caches, pooled
+from kvsim.quality.small_model.grid import measured_strategies
 from kvsim.quality.store import needs_calibration
 from kvsim.tensors import KvTensors
 from kvsim.tensors.ensemble import PRESETS, draw
@@ -31,14 +32,14 @@ def ensemble_points(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Point, ...]:
-    """Measure strategies, every named one unless given, on all ensembles; ranked by the relative output error.
+    """Measure strategies, those of the small model unless given, on all ensembles; ranked by the relative output error.
 
     The error of a strategy is the geometric mean over ensembles, so that none outweighs the others. What does not run,
     or not on these shapes, is reported and left out. Layers that a format exempts at either end of a model are not
     among an ensemble's (`kvsim.quality.amid`), which is reported too.
     """
     ensembles = {name: _Ensemble(name, seed) for name in PRESETS}
-    names = tuple(names or STRATEGIES)
+    names = tuple(names or measured_strategies())
     points = []
     for position, name in enumerate(names):
         if progress is not None:

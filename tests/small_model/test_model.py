@@ -41,7 +41,7 @@ def test_native_is_exactly_uncompressed(model: SmallTransformer, task: str, seen
     outcome = evaluate(model, prompts, reference, fit_strategy(parse_compression("native")))
     assert (outcome.kl_nats == 0).all()
     assert (outcome.top1_agreement == 1).all()
-    assert outcome.bits_per_element == 16 / model.shape.layers_per_cache
+    assert outcome.bits_per_element == 16
 
 
 def test_attention_is_that_of_kvsim_tensors(model: SmallTransformer) -> None:

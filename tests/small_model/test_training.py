@@ -49,7 +49,7 @@ def test_an_easy_task_is_learned_in_seconds() -> None:
 
 def _use(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(**{**vars(SHORT), "criterion_exact": 0.0})
-    monkeypatch.setattr(weights, "recipe_for", lambda _architecture: recipe)
+    monkeypatch.setattr(weights, "RECIPE", recipe)
 
 
 def test_weights_are_kept_with_their_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,14 +262,12 @@ class SmallTransformer(nn.Module):  # type: ignore[misc]  # torch is not install
         past: Sequence[PastKv] | None = None,
         start: int = 0,
         token_before: Tensor | None = None,
-        dropped_attention: Tensor | None = None,
         *,
         round_kv: bool = False,
     ) -> ForwardPass:
         """Read tokens, (B, T), at positions from ``start``.
 
         ``past`` holds one entry per cache; ``token_before``, (B, 1), is the one just before ``start``.
-        ``dropped_attention``, (layers, B), silences attention in training.
         ``round_kv``: hold K and V in bf16, as a server does.
         """
         span = slice(start, start + tokens.shape[1])
@@ -286,8 +284,6 @@ class SmallTransformer(nn.Module):  # type: ignore[misc]  # torch is not install
                 caches.append(_rounded(new) if round_kv else new)
             queries = block.attention.queries(normed, angles)
             mixed = block.attention.attend(queries, caches[-1], before)
-            if dropped_attention is not None:
-                mixed = mixed * dropped_attention[index][:, None, None]
             hidden = block.mlp(hidden + mixed)
             asked.append(queries)
         # A mixture of a few symbols needs large logits, or it leaks into all others; the gain must learn fast.

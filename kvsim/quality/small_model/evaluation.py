@@ -95,7 +95,7 @@ def _each_hidden(past: tuple[PastKv, ...]) -> Iterator[tuple[PastKv, ...]]:
 
 def _elements(prompts: Prompts) -> float:
     shape = prompts.shape
-    return 2.0 * shape.num_layers * shape.num_kv_heads * shape.head_dim * prompts.prompt_tokens
+    return 2.0 * shape.num_caches * shape.num_kv_heads * shape.head_dim * prompts.prompt_tokens
 
 
 def _numpy(tensor: Tensor) -> FloatArray:

@@ -50,7 +50,7 @@ class Outcome:
     loss_nats : (B,)
         Mean -log p of the answer tokens.
     bits_per_element : float
-        Everything that is stored, over the elements that all layers would hold uncompressed and unshared.
+        Everything that is stored, over the elements of the model's own cache: 16 where nothing is compressed.
     """
 
     exact: FloatArray

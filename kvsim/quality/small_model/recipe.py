@@ -1,4 +1,4 @@
-"""How each architecture is trained, and when it is done. No torch."""
+"""How a model is trained, and when it is done. No torch."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ class Recipe:
     criterion_language: float = 0.53
     """Share of the language task's tokens to be guessed: always the likeliest of the source would be 0.6, a look-up of
     one earlier occurrence 0.44."""
-    attention_drop: float = 0.0
-    """Share of (sequence, layer) pairs whose attention is silenced in the last context."""
     check_every: int = 25
     decay_steps: int = 200
     max_steps: int = 6000
@@ -39,9 +37,8 @@ class Recipe:
     tasks: tuple[str, ...] = tuple(TASKS)
 
 
-def recipe_for(architecture: str) -> Recipe:
-    """Give the recipe that an architecture is trained by."""
-    return Recipe()
+RECIPE: Final = Recipe()
+"""What every model of the tables is trained by."""
 
 
 def meets(validation: Mapping[str, float], recipe: Recipe) -> bool:

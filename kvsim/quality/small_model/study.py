@@ -26,7 +26,8 @@ from kvsim.quality.small_model.outcomes import OutcomeFolder, Setting
 from kvsim.quality.small_model.weights import TrainedModel, load_or_train
 from kvsim.quality.store import FittedStrategy, fit_strategy
 
-_CHUNKS_PER_WORKER: Final = 3
+_CHUNKS_PER_WORKER: Final = 1
+"""Each chunk reads all prompts anew."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn import functional as nnf
 
 from kvsim.errors import KvsimError
 from kvsim.quality.small_model.architecture import Shape, SmallTransformer
-from kvsim.quality.small_model.recipe import LOOKUP_TASKS, Recipe, meets, recipe_for
+from kvsim.quality.small_model.recipe import LOOKUP_TASKS, RECIPE, Recipe, meets
 from kvsim.quality.small_model.tasks import QUESTION_TOKENS, TaskBatch, generate
 
 ASKED_TOKENS: Final = 72
@@ -69,7 +69,7 @@ def train(
     NotConverged
         The criterion was not reached within ``max_steps``.
     """
-    recipe = recipe or recipe_for(shape.architecture)
+    recipe = recipe or RECIPE
     log = TrainingLog(shape.as_dict(), asdict(recipe), seed)
     say = report or (lambda _line: None)
     began = time.perf_counter()
@@ -104,8 +104,7 @@ def _run(
         is_last = stage == len(recipe.contexts) - 1
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _rate(step, decay_from, recipe)
-        drop = recipe.attention_drop if is_last and decay_from is None else 0.0
-        _step(model, optimizer, _draw(rng, context, recipe), drop, progress)
+        _step(model, optimizer, _draw(rng, context, recipe), progress)
         log.steps = step + 1
         if decay_from is not None and step + 1 - decay_from >= recipe.decay_steps:
             return
@@ -133,16 +132,11 @@ def _step(
     model: SmallTransformer,
     optimizer: torch.optim.Optimizer,
     batches: tuple[TaskBatch, ...],
-    attention_drop: float,
     progress: _Progress,
 ) -> None:
     tokens, scored, owners = _joined(batches)
-    dropped = None
-    if attention_drop:
-        shape = (model.shape.num_layers, len(tokens))
-        dropped = (torch.rand(shape) >= attention_drop).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(tokens[:, :-1], dropped_attention=dropped).logits
+        logits = model(tokens[:, :-1]).logits
     targets, marks = tokens[:, 1:], scored[:, 1:]
     losses = nnf.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     shares = []

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from kvsim.errors import InvalidSpec
 from kvsim.quality.small_model.architecture import Shape, SmallTransformer
-from kvsim.quality.small_model.recipe import recipe_for
+from kvsim.quality.small_model.recipe import RECIPE
 from kvsim.quality.small_model.training import TrainingLog, train
 
 
@@ -54,7 +54,7 @@ def load_or_train(
     folder = folder or cache_dir()
     name = model_name(architecture, seed)
     if not (folder / f"{name}.safetensors").exists():
-        _save(folder, name, *train(Shape(architecture), seed, recipe_for(architecture), report))
+        _save(folder, name, *train(Shape(architecture), seed, RECIPE, report))
     return _load(folder, name, architecture)
 
 
