@@ -14,7 +14,7 @@ from kvsim.quality.small_model.results import ResultRow, Results, load_results
 from kvsim.quality.small_model.tasks import TASKS
 
 TABLES = re.compile(r"(<!-- tables: begin.*? -->\n).*?(<!-- tables: end -->)", re.DOTALL)
-BUDGETS = (2.0, 3.0, 4.0, 6.0, 8.0)
+BUDGETS = (2.5, 3.5, 4.5, 6.5, 8.5)
 LOOKUPS = tuple(task for task in TASKS if task != "language")
 
 

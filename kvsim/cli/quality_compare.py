@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from kvsim.quality.compare import Point, Ranked
 
-DEFAULT_BITS = "2,3,4,6,8"
+DEFAULT_BITS = "2.5,3.5,4.5,6.5,8.5"
 SOURCES = ("ensemble", "small-model")
 WIDTH_FOR_ALL, NARROW_COLUMNS = 130, 2
 """Narrower terminals see neither method nor family, and of further figures as many as NARROW_COLUMNS."""

@@ -83,6 +83,7 @@ def test_all_models_and_tasks_together(tmp_path: Path) -> None:
     rows = _rows(tmp_path)
     assert rows["all", "all", "kivi-2"].score == pytest.approx(0.9)
     assert rows["all", "all", "kivi-2"].sequences == len(MODELS) * len(TASKS) * SEQUENCES
+    assert rows["one", "all", "kivi-2"].score == pytest.approx(0.9)
     assert rows["all", "all", "native"].loss == 0
     assert rows["all", "recall", "native"].loss_low == rows["all", "recall", "native"].loss_high == 0
 

@@ -36,11 +36,12 @@ class Measured:
 
 
 def summarise(folders: Mapping[str, OutcomeFolder], strategies: Sequence[str]) -> Iterator[ResultRow]:
-    """Give rows per model and setting, and over all models and tasks together, in the order of ``strategies``."""
+    """Give rows per model and over all models, each per setting and over all tasks, in the order of ``strategies``."""
     for strategy in strategies:
         found = list(_measured(folders, strategy))
-        for one in found:
-            yield _row(one.model, one.setting.name, strategy, [one])
+        for model in folders:
+            for name, group in _together([one for one in found if one.model == model], 1):
+                yield _row(model, name, strategy, group)
         for name, group in _together(found, len(folders)):
             yield _row(ALL, name, strategy, group)
 
