@@ -91,7 +91,8 @@ def test_the_dashboard_is_found(site: Path, tmp_path: Path) -> None:
 
 
 def test_no_public_data_travels(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
+    measured_by_us = "kvsim/presets/small_model/results.csv"
+    names = set(zipfile.ZipFile(wheel).namelist()) - {measured_by_us}
     assert not [name for name in names if name.endswith((".csv", ".jsonl", ".gz", ".parquet"))]
 
 
