@@ -70,7 +70,8 @@ class RotateKv(BeforeRopeEncoding):
         return gcd(self.head_group, num_kv_heads)
 
     def key_vector_bytes(self, head_dim: int) -> KvBytes:
-        raise NotImplementedError  # keys of all heads are grouped together
+        # Keys of all heads are one vector here.
+        return token_group_bytes(head_dim, self.bits, self.group_size)
 
     def value_vector_bytes(self, head_dim: int) -> KvBytes:
         return token_group_bytes(head_dim, self.bits, self.group_size)
@@ -78,7 +79,7 @@ class RotateKv(BeforeRopeEncoding):
     def bytes_per_token(self, group: LayerGroup, native: Dtype) -> KvBytes:
         if group.kv_elements_per_token == 0:
             return KvBytes(0.0)
-        keys = self.value_vector_bytes(group.num_kv_heads * group.k_head_dim)
+        keys = self.key_vector_bytes(group.num_kv_heads * group.k_head_dim)
         values = self.value_vector_bytes(group.v_head_dim)
         heads = group.num_kv_heads
         return KvBytes(
