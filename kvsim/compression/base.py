@@ -107,8 +107,54 @@ class StrategyPart(Spec):
         """Give what follows ``name:`` for these parameters, or None where they need their names."""
         return None
 
+    def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
+        """Why this model or device cannot run the method, or None."""
+        return None
 
-class KvEncoding(StrategyPart):
+
+class StoringPart(StrategyPart):
+    """What reductions and encodings have in common: both change what a token is stored as."""
+
+    def fixed_bytes_per_sequence(self, group: LayerGroup, native: Dtype) -> float:
+        """Bytes per sequence and layer that do not grow with tokens (a basis found at prefill, a channel mask)."""
+        return 0.0
+
+    @property
+    def depends_on_prompt(self) -> bool:
+        """Whether what a token becomes depends on the rest of the prompt, so that no other request can reuse it."""
+        return False
+
+    @property
+    def joins_layers(self) -> bool:
+        """Whether numbers of several layers (kvtc: and heads) are stored together, so that all must hold the token."""
+        return False
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether all heads read the same numbers, so that each tensor-parallel rank holds all of them (MLA)."""
+        return False
+
+    def append_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
+        """Work to store one new token in one layer: quantise, rotate, project. Charged in prefill and decode.
+
+        Everything but ``launches`` is linear in tokens, so n tokens are n times this work in one launch.
+        """
+        return ()
+
+    def prefill_ops(self, prompt_tokens: int, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
+        """Work once per prompt and layer beyond ``append_ops``: find a basis, score channels, merge layers."""
+        return ()
+
+    def decode_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
+        """Work per decode step, sequence and layer independent of context (rotate the query, un-rotate output)."""
+        return ()
+
+    def attention_flops_per_token(self, group: LayerGroup, model: ModelSpec) -> float:
+        """Extra FLOPs per attended token in one layer beyond plain attention (rebuilding keys)."""
+        return 0.0
+
+
+class KvEncoding(StoringPart):
     """How a kept token is stored, read and written.
 
     Linear-attention layers keep no tokens: every encoding leaves them alone and gives 0 bytes and no work. Keys of a
@@ -126,10 +172,6 @@ class KvEncoding(StrategyPart):
     def stored_elements_per_token(self, group: LayerGroup) -> int:
         """Numbers that reading one token in one layer must unpack."""
         return group.kv_elements_per_token
-
-    def fixed_bytes_per_sequence(self, group: LayerGroup, native: Dtype) -> float:
-        """Bytes per sequence and layer that do not grow with tokens, beside the residual window."""
-        return 0.0
 
     @property
     def residual_tokens(self) -> int:
@@ -164,16 +206,6 @@ class KvEncoding(StrategyPart):
         return False
 
     @property
-    def depends_on_prompt(self) -> bool:
-        """Whether what a token becomes depends on the rest of the prompt, so that no other request can reuse it."""
-        return False
-
-    @property
-    def joins_layers(self) -> bool:
-        """Whether a token's numbers of several heads and layers are stored together, so that all must hold it."""
-        return False
-
-    @property
     def skips_boundary_layers(self) -> int:
         """How many first and how many last layers stay native on dense models (vLLM's TurboQuant: 2)."""
         return 0
@@ -184,11 +216,6 @@ class KvEncoding(StrategyPart):
         return False
 
     @property
-    def is_replicated(self) -> bool:
-        """Whether all heads read the same stored numbers, so that each tensor-parallel rank holds all of them."""
-        return False
-
-    @property
     def unpack_family(self) -> str | None:
         """Name of the unpack-rate prior in ``calibration/priors`` that bounds reading, or None if no work."""
         return None
@@ -196,25 +223,6 @@ class KvEncoding(StrategyPart):
     def attention_dtype(self, model: ModelSpec, device: DeviceSpec) -> Dtype:
         """Dtype in which attention multiplies Q, K and V: the model's, unless the format computes natively."""
         return model.dtype
-
-    def append_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
-        """Work to encode one new token in one layer: quantise, rotate, project. Charged in prefill and decode.
-
-        Everything but ``launches`` is linear in tokens, so n tokens are n times this work in one launch.
-        """
-        return ()
-
-    def prefill_ops(self, prompt_tokens: int, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
-        """Work once per prompt and layer beyond ``append_ops`` (find a basis from the prompt)."""
-        return ()
-
-    def decode_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
-        """Work per decode step, sequence and layer independent of context (rotate the query, un-rotate output)."""
-        return ()
-
-    def attention_flops_per_token(self, group: LayerGroup, model: ModelSpec) -> float:
-        """Extra FLOPs per attended token in one layer beyond plain attention (Palu's K reconstruction)."""
-        return 0.0
 
     @property
     def is_storage_only(self) -> bool:
@@ -240,16 +248,12 @@ class KvEncoding(StrategyPart):
         """Why this encoding cannot follow ``reduction``, or None."""
         return None
 
-    def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
-        """Why this model or device cannot run the encoding, or None."""
-        return None
-
     def codec(self) -> Codec:
         """Give the algorithm, as code that runs on tensors.
 
         Raises
         ------
         NotRunnable
-            The algorithm does not run on tensors yet.
+            It has no algorithm of its own (several parts together), or one that must be trained into a model.
         """
         raise NotRunnable(self.kind)

@@ -16,7 +16,6 @@ from kvsim.specs.prior import Prior
 if TYPE_CHECKING:
     from kvsim.compression.codec import Coder
     from kvsim.ops import OpCall
-    from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
 
 
@@ -54,10 +53,6 @@ class Coding(StrategyPart):
     def append_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
         """Work to code one new token in one layer."""
         return ()
-
-    def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
-        """Why this model or device cannot run the coding, or None."""
-        return None
 
     @property
     def unpriced_coder(self) -> str | None:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from kvsim.compression.base import LayerView, StrategyPart
+from kvsim.compression.base import LayerView, StoringPart
 from kvsim.specs.base import Dtype
 from kvsim.specs.model import LayerGroup
 
 if TYPE_CHECKING:
     from kvsim.compression.codec import ReductionCodec
-    from kvsim.ops import OpCall
-    from kvsim.specs.device import DeviceSpec
-    from kvsim.specs.model import ModelSpec
 
 
-class Reduction(StrategyPart):
+class Reduction(StoringPart):
     """Fewer numbers per kept token: channels left out, coordinates in a smaller basis, layers that share.
 
     An encoding then stores the numbers that remain, so every pair of both is defined.
@@ -36,11 +32,6 @@ class Reduction(StrategyPart):
         """Give what the method does in one layer; methods over several layers differ from layer to layer."""
         return self
 
-    @property
-    def joins_layers(self) -> bool:
-        """Whether a token is stored for several layers at once, so that these must hold the same tokens."""
-        return False
-
     def stored_with(self, layer: LayerView) -> tuple[int, ...]:
         """Indices of the layers whose cache is stored together with this one's, itself among them.
 
@@ -49,19 +40,9 @@ class Reduction(StrategyPart):
         return (layer.index,)
 
     @property
-    def depends_on_prompt(self) -> bool:
-        """Whether what a token becomes depends on the rest of the prompt, so that no other request can reuse it."""
-        return False
-
-    @property
     def is_architecture(self) -> bool:
         """Whether the model must be trained with it, so that KV which another model made cannot be stored so."""
         return self.family == "architecture"
-
-    @property
-    def is_replicated(self) -> bool:
-        """Whether all heads read the same numbers, so that each tensor-parallel rank holds all of them (MLA)."""
-        return False
 
     @property
     def resident_share(self) -> float:
@@ -84,30 +65,6 @@ class Reduction(StrategyPart):
     def metadata_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
         """Bytes per token in one layer beside the reduced K and V (magnitudes of merged vectors)."""
         return 0.0
-
-    def fixed_bytes_per_sequence(self, group: LayerGroup, native: Dtype) -> float:
-        """Bytes per sequence and layer that do not grow with tokens (a basis found at prefill, a channel mask)."""
-        return 0.0
-
-    def append_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
-        """Work to reduce one new token in one layer; linear in tokens but for ``launches``."""
-        return ()
-
-    def prefill_ops(self, prompt_tokens: int, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
-        """Work once per prompt and layer beyond ``append_ops``: find a basis, score channels, merge layers."""
-        return ()
-
-    def decode_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
-        """Work per decode step, sequence and layer independent of context."""
-        return ()
-
-    def attention_flops_per_token(self, group: LayerGroup, model: ModelSpec) -> float:
-        """Extra FLOPs per attended token in one layer beyond plain attention (rebuilding keys)."""
-        return 0.0
-
-    def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
-        """Why this model or device cannot run the method, or None."""
-        return None
 
     @abstractmethod
     def codec(self) -> ReductionCodec:

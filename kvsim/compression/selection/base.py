@@ -11,7 +11,6 @@ from kvsim.specs.model import LayerGroup, LayerKind
 
 if TYPE_CHECKING:
     from kvsim.ops import OpCall
-    from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
     from kvsim.tensors import BoolArray, IntArray, LayerKv
 
@@ -79,10 +78,6 @@ class TokenSelection(StrategyPart):
     def query_aware(self) -> bool:
         """Whether the method looks at the question when it compresses (SnapKV's observation window)."""
         return False
-
-    def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
-        """Why this model or device cannot run the method, or None."""
-        return None
 
     @abstractmethod
     def keep(self, layer_kv: LayerKv, layer: LayerView, attention_scale: float) -> IntArray | None:
