@@ -8,10 +8,11 @@ from typing import Final, Literal
 import numpy as np
 
 from kvsim.compression import Compression
+from kvsim.compression.selector import layer_view
 from kvsim.errors import IncompatibleScenario
 from kvsim.limit.covariance import CovarianceLimit
 from kvsim.limit.rate_distortion import isotropic_bits
-from kvsim.quality.store import FittedStrategy, fit_strategy, is_exempt, layer_view, store_cache
+from kvsim.quality.store import FittedStrategy, fit_strategy, is_exempt, store_cache
 from kvsim.specs.base import Spec
 from kvsim.tensors import TENSORS, KvTensors, TensorName
 from kvsim.tensors.statistics import head_energy

@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Final
 
 from kvsim.compression import Compression
-from kvsim.quality.store import FittedStrategy, StoredCache, fit_strategy, is_exempt, layer_view, store_cache
+from kvsim.compression.selector import layer_view
+from kvsim.quality.store import FittedStrategy, StoredCache, fit_strategy, is_exempt, store_cache
 from kvsim.tensors import KvTensors
 
 MOST_OUTER_LAYERS: Final = 4

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from kvsim.compression import Compression
+from kvsim.compression.selector import layer_view
 from kvsim.quality.capture import Captured, attention_of
 from kvsim.quality.run import ContinuationRisk
-from kvsim.quality.store import StoredCache, layer_view
-from kvsim.tensors import BoolArray, FloatArray
+from kvsim.quality.store import StoredCache
+from kvsim.tensors import BoolArray, FloatArray, LayerKv
 
 
 def continue_with(model: Any, captured: Captured, compression: Compression, stored: StoredCache) -> ContinuationRisk:
@@ -62,8 +63,21 @@ class _Reader:
         causal = torch.ones(new_tokens, new_tokens, dtype=torch.bool, device=query.device).tril()
         old_tokens = torch.from_numpy(self._read(module.layer_idx, query)).to(query.device)
         seen = torch.cat((old_tokens, causal.expand(query.shape[1], -1, -1)), dim=2)
-        output = scaled_dot_product_attention(query, keys, values, attn_mask=seen[None], scale=scaling, enable_gqa=True)
+        mask = self._weighted(layer, seen)[None]
+        output = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2).contiguous(), None
+
+    @staticmethod
+    def _weighted(layer: LayerKv, seen: Any) -> Any:
+        """Turn what is seen, (Hq, m, kept + m), into what is added to logits; as it is where nothing has weights."""
+        import torch
+
+        if layer.log_weights is None:
+            return seen
+        added = torch.where(seen, 0.0, float("-inf"))
+        weights = torch.from_numpy(np.repeat(layer.log_weights, len(seen) // layer.num_kv_heads, axis=0))
+        added[..., : layer.num_tokens] += weights[:, None].to(added)
+        return added
 
     def _read(self, index: int, query: Any) -> BoolArray:
         """Which stored tokens each query reads, (Hq, m, kept)."""

@@ -152,6 +152,7 @@ class _LayerPair:
         self.after: Attended = attend(after, kv.attention_scale, read_mask)
         self.source = self._per_query(kept_indices(before, after))
         self.is_read = np.isfinite(self.after.logits)
+        self.log_weights = after.log_weights
         self.positions = self._per_query(before.positions)
         self.needles = kv.needles
 
@@ -191,7 +192,11 @@ class _LayerPair:
 
     def _logit_error(self) -> DoubleArray:
         old = np.take_along_axis(self.before.logits, np.broadcast_to(self.source, self.is_read.shape), axis=-1)
-        change = np.where(self.is_read, self.after.logits.astype(np.float64) - old, 0.0)
+        new = self.after.logits.astype(np.float64)
+        if self.log_weights is not None:
+            # A product of query and key has no weight in it.
+            new = new - np.repeat(self.log_weights, self.group, axis=0)[:, None, :]
+        change = np.where(self.is_read, new - old, 0.0)
         count = self.is_read.sum(axis=-1, keepdims=True)
         change = np.where(self.is_read, change - change.sum(axis=-1, keepdims=True) / count, 0.0)
         return np.asarray(np.sqrt((change**2).sum(axis=(1, 2)) / count.sum(axis=(1, 2))))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kvsim.compression import Compression, parse_compression
+from kvsim.compression.selector import layer_view
 from kvsim.errors import KvsimError, NotRunnable
 from kvsim.quality.amid import fit_amid, outer_layers, store_amid
 from kvsim.quality.dropping import evict
 from kvsim.quality.measure import MeasuredRisk, compare_caches, kept_indices
 from kvsim.quality.published import published_quality
-from kvsim.quality.store import FittedStrategy, StoredCache, is_exempt, layer_view, needs_calibration
+from kvsim.quality.store import FittedStrategy, StoredCache, is_exempt, needs_calibration
 from kvsim.quality.theory import distortion, predict_layer
 from kvsim.report import Quality
 from kvsim.tensors import KvTensors, attend
@@ -186,7 +187,7 @@ def predict(kv: KvTensors, stored: StoredCache) -> TheoryRisk:
 def _predict_layer(kv: KvTensors, stored: StoredCache, index: int) -> list[HeadTheory]:
     before, after, mask = kv.layers[index], stored.kv.layers[index], stored.read_masks[index]
     source = kept_indices(before, after)
-    kept = before.take(source)
+    kept = replace(before.take(source), log_weights=after.log_weights)
     theory = predict_layer(kept, kv.attention_scale, distortion(kept, after), mask)
     bounds = _eviction_bounds(kv, stored, index)
     return [
@@ -205,13 +206,14 @@ def _predict_layer(kv: KvTensors, stored: StoredCache, index: int) -> list[HeadT
 def _eviction_bounds(kv: KvTensors, stored: StoredCache, index: int) -> np.ndarray | None:
     """2 m max ||v|| beside ||o||, (Hq,); None where all tokens are read."""
     before, after, mask = kv.layers[index], stored.kv.layers[index], stored.read_masks[index]
-    if mask is None and after.num_tokens == before.num_tokens:
+    held = np.repeat(after.is_seen, before.group_size, axis=0)[:, None, :]
+    if mask is None and after.num_tokens == before.num_tokens and held.all():
         return None
     seen = attend(before, kv.attention_scale)
     source = np.repeat(kept_indices(before, after), before.group_size, axis=0)[:, None, :]
     shape = (*seen.weights.shape[:2], after.num_tokens)
     is_kept = np.zeros(seen.weights.shape, dtype=bool)
-    is_read = np.ones(shape, dtype=bool) if mask is None else mask.reshape(shape)
+    is_read = np.broadcast_to(held, shape) if mask is None else mask.reshape(shape) & held
     np.put_along_axis(is_kept, np.broadcast_to(source, shape), is_read, axis=-1)
     values = np.repeat(before.values, before.group_size, axis=0)
     bound = evict(seen.weights, values, is_kept).bound

@@ -11,8 +11,8 @@ from kvsim.compression import Compression
 from kvsim.compression.base import LayerView
 from kvsim.compression.codec import Codec, ReductionCodec, StoredLayer, with_stored
 from kvsim.compression.encoding.native import Native
+from kvsim.compression.selector import Selector, layer_view
 from kvsim.compression.stacked import StackedEncoding
-from kvsim.specs.model import LayerGroup, LayerKind
 from kvsim.tensors import BoolArray, KvTensors, LayerKv
 
 
@@ -45,6 +45,7 @@ class FittedStrategy:
     """A strategy whose codecs have seen calibration caches."""
 
     compression: Compression
+    selector: Selector
     reduction: ReductionCodec
     encoding: Codec
 
@@ -55,35 +56,43 @@ def fit_strategy(compression: Compression, samples: Sequence[KvTensors] = ()) ->
     ``samples`` are caches of the same model, other sequences than those to be measured. A codec that needs none is
     not shown any.
     """
+    selector = compression.selection.selector()
+    if selector.needs_calibration:
+        selector = selector.fit(samples)
     reduction = compression.reduction.codec()
     if reduction.needs_calibration:
         reduction = reduction.fit(samples)
     encoding = compression.encoding.codec()
     if encoding.needs_calibration:
         encoding = encoding.fit([_of_layers(kv, _filled(kv)) for kv in (reduction.reduce(one).kv for one in samples)])
-    return FittedStrategy(compression, reduction, encoding)
+    return FittedStrategy(compression, selector, reduction, encoding)
 
 
 def needs_calibration(compression: Compression) -> bool:
-    """Whether a codec learns from other sequences; raise NotRunnable as `fit_strategy` does."""
-    return compression.reduction.codec().needs_calibration or compression.encoding.codec().needs_calibration
+    """Whether an algorithm learns from other sequences; raise NotRunnable as `fit_strategy` does."""
+    learners = (compression.selection.selector(), compression.reduction.codec(), compression.encoding.codec())
+    return any(one.needs_calibration for one in learners)
 
 
 def store_cache(strategy: FittedStrategy, kv: KvTensors) -> StoredCache:
     """Store a cache as the strategy does after prefill, and read it back.
 
     The newest ``residual_tokens`` of what is kept, and layers that the format exempts, stay native and are counted so.
+    Where heads hold different numbers of tokens, a layer's bits are those of heads that are filled up, times the share
+    that is really held.
     """
-    kept = _select(strategy.compression, kv)
+    kept = strategy.selector.select(kv)
     residual = strategy.compression.encoding.residual_tokens
     tokens = [max(0, layer.num_tokens - residual) for layer in kept.layers]
     old = _cut(kept, [slice(0, count) for count in tokens])
     read_back, bits = _encode(strategy, old)
     selection, sources = strategy.compression.selection, strategy.reduction.sources(kv.num_layers)
+    shares = [1.0 if selection.masks else layer.seen_share for layer in kept.layers]
     layers, masks = [], []
     for index, (layer, coded, count) in enumerate(zip(kept.layers, read_back.layers, tokens, strict=True)):
         if sources[index] == index:
             bits[index] += _native_bits(layer, layer.num_tokens - count, kv.native_bits)
+        bits[index] *= shares[index]
         newest = kept.layers[sources[index]]
         layers.append(
             replace(
@@ -96,27 +105,6 @@ def store_cache(strategy: FittedStrategy, kv: KvTensors) -> StoredCache:
         bits[index] += selection.index_bits(layer, layer_view(kept, index), kv.native_bits)
         masks.append(selection.read_mask(layer, layer_view(kept, index)))
     return StoredCache(replace(kept, layers=tuple(layers)), tuple(masks), tuple(bits))
-
-
-def layer_view(kv: KvTensors, index: int) -> LayerView:
-    """Give the layer as pricing sees it."""
-    layer = kv.layers[index]
-    group = LayerGroup(
-        kind=LayerKind.FULL,
-        layers=tuple(range(kv.num_layers)),
-        num_kv_heads=layer.num_kv_heads,
-        k_head_dim=layer.keys.shape[2],
-        v_head_dim=layer.values.shape[2],
-    )
-    return LayerView(index, kv.num_layers, group)
-
-
-def _select(compression: Compression, kv: KvTensors) -> KvTensors:
-    layers = []
-    for index, layer in enumerate(kv.layers):
-        indices = compression.selection.keep(layer, layer_view(kv, index), kv.attention_scale)
-        layers.append(layer if indices is None else layer.take(indices))
-    return replace(kv, layers=tuple(layers))
 
 
 def _encode(strategy: FittedStrategy, kv: KvTensors) -> tuple[KvTensors, list[float]]:
@@ -174,6 +162,7 @@ def _cut(kv: KvTensors, spans: Sequence[slice]) -> KvTensors:
             keys=layer.keys[:, span],
             values=layer.values[:, span],
             positions=layer.positions[:, span],
+            log_weights=None if layer.log_weights is None else layer.log_weights[:, span],
         )
         for layer, span in zip(kv.layers, spans, strict=True)
     )

@@ -48,10 +48,9 @@ class Distortion:
 
 def distortion(before: LayerKv, after: LayerKv) -> Distortion:
     """Measure D and c of a layer whose tokens were all kept (or of the kept ones: give both as kept)."""
-    return Distortion(
-        *(_relative_error(before.tensor(name), after.tensor(name)) for name in TENSORS),
-        *(_shrink(before.tensor(name), after.tensor(name)) for name in TENSORS),
-    )
+    seen = after.is_seen[..., None]
+    pairs = [(before.tensor(name) * seen, after.tensor(name) * seen) for name in TENSORS]
+    return Distortion(*(_relative_error(*pair) for pair in pairs), *(_shrink(*pair) for pair in pairs))
 
 
 def _relative_error(before: FloatArray, after: FloatArray) -> DoubleArray:

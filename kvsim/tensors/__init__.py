@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvsim.numerics.arrays import BoolArray, FloatArray, IntArray
 from kvsim.tensors.attention import Attended, attend
-from kvsim.tensors.kv import TENSORS, KvTensors, LayerKv, Rope, TensorName
+from kvsim.tensors.kv import TENSORS, KvTensors, LayerKv, PromptSignals, Rope, TensorName
 
 __all__ = [
     "TENSORS",
@@ -14,6 +14,7 @@ __all__ = [
     "IntArray",
     "KvTensors",
     "LayerKv",
+    "PromptSignals",
     "Rope",
     "TensorName",
     "attend",

@@ -18,7 +18,7 @@ class Attended:
     Attributes
     ----------
     logits, weights : (Hq, m, n)
-        Scaled products, and their softmax over tokens; fp64 inside.
+        Scaled products with log-weights, and their softmax over tokens; fp64 inside.
     outputs : (Hq, m, Dv)
     """
 
@@ -33,6 +33,8 @@ def attend(layer: LayerKv, attention_scale: float, mask: BoolArray | None = None
     grouped = layer.queries.reshape(heads, -1, dim).astype(np.float64)
     keys, values = layer.keys.astype(np.float64), layer.values.astype(np.float64)
     logits = attention_scale * (grouped @ keys.transpose(0, 2, 1))
+    if layer.log_weights is not None:
+        logits = logits + layer.log_weights[:, None, :]
     if mask is not None:
         logits = np.where(mask.reshape(logits.shape), logits, -np.inf)
     weights = softmax(logits)

@@ -45,11 +45,14 @@ def write_kv(kv: KvTensors, path: Path) -> None:
     Raises
     ------
     InvalidSpec
-        The name does not end in .safetensors, or the system refuses to write.
+        The name does not end in .safetensors, the system refuses to write, or entries have log-weights.
     """
     from safetensors.numpy import save
 
     check_output_path(path, (SUFFIX,))
+    if any(layer.log_weights is not None for layer in kv.layers):
+        msg = f"{path}: a cache whose entries have log-weights is already compressed, and such files hold whole caches"
+        raise InvalidSpec(msg)
     tensors: dict[str, Any] = {}
     for index, layer in enumerate(kv.layers):
         for name in ("keys", "values", "queries", "prompt_queries"):

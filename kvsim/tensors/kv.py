@@ -8,7 +8,7 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 
 from kvsim.errors import InvalidSpec
-from kvsim.numerics.arrays import FloatArray, IntArray
+from kvsim.numerics.arrays import BoolArray, FloatArray, IntArray
 
 TensorName: TypeAlias = Literal["key", "value"]
 TENSORS: Final[tuple[TensorName, ...]] = ("key", "value")
@@ -65,6 +65,9 @@ class LayerKv:
         KV head ``i // (Hq / H)``.
     prompt_queries : (Hq, w, D)
         The last w queries of the prompt itself, which a method may look at when it compresses.
+    log_weights : (H, n) or None
+        Added to the logits of each entry: an entry that stands for w tokens has ln w, one that no query may see has
+        -inf. None is 0 everywhere. Every head has a finite one.
     """
 
     keys: FloatArray
@@ -72,12 +75,16 @@ class LayerKv:
     positions: IntArray
     queries: FloatArray
     prompt_queries: FloatArray
+    log_weights: FloatArray | None = None
 
     def __post_init__(self) -> None:
         heads, tokens, key_dim = self.keys.shape
         if self.values.shape[:2] != (heads, tokens) or self.positions.shape != (heads, tokens):
             shapes = f"keys {self.keys.shape}, values {self.values.shape}, positions {self.positions.shape}"
             msg = f"KV tensors of one layer disagree in heads or tokens: {shapes}"
+            raise InvalidSpec(msg)
+        if self.log_weights is not None and self.log_weights.shape != (heads, tokens):
+            msg = f"log_weights {self.log_weights.shape} do not fit keys {self.keys.shape}: (heads, tokens)"
             raise InvalidSpec(msg)
         for name, queries in (("queries", self.queries), ("prompt_queries", self.prompt_queries)):
             if queries.ndim != 3 or queries.shape[0] % heads or (queries.size and queries.shape[2] != key_dim):
@@ -91,8 +98,20 @@ class LayerKv:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens held per head."""
+        """Entries per head, those of -inf log-weight included."""
         return int(self.keys.shape[1])
+
+    @property
+    def is_seen(self) -> BoolArray:
+        """Which entries queries may see at all, (H, n)."""
+        if self.log_weights is None:
+            return np.ones(self.keys.shape[:2], dtype=bool)
+        return np.isfinite(self.log_weights)
+
+    @property
+    def seen_share(self) -> float:
+        """Share of the entries that queries may see."""
+        return 1.0 if self.log_weights is None else float(self.is_seen.mean())
 
     @property
     def group_size(self) -> int:
@@ -112,12 +131,62 @@ class LayerKv:
             positions=np.take_along_axis(self.positions, indices, axis=1),
             queries=self.queries,
             prompt_queries=self.prompt_queries,
+            log_weights=None if self.log_weights is None else np.take_along_axis(self.log_weights, indices, axis=1),
         )
+
+    def take_ragged(self, is_kept: BoolArray) -> LayerKv:
+        """Keep different numbers of tokens per head, (H, n); every head keeps one at least.
+
+        Heads that keep fewer are filled up in front with their first token again, at log-weight -inf, so that the
+        newest tokens of all heads stand side by side.
+
+        Raises
+        ------
+        InvalidSpec
+            A head keeps nothing.
+        """
+        counts = is_kept.sum(axis=1)
+        if not counts.all():
+            msg = f"KV head {int(counts.argmin())} would keep no token; every head keeps one at least"
+            raise InvalidSpec(msg)
+        slots = np.arange(counts.max()) - (counts.max() - counts)[:, None]
+        # A stable sort puts kept tokens first, in order.
+        order = np.argsort(~is_kept, axis=1, kind="stable")
+        kept = self.take(np.take_along_axis(order, np.maximum(slots, 0), axis=1))
+        return kept if (slots >= 0).all() else kept.hidden_where(slots < 0)
+
+    def hidden_where(self, is_hidden: BoolArray) -> LayerKv:
+        """Let no query see the entries of (H, n)."""
+        own = np.zeros(self.keys.shape[:2], dtype=np.float32) if self.log_weights is None else self.log_weights
+        return replace(self, log_weights=np.where(is_hidden, -np.inf, own).astype(np.float32))
 
     def emptied(self) -> LayerKv:
         """Leave no channels and no queries: a layer whose numbers lie elsewhere."""
         queries = self.queries[:, :0]
-        return LayerKv(self.keys[..., :0], self.values[..., :0], self.positions, queries, queries)
+        bare = replace(self, queries=queries, prompt_queries=queries)
+        return replace(bare, keys=self.keys[..., :0], values=self.values[..., :0])
+
+
+@dataclass(frozen=True, eq=False)
+class PromptSignals:
+    """What a prefill knows of its tokens beside K, V and Q, where somebody took it down.
+
+    Attributes
+    ----------
+    hidden : tuple of (n, width), or None
+        Per layer, what its attention block reads: hidden states after the norm.
+    repeat_queries : tuple of (Hq, r, D), or None
+        Per layer, queries of a second reading of the prompt, after the first (KVzip's reconstruction).
+    entropy : (n,) or None
+        Of the next token after each one, over the likeliest 256 candidates, in nats.
+    distance : (L, n) or None
+        Cosine distance of each layer's output from the last layer's.
+    """
+
+    hidden: tuple[FloatArray, ...] | None = None
+    repeat_queries: tuple[FloatArray, ...] | None = None
+    entropy: FloatArray | None = None
+    distance: FloatArray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +207,7 @@ class KvTensors:
         Where the tensors come from: an ensemble with its seed, a model, a file.
     needles : tuple of int
         Positions of tokens that the queries are known to look for, if any.
+    signals : PromptSignals
     """
 
     layers: tuple[LayerKv, ...]
@@ -146,6 +216,7 @@ class KvTensors:
     source: str
     native_bits: int = 16
     needles: tuple[int, ...] = field(default=())
+    signals: PromptSignals = field(default_factory=PromptSignals)
 
     @property
     def num_layers(self) -> int:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from kvsim.compression import STRATEGIES, Compression, parse_compression
+from kvsim.compression.selector import layer_view
 from kvsim.compression.stored import encoded_bytes
 from kvsim.errors import NotRunnable
-from kvsim.quality.store import StoredCache, fit_strategy, layer_view, store_cache
+from kvsim.quality.store import StoredCache, fit_strategy, store_cache
 from kvsim.specs.base import Dtype
 from kvsim.tensors import KvTensors
 

@@ -11,10 +11,11 @@ import pytest
 
 from kvsim.compression import STRATEGIES, parse_compression
 from kvsim.compression.encoding.native import Native
+from kvsim.compression.selector import layer_view
 from kvsim.compression.stored import encoded_bytes
 from kvsim.errors import InvalidSpec, NotRunnable
 from kvsim.numerics.svd import rank_for_energy, second_moment
-from kvsim.quality.store import StoredCache, fit_strategy, layer_view, store_cache
+from kvsim.quality.store import StoredCache, fit_strategy, store_cache
 from kvsim.specs.base import Dtype
 from kvsim.tensors import KvTensors, LayerKv, Rope, attend
 

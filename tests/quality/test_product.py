@@ -15,11 +15,12 @@ from kvsim.compression import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS, Compre
 from kvsim.compression.base import StrategyPart
 from kvsim.compression.parse import parse_part
 from kvsim.compression.rules import RULES, Parts, conflicts
+from kvsim.compression.selector import layer_view
 from kvsim.compression.stored import encoded_bytes
 from kvsim.compression.strategy import spell
 from kvsim.device_catalog import load_device
 from kvsim.errors import InvalidSpec, NotRunnable
-from kvsim.quality.store import StoredCache, fit_strategy, layer_view, store_cache
+from kvsim.quality.store import StoredCache, fit_strategy, store_cache
 from kvsim.specs.base import Dtype
 from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
 from kvsim.tensors import KvTensors

@@ -10,9 +10,10 @@ import pytest
 from kvsim.compression import parse_compression
 from kvsim.compression.selection.quest import page_extremes
 from kvsim.compression.selection.scores import heaviest_and_newest, received_attention
+from kvsim.compression.selector import layer_view
 from kvsim.compression.stored import encoded_bytes
 from kvsim.errors import InvalidSpec
-from kvsim.quality.store import StoredCache, fit_strategy, layer_view, store_cache
+from kvsim.quality.store import StoredCache, fit_strategy, store_cache
 from kvsim.specs.base import Dtype
 from kvsim.tensors import KvTensors, LayerKv, attend
 from tests.quality.conftest import noise_cache

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from kvsim.compression.base import LayerView, StrategyPart, TokenCurve
+from kvsim.compression.selector import KeepByLayer, Selector
 from kvsim.specs.model import LayerGroup, LayerKind
 
 if TYPE_CHECKING:
     from kvsim.ops import OpCall
     from kvsim.specs.model import ModelSpec
-    from kvsim.tensors import BoolArray, IntArray, LayerKv
+    from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv
 
 
 class TokenSelection(StrategyPart):
@@ -71,7 +72,7 @@ class TokenSelection(StrategyPart):
 
     @property
     def granularity(self) -> str:
-        """Where the kept set may differ: 'none', 'layer' or 'head' (a head-wise set needs ragged pages)."""
+        """Where the kept set may differ: 'none', 'layer', 'head' (equally many per head), 'ragged' (pages per head)."""
         return "none"
 
     @property
@@ -79,24 +80,41 @@ class TokenSelection(StrategyPart):
         """Whether the method looks at the question when it compresses (SnapKV's observation window)."""
         return False
 
-    @abstractmethod
-    def keep(self, layer_kv: LayerKv, layer: LayerView, attention_scale: float) -> IntArray | None:
-        """Choose the tokens of a prompt that stay, as indices (H, kept) ascending per head; None keeps all.
+    @property
+    def masks(self) -> bool:
+        """Whether tokens that are not kept are merely hidden, so that nothing is freed and everything is read."""
+        return False
 
-        As many as `resident_tokens` says of the prompt's length. ``attention_scale`` is what logits are multiplied by.
+    @abstractmethod
+    def keep(self, kv: KvTensors, layer: LayerView) -> IntArray | None:
+        """Choose the tokens of ``kv.layers[layer.index]`` that stay, as indices (H, kept) ascending per head.
+
+        As many as `resident_tokens` says of the prompt's length; None keeps all.
 
         Raises
         ------
         InvalidSpec
             The method scores with queries of the prompt, and the cache has none.
+        NotRunnable
+            Its `selector` does more than to keep equally many tokens per head.
         """
+
+    def selector(self) -> Selector:
+        """Give the algorithm, as code that runs on tensors.
+
+        Raises
+        ------
+        NotRunnable
+            It must be trained into the model.
+        """
+        return KeepByLayer(self)
 
     def read_mask(self, layer_kv: LayerKv, layer: LayerView) -> BoolArray | None:
         """Which kept tokens each of the layer's queries reads, (Hq, m, n); None reads all."""
         return None
 
     def index_bits(self, layer_kv: LayerKv, layer: LayerView, native_bits: int) -> float:
-        """Bits of what is held of the kept tokens to choose among them (Quest's page bounds), 0 if nothing."""
+        """Bits of what is held beside the kept tokens (Quest's page bounds, log-weights of atoms), 0 if nothing."""
         return 0.0
 
 

@@ -14,7 +14,7 @@ from kvsim.specs.model import LayerGroup
 
 if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
-    from kvsim.tensors import IntArray, LayerKv
+    from kvsim.tensors import IntArray, KvTensors
 
 
 class H2O(BudgetedSelection):
@@ -46,14 +46,15 @@ class H2O(BudgetedSelection):
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return self.resident_tokens(prompt_tokens, layer)
 
-    def keep(self, layer_kv: LayerKv, layer: LayerView, attention_scale: float) -> IntArray | None:
+    def keep(self, kv: KvTensors, layer: LayerView) -> IntArray | None:
         """Sums over all prompt queries that the tensors have: H2O's own scores only where that is all of them."""
+        layer_kv = kv.layers[layer.index]
         tokens = layer_kv.num_tokens
         kept = self.resident_tokens(tokens, layer)(0)
         if kept >= tokens:
             return None
         heavy, newest = kept // 2, kept - kept // 2
-        scores = received_attention(layer_kv, attention_scale)
+        scores = received_attention(layer_kv, kv.attention_scale)
         return heaviest_and_newest(scores[:, : tokens - newest], heavy, newest)
 
     def prefill_ops(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:

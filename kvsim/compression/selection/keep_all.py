@@ -8,7 +8,7 @@ from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.compression.selection.base import TokenSelection
 
 if TYPE_CHECKING:
-    from kvsim.tensors import IntArray, LayerKv
+    from kvsim.tensors import IntArray, KvTensors
 
 
 class KeepAll(TokenSelection):
@@ -28,5 +28,5 @@ class KeepAll(TokenSelection):
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return growing(prompt_tokens)
 
-    def keep(self, layer_kv: LayerKv, layer: LayerView, attention_scale: float) -> IntArray | None:
+    def keep(self, kv: KvTensors, layer: LayerView) -> IntArray | None:
         return None

@@ -16,7 +16,7 @@ from kvsim.specs.model import LayerGroup
 
 if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
-    from kvsim.tensors import BoolArray, FloatArray, IntArray, LayerKv
+    from kvsim.tensors import BoolArray, FloatArray, IntArray, KvTensors, LayerKv
 
 DEFAULT_TOKEN_BUDGET = 1024
 
@@ -64,7 +64,7 @@ class Quest(FullAttentionSelection):
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return growing(prompt_tokens, None if self._is_dense(layer) else self.token_budget)
 
-    def keep(self, layer_kv: LayerKv, layer: LayerView, attention_scale: float) -> IntArray | None:
+    def keep(self, kv: KvTensors, layer: LayerView) -> IntArray | None:
         return None
 
     def read_mask(self, layer_kv: LayerKv, layer: LayerView) -> BoolArray | None:

@@ -13,7 +13,7 @@ from kvsim.compression.selection.full_attention import FullAttentionSelection, w
 from kvsim.errors import InvalidSpec
 
 if TYPE_CHECKING:
-    from kvsim.tensors import IntArray, LayerKv
+    from kvsim.tensors import IntArray, KvTensors
 
 DEFAULT_SINK_TOKENS = 4
 DEFAULT_BUDGET_TOKENS = 2048
@@ -53,7 +53,8 @@ class StreamingLlm(FullAttentionSelection):
     def prefill_resident_tokens(self, processed_tokens: int, layer: LayerView) -> int:
         return min(processed_tokens, self.budget_tokens)
 
-    def keep(self, layer_kv: LayerKv, layer: LayerView, attention_scale: float) -> IntArray | None:
+    def keep(self, kv: KvTensors, layer: LayerView) -> IntArray | None:
+        layer_kv = kv.layers[layer.index]
         tokens = layer_kv.num_tokens
         if tokens <= self.budget_tokens:
             return None

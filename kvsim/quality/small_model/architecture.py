@@ -107,6 +107,8 @@ class PastKv:
         Key before smearing and RoPE of the token just before the new ones.
     read_mask : callable or None
         From queries (B, Hq, T, D) of a layer to which cached tokens each reads, (B, Hq, T, n).
+    log_weights : (B, H, n) or None
+        Added to the logits of cached entries; -inf hides one.
     """
 
     keys: Tensor
@@ -114,6 +116,7 @@ class PastKv:
     visible: Tensor | None = None
     raw_key: Tensor | None = None
     read_mask: Callable[[Tensor], Tensor] | None = None
+    log_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ class Attention(nn.Module):  # type: ignore[misc]  # torch is not installed wher
 
 
 def _joint_mask(queries: Tensor, past: PastKv, group: int) -> Tensor:
-    """(B, Hq, T, n + T): all that is held and read, and new tokens causally."""
+    """(B, Hq, T, n + T): all that is held and read, and new tokens causally; added to logits where entries weigh."""
     count, heads, length = queries.shape[:3]
     held = past.keys.shape[2]
     seen = torch.ones(count, heads, length, held, dtype=torch.bool)
@@ -203,7 +206,12 @@ def _joint_mask(queries: Tensor, past: PastKv, group: int) -> Tensor:
     if past.read_mask is not None:
         seen &= past.read_mask(queries)
     causal = torch.ones(length, length, dtype=torch.bool).tril().expand(count, heads, length, length)
-    return torch.cat((seen, causal), dim=3)
+    joint = torch.cat((seen, causal), dim=3)
+    if past.log_weights is None:
+        return joint
+    added = torch.where(joint, 0.0, float("-inf"))
+    added[..., :held] += past.log_weights.repeat_interleave(group, dim=1)[:, :, None, :]
+    return added
 
 
 class Block(nn.Module):  # type: ignore[misc]  # torch is not installed where types are checked

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvsim.compression.selection.base import TokenSelection
+from kvsim.compression.selector import layer_view
 from kvsim.quality.small_model.architecture import ForwardPass, PastKv, Shape, SmallTransformer
 from kvsim.quality.small_model.tasks import TaskBatch
-from kvsim.quality.store import StoredCache, layer_view
+from kvsim.quality.store import StoredCache
 from kvsim.tensors import FloatArray, KvTensors, LayerKv, Rope
 
 _Element = TypeVar("_Element", bound=np.generic)
@@ -151,8 +152,18 @@ def as_past(prompts: Prompts, stored: Sequence[StoredCache], selection: TokenSel
             torch.from_numpy(np.stack([_padded(array, width, 0) for array in arrays]))
             for arrays in ([layer.keys for layer in layers], [layer.values for layer in layers])
         )
-        past.append(PastKv(keys, values, visible, raw, _reader(selection, stored, index, width)))
+        reader = _reader(selection, stored, index, width)
+        past.append(PastKv(keys, values, visible, raw, reader, _log_weights(layers, width)))
     return tuple(past)
+
+
+def _log_weights(layers: Sequence[LayerKv], width: int) -> Tensor | None:
+    """(B, H, n), or None where all entries weigh the same."""
+    if all(layer.log_weights is None for layer in layers):
+        return None
+    rows = [np.zeros_like(layer.positions, dtype=np.float32) if layer.log_weights is None else layer.log_weights
+            for layer in layers]  # fmt: skip
+    return torch.from_numpy(np.stack([_padded(row, width, 0) for row in rows]))
 
 
 def _reader(

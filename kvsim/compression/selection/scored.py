@@ -1,0 +1,83 @@
+"""What selections share that score every token of a prompt once and keep the best."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from kvsim.compression.base import LayerView, TokenCurve, growing
+from kvsim.compression.selection.full_attention import BudgetedSelection, kv_heads
+from kvsim.ops import Component, OpCall, Work, compact, select_top_k
+from kvsim.specs.base import DTYPE_BITS
+
+if TYPE_CHECKING:
+    from kvsim.specs.model import ModelSpec
+    from kvsim.tensors import FloatArray, IntArray, KvTensors
+
+
+class ScoredSelection(BudgetedSelection):
+    """The best tokens of a prompt by a score of one's own, equally many in each KV head of a layer.
+
+    The prompt is compressed once, after prefill; generated tokens are all kept. A wrapper (Ada-KV) may share the same
+    scores out otherwise.
+    """
+
+    family: ClassVar[str] = "eviction"
+
+    def least_tokens(self, prompt_tokens: int) -> int:
+        """Tokens that always stay, whatever the budget: those that `scores` gives +inf."""
+        return min(prompt_tokens, 1)
+
+    def average_tokens(self, prompt_tokens: int) -> int:
+        """Tokens kept of the prompt, averaged over layers: the budget, and at least what always stays."""
+        return max(self.budget(prompt_tokens), self.least_tokens(prompt_tokens))
+
+    def kept_tokens(self, prompt_tokens: int, layer: LayerView) -> int:
+        """Tokens of the prompt kept in ``layer``."""
+        return self.average_tokens(prompt_tokens)
+
+    def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
+        return growing(self.kept_tokens(prompt_tokens, layer))
+
+    def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
+        return self.resident_tokens(prompt_tokens, layer)
+
+    @abstractmethod
+    def scores(self, kv: KvTensors, layer: LayerView) -> FloatArray:
+        """Score the tokens of ``kv.layers[layer.index]``, (H, n): the more, the rather kept; +inf always stays.
+
+        Raises
+        ------
+        InvalidSpec
+            It needs queries or signals that the cache has not.
+        """
+
+    @abstractmethod
+    def score_works(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Mapping[str, Work]:
+        """Work to score a prompt's tokens in one layer, by name of the operation."""
+
+    def keep(self, kv: KvTensors, layer: LayerView) -> IntArray | None:
+        tokens = kv.layers[layer.index].num_tokens
+        kept = self.kept_tokens(tokens, layer)
+        return None if kept >= tokens else best_tokens(self.scores(kv, layer), kept)
+
+    def prefill_ops(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
+        group, kept = layer.group, self.kept_tokens(prompt_tokens, layer)
+        heads = kv_heads(group)
+        if heads == 0 or self.average_tokens(prompt_tokens) >= prompt_tokens:
+            return ()
+        works = {
+            **self.score_works(prompt_tokens, layer, model),
+            "select_top_k": select_top_k(prompt_tokens, heads),
+            "compact_kv": compact(kept, group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8),
+        }
+        return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())
+
+
+def best_tokens(scores: FloatArray, kept: int) -> IntArray:
+    """Indices of the ``kept`` best tokens of each head, (H, kept), ascending; of equal scores the earlier one stays."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :kept]
+    return np.sort(best, axis=1).astype(np.int64)
