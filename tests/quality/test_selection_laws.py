@@ -1,7 +1,8 @@
 """Laws of every token selection: a new one joins by its place in the union.
 
 Spellings are a class's names and `spellings`, with sizes where it takes them (`BudgetedSelection`), and with
-``masked=true`` where it has that field. Methods that must be trained into a model (`NotRunnable`) are held to the laws of pricing alone.
+``masked=true`` where it has that field. Methods that must be trained into a model (`NotRunnable`) are held to the laws
+of pricing alone.
 """
 
 from __future__ import annotations
