@@ -126,11 +126,14 @@ def test_a_step_adds_one_token_at_most_and_drops_some_only_where_a_curve_breaks(
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_longer_prompt_leaves_no_fewer_tokens(name: str) -> None:
-    selection = _selection(name)
-    by_prompt = [
-        sum(selection.resident_tokens(prompt, layer)(0) for layer in _layers()) for prompt in range(0, 700, 13)
-    ]
-    assert by_prompt == sorted(by_prompt)
+    """None, where tokens stay or go one by one; where they do so in units, less than a unit per layer."""
+    selection, layers = _selection(name), _layers()
+    slack = len(layers) * (selection.unit_tokens - 1)
+    most = 0
+    for prompt in range(0, 700, 13):
+        kept = sum(selection.resident_tokens(prompt, layer)(0) for layer in layers)
+        assert kept >= most - slack
+        most = max(most, kept)
 
 
 @pytest.mark.parametrize("name", EVERY)
