@@ -48,13 +48,19 @@ class Cur(KeyScoredSelection):
 
     def scores(self, kv: KvTensors, layer: LayerView) -> FloatArray:
         layer_kv = kv.layers[layer.index]
-        key, value = (self._leverage((part**2).sum(axis=2)) for part in (layer_kv.keys, layer_kv.values))
-        found = {"key": key, "value": value, "kv_avg": (key + value) / 2, "kv_product": key * value}
+        key, value = self._leverage(layer_kv.keys), self._leverage(layer_kv.values)
+        found: dict[str, FloatArray] = {
+            "key": key,
+            "value": value,
+            "kv_avg": (key + value) / 2,
+            "kv_product": key * value,
+        }
         scores = found[self.leverage_type]
         scores[:, : self.num_sinks] = np.inf
         return scores
 
-    def _leverage(self, energy: FloatArray) -> FloatArray:
+    def _leverage(self, vectors: FloatArray) -> FloatArray:
+        energy = (vectors**2).sum(axis=2)
         heads, tokens = energy.shape
         size = self.local_window_size if self.use_local_approximation else max(1, tokens)
         windows = np.pad(energy, ((0, 0), (0, -tokens % size))).reshape(heads, -1, size)

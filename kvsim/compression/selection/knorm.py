@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Knorm(KeyScoredSelection):
     """Keep the keys of least Euclidean length, -‖k‖ (arXiv 2406.11430, in kvpress's form: in every layer, no window).
 
-    Its authors' code can leave layers whole (``skip_layers``, such as 0 and 1); kvpress does not, and neither does this.
+    Its authors' code can leave layers whole (``skip_layers``, such as 0 and 1); kvpress and this do not.
     """
 
     names: ClassVar = {"knorm": {"compression_ratio": DEFAULT_COMPRESSION_RATIO}}
@@ -30,7 +30,8 @@ class Knorm(KeyScoredSelection):
     kind: Literal["knorm"] = "knorm"
 
     def scores(self, kv: KvTensors, layer: LayerView) -> FloatArray:
-        return -np.linalg.norm(kv.layers[layer.index].keys, axis=2)
+        lengths: FloatArray = np.linalg.norm(kv.layers[layer.index].keys, axis=2)
+        return -lengths
 
     def key_works(self, prompt_tokens: int, group: LayerGroup, element_bytes: float) -> Mapping[str, Work]:
         return {"score_keys": score_keys(prompt_tokens, kv_heads(group), group.k_head_dim, element_bytes)}

@@ -37,7 +37,7 @@ class RandomEviction(KeyScoredSelection):
 
     def scores(self, kv: KvTensors, layer: LayerView) -> FloatArray:
         keys = kv.layers[layer.index].keys
-        draws = (np.random.default_rng((self.seed, crc32(np.ascontiguousarray(head)))) for head in keys)
+        draws = (np.random.default_rng((self.seed, crc32(head.tobytes()))) for head in keys)
         return np.stack([draw.random(keys.shape[1], dtype=np.float32) for draw in draws])
 
     def key_works(self, prompt_tokens: int, group: LayerGroup, element_bytes: float) -> Mapping[str, Work]:
