@@ -49,13 +49,8 @@ class Cur(KeyScoredSelection):
     def scores(self, kv: KvTensors, layer: LayerView) -> FloatArray:
         layer_kv = kv.layers[layer.index]
         key, value = self._leverage(layer_kv.keys), self._leverage(layer_kv.values)
-        found: dict[str, FloatArray] = {
-            "key": key,
-            "value": value,
-            "kv_avg": (key + value) / 2,
-            "kv_product": key * value,
-        }
-        scores = found[self.leverage_type]
+        mean: FloatArray = np.stack((key, value)).mean(axis=0)
+        scores = {"key": key, "value": value, "kv_avg": mean, "kv_product": key * value}[self.leverage_type]
         scores[:, : self.num_sinks] = np.inf
         return scores
 
