@@ -158,6 +158,7 @@ class StepTimes:
         self._totals: dict[int, float] = {}
 
     def __call__(self, batch: float) -> float:
+        """Seconds of a step of ``batch``, which need not be whole."""
         whole = max(1, int(batch))
         part = batch - whole
         first = self._at(whole)

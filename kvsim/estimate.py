@@ -93,9 +93,7 @@ def prompts_together(step: StepModel, prompt: Split, load: LoadShape, rate: floa
     return min(float(lanes), arriving / -math.expm1(-arriving))
 
 
-def _outcome(
-    prices: LoadPrices, deployment: Deployment, state: SteadyState, load: LoadShape, edge: Edge
-) -> Outcome:
+def _outcome(prices: LoadPrices, deployment: Deployment, state: SteadyState, load: LoadShape, edge: Edge) -> Outcome:
     prompt, replicas = prices.prompt, deployment.replicas
     completed = state.request_rate * replicas * REFERENCE_S
     steps = max(0, load.output_tokens - 1)

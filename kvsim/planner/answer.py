@@ -46,9 +46,11 @@ class Simulated(Spec):
 
 
 class PlanPoint(Spec):
-    """One way to serve the load that holds every limit and that no other screened one dominates."""
+    """One way to serve the load that holds every limit."""
 
     name: str
+    in_set: bool
+    """Whether it is of the set over all devices; a device's pick may be dominated by another device's."""
     device: str
     strategy: str
     tensor_parallel_size: int
@@ -69,7 +71,9 @@ class PlanPoint(Spec):
     limit: str
     compared: tuple[Comparison, ...] = ()
     commands: tuple[Command, ...] = ()
-    """Empty where no engine ships the strategy."""
+    """Of engines that ship the strategy and run on the device; the priced engine's first."""
+    not_shipped: str | None = None
+    """Why there is no command of the priced engine; None where there is one."""
     scenario: Scenario
     """For ``kvsim simulate``: its figures are those of this point."""
 

@@ -1,4 +1,4 @@
-"""From a request to a plan: screen every device's candidates, keep what holds the limits, take the Pareto set, simulate."""
+"""From a request to a plan: screen candidates, keep what holds the limits, take the Pareto set, simulate it."""
 
 from __future__ import annotations
 
@@ -300,9 +300,7 @@ def _answer(
 def _counted(missed: Sequence[tuple[Screened, Refusal]]) -> tuple[RefusalCount, ...]:
     counts = Counter(refusal.limit for _, refusal in missed)
     return tuple(
-        RefusalCount(
-            limit=limit, count=count, example=next(reason for _, (name, reason) in missed if name == limit)
-        )
+        RefusalCount(limit=limit, count=count, example=next(reason for _, (name, reason) in missed if name == limit))
         for limit, count in counts.most_common()
     )
 
@@ -321,5 +319,7 @@ def _notes(request: PlanRequest, searches: Iterable[DeviceSearch], described: De
     cut = {search.name: search.left_out for search in searches if search.left_out}
     if cut:
         listed = ", ".join(f"{name}: {count}" for name, count in cut.items())
-        notes.append(f"settings of further strategies were not tried ({listed}); raise search.max_candidates to try them")
+        notes.append(
+            f"settings of further strategies were not tried ({listed}); raise search.max_candidates to try them"
+        )
     return tuple(dict.fromkeys(notes))

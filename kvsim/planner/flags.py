@@ -86,6 +86,21 @@ def is_shipped(candidate: Candidate, vendor: str) -> bool:
     )
 
 
+def not_shipped(candidate: Candidate) -> str | None:
+    """Why the priced engine has no flag for a candidate's strategy, or None where it has one."""
+    ships = {
+        table.engine: table.title
+        for table in engine_commands()
+        if any(_shipped(row.strategy) == candidate.strategy for row in table.strategies)
+    }
+    if candidate.engine.kind in ships:
+        return None
+    if not ships:
+        return NOT_SHIPPED
+    title = next(table.title for table in engine_commands() if table.engine == candidate.engine.kind)
+    return f"{title} does not ship this yet; {', '.join(ships.values())} does"
+
+
 @cache
 def _shipped(name: str) -> Compression:
     return parse_compression(name)

@@ -106,7 +106,7 @@ def spread_out(points: Sequence[Standing], count: int) -> tuple[int, ...]:
 
 
 def _ranks(points: Sequence[Standing]) -> NDArray[np.float64]:
-    """Rank of each point on each axis, from 0 for the best to 1; an axis that some lack is left to those that have it."""
+    """Rank of each point on each axis, from 0 for the best to 1."""
     width = max(len(point.costs) for point in points)
     table = np.full((len(points), width + 1), np.inf)
     for index, point in enumerate(points):

@@ -12,7 +12,7 @@ from kvsim.model_catalog import hub_id
 from kvsim.planner.answer import DevicePlan, Estimated, PlanPoint, RefusalCount, Simulated
 from kvsim.planner.crossovers import Crossover, crossovers
 from kvsim.planner.feasible import Refusal
-from kvsim.planner.flags import commands, is_shipped
+from kvsim.planner.flags import commands, is_shipped, not_shipped
 from kvsim.planner.front import Standing, pareto
 from kvsim.planner.quality import retained, risk
 from kvsim.planner.reasons import compare_with, device_facts, limit_of, probe
@@ -47,7 +47,7 @@ class Described:
     missed: list[tuple[Screened, Refusal]]
 
     def final(self) -> list[Screened]:
-        """The plan's points: of those simulated the ones that none dominates in the simulation, then the unsimulated."""
+        """The plan's points: of those simulated the ones that no other dominates there, then the unsimulated."""
         played = [one for one in self.heads if id(one) in self.reports]
         kept = [played[index] for index in pareto([simulated_standing(one, self.reports[id(one)]) for one in played])]
         return [*sorted(kept, key=cheapness), *(one for one in self.heads if id(one) not in self.reports)]
@@ -76,9 +76,14 @@ def cheapness(one: Screened) -> tuple[float, float, float]:
 
 
 def plan_point(
-    name: str, one: Screened, request: PlanRequest, screener: Screener, search: DeviceSearch, described: Described
+    name: str | None,
+    one: Screened,
+    request: PlanRequest,
+    screener: Screener,
+    search: DeviceSearch,
+    described: Described,
 ) -> PlanPoint:
-    """Describe one point."""
+    """Describe one point; ``name`` is None for one that is not in the set."""
     candidate, strategy = one.candidate, one.candidate.strategy
     known, quality = risk(strategy), tuple(retained(strategy, task) for task in request.floors)
     report = described.reports.get(id(one))
@@ -88,7 +93,8 @@ def plan_point(
     marks += ["energy unknown"] if one.joules_per_token is None else []
     marks += ["not simulated"] if report is None else []
     return PlanPoint(
-        name=name,
+        name=name or f"{candidate.device} alone",
+        in_set=name is not None,
         device=candidate.device,
         strategy=strategy.name,
         tensor_parallel_size=candidate.layout.tensor_parallel_size,
@@ -104,6 +110,7 @@ def plan_point(
         limit=limit_of(one, search.device, screener),
         compared=tuple(compare_with(one, baseline, screener) for baseline in BASELINES),
         commands=commands(candidate, search.device, hub_id(request.model), one.longest_tokens),
+        not_shipped=not_shipped(candidate),
         scenario=screener.scenario(candidate),
     )
 
@@ -173,7 +180,7 @@ def device_plan(
     named = {id(one): point for one, point in zip(chosen, points, strict=True)}
 
     def described_pick(one: Screened) -> PlanPoint:
-        return named.get(id(one)) or plan_point(search.name, one, request, screener, search, described)
+        return named.get(id(one)) or plan_point(None, one, request, screener, search, described)
 
     best = today or cheapest or mine[0]
     point = described_pick(best)

@@ -83,9 +83,7 @@ def _share_of_step(prices: LoadPrices, batch: float, load: LoadShape) -> float:
     return steps * prices.times(max(1.0, batch)) / max(1.0, batch)
 
 
-def _terms(
-    base: LoadPrices, base_batch: float, own: LoadPrices, own_batch: float, load: LoadShape
-) -> tuple[Term, ...]:
+def _terms(base: LoadPrices, base_batch: float, own: LoadPrices, own_batch: float, load: LoadShape) -> tuple[Term, ...]:
     """First the format at the baseline's batch, component by component, then the batch: exact in sum."""
     steps, whole = max(0, load.output_tokens - 1), max(1, round(base_batch))
     before, after = base.times.split(whole), own.times.split(whole)
@@ -114,7 +112,10 @@ def _decides(
     parts = [_spoken_term(term, request_s) for term in sorted(terms, key=lambda term: -abs(term.saved_s))]
     if largest.name == BATCH:
         is_capacity = fits[1] > fits[0] and batches[1] > batches[0]
-        parts[0] = f"{'capacity' if is_capacity else 'load'}: {batches[1]:.0f} sequences in a step, {batches[0]:.0f} with {name}"
+        parts[0] = (
+            f"{'capacity' if is_capacity else 'load'}: {batches[1]:.0f} sequences in a step, "
+            f"{batches[0]:.0f} with {name}"
+        )
         if is_capacity:
             parts[0] += f" ({fits[1]:.0f} fit instead of {fits[0]:.0f})"
     return "; ".join([change, *filter(None, parts)])

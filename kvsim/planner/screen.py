@@ -1,7 +1,7 @@
 """The analytic screen: what the closed form says of thousands of candidates, pricing what they share once.
 
-A candidate's figures are those of ``kvsim estimate`` to the last digit: the same functions are called, and a step model,
-a prompt's prefill and a batch's decode step are kept for all candidates that differ in nothing these depend on.
+A candidate's figures are those of ``kvsim estimate`` to the last digit: the same functions are called, and step models,
+prefills and decode steps are kept for all candidates that differ in nothing these depend on.
 """
 
 from __future__ import annotations
@@ -210,4 +210,3 @@ def _without_what_is_free(candidate: Candidate) -> Candidate:
         update={"gpu_memory_utilization": DEFAULT_UTILIZATION, "enable_chunked_prefill": True}
     )
     return candidate._replace(engine=same, layout=Layout(candidate.layout.tensor_parallel_size, 1))
-

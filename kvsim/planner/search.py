@@ -1,4 +1,4 @@
-"""One device's candidates: every strategy once, then the settings of the most promising, in an order that no limit moves.
+"""One device's candidates: every strategy once, then settings of the most promising, in an order that no limit moves.
 
 Limits decide which candidates are feasible and never which are screened, so a tighter limit leaves a subset.
 """
@@ -93,7 +93,9 @@ def search_device(
     search.notes += [resolved.notice] if resolved.notice else []
     most = max(request.search.max_candidates, len(space.strategies))
     layout = _smallest_that_fits(name, settings, screener)
-    first = [_screen(search, screener, name, strategy, layout, settings.engines[0], tick) for strategy in space.strategies]
+    first = [
+        _screen(search, screener, name, strategy, layout, settings.engines[0], tick) for strategy in space.strategies
+    ]
     alive = [one for one in first if one is not None]
     rest = [pair for pair in product(settings.layouts, settings.engines) if pair != (layout, settings.engines[0])]
     search.left_out = len(alive) * len(rest)
@@ -128,14 +130,13 @@ def _screen(
     engine: EngineSpec,
     tick: Tick,
 ) -> Screened | None:
+    tick(1)
     try:
         one = screener.screen(Candidate(name, strategy, layout, engine))
     except KvsimError as error:
         search.errors[(type(error).__name__, str(error))] += 1
-        one = None
-    else:
-        search.screened.append(one)
-    tick(1)
+        return None
+    search.screened.append(one)
     return one
 
 

@@ -20,7 +20,12 @@ SIZES: Final = ("0.25", "0.5", "0.75", "0.9", "512", "1024", "2048", "4096")
 PAIRED_SIZES: Final = ("0.5", "0.75", "1024")
 """The same beside another part, where every size would be tried with every part."""
 SLOTS: Final = ("selection", "reduction", "encoding", "coding")
-PAIRS: Final = (("selection", "encoding"), ("reduction", "encoding"), ("selection", "reduction"), ("encoding", "coding"))
+PAIRS: Final = (
+    ("selection", "encoding"),
+    ("reduction", "encoding"),
+    ("selection", "reduction"),
+    ("encoding", "coding"),
+)
 BASELINES: Final = ("native", "fp8")
 """What every answer is compared with, at equal settings."""
 
