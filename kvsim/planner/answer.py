@@ -72,6 +72,8 @@ class PlanPoint(Spec):
     compared: tuple[Comparison, ...] = ()
     commands: tuple[Command, ...] = ()
     """Of engines that ship the strategy and run on the device; the priced engine's first."""
+    runs_on: str | None = None
+    """The priced engine where it ships the strategy and its source names the device's vendor."""
     not_shipped: str | None = None
     """Why there is no command of the priced engine; None where there is one."""
     scenario: Scenario

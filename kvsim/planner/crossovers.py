@@ -17,7 +17,6 @@ from kvsim.planner.screen import Candidate, Screener
 from kvsim.specs.base import Spec
 from kvsim.specs.model import ModelSpec
 
-Verdict = Literal["from", "below", "always", "never", "more than once"]
 SHORTEST_TOKENS: Final = 64
 GRID_POINTS: Final = 32
 """Places at which the sign is looked at first, evenly on a logarithmic scale."""
@@ -36,24 +35,33 @@ class Crossover(Spec):
     over: Literal["context tokens", "batch"]
     held: str
     """What stays."""
-    verdict: Verdict
-    at: int | None
-    """Least value from which it beats the other, or up to which; None for always, never and more than once."""
+    wins: tuple[tuple[int, int], ...]
+    """Ranges in which the first beats the second, both ends included; empty where it never does."""
     low: int
     high: int
     """Range that was searched."""
 
     @property
+    def verdict(self) -> Literal["always", "never", "partly"]:
+        """Whether it wins everywhere, nowhere, or in part of the range."""
+        if not self.wins:
+            return "never"
+        return "always" if self.wins == ((self.low, self.high),) else "partly"
+
+    @property
     def line(self) -> str:
         """It in a sentence."""
-        place = {
-            "from": f"from {self.at:,} {self.over} on" if self.at is not None else "",
-            "below": f"below {self.at:,} {self.over}" if self.at is not None else "",
-            "always": f"at every {self.over.rstrip('s')} from {self.low:,} to {self.high:,}",
-            "never": f"at no {self.over.rstrip('s')} from {self.low:,} to {self.high:,}",
-            "more than once": f"changes more than once between {self.low:,} and {self.high:,} {self.over}",
-        }[self.verdict]
+        whole = f"from {self.low:,} to {self.high:,} {self.over}"
+        if self.verdict == "partly":
+            place = " and ".join(self._range(first, last) for first, last in self.wins) + f" {self.over}"
+        else:
+            place = f"{'everywhere' if self.wins else 'nowhere'} {whole}"
         return f"{self.device}: {self.first} beats {self.second} in {self.measure} {place} ({self.held})"
+
+    def _range(self, first: int, last: int) -> str:
+        if last == self.high:
+            return f"from {first:,}"
+        return f"up to {last:,}" if first == self.low else f"from {first:,} to {last:,}"
 
 
 def crossovers(
@@ -97,10 +105,11 @@ def _pair(
         ("throughput", "context tokens", f"max_num_seqs {candidate.engine.max_num_seqs}", by_throughput, contexts),
     )
     for measure, over, held, margin, (low, high) in cases:
-        verdict, place = find_crossing(margin, low, high)
         yield Crossover.model_validate(
-            {**names, "measure": measure, "over": over, "held": held, "verdict": verdict, "at": place, "low": low,
-             "high": high}
+            {
+                **names, "measure": measure, "over": over, "held": held, "low": low, "high": high,
+                "wins": winning_ranges(margin, low, high),
+            }
         )  # fmt: skip
 
 
@@ -119,23 +128,34 @@ def _served(screener: Screener, candidate: Candidate, prompt_tokens: int) -> flo
     return max(outcome.input_tokens, 1) / prompt_tokens / outcome.duration_s
 
 
-def find_crossing(margin: Callable[[int], float], low: int, high: int) -> tuple[Verdict, int | None]:
-    """Where ``margin`` rises above zero, or falls to it: the sign on a grid first, then bisection of its one change."""
+def winning_ranges(margin: Callable[[int], float], low: int, high: int) -> tuple[tuple[int, int], ...]:
+    """Ranges of whole numbers in which ``margin`` is above a tie: signs on a grid first, then each change bisected.
+
+    A range that lies between two neighbours of the grid is not seen.
+    """
     places = _grid(low, high)
     wins = [margin(place) > RESOLUTION for place in places]
-    changes = [index for index in range(1, len(places)) if wins[index] != wins[index - 1]]
-    if not changes:
-        return ("always" if wins[0] else "never"), None
-    if len(changes) > 1:
-        return "more than once", None
-    left, right = places[changes[0] - 1], places[changes[0]]
+    starts = [low] if wins[0] else []
+    ends = []
+    for index in range(1, len(places)):
+        if wins[index] != wins[index - 1]:
+            change = _first_like(margin, places[index - 1], places[index], wins=wins[index])
+            if wins[index]:
+                starts.append(change)
+            else:
+                ends.append(change - 1)
+    return tuple(zip(starts, [*ends, high], strict=False))
+
+
+def _first_like(margin: Callable[[int], float], left: int, right: int, *, wins: bool) -> int:
+    """The first number after ``left`` that is as ``right`` is."""
     while right - left > 1:
         middle = (left + right) // 2
-        if (margin(middle) > RESOLUTION) == wins[0]:
-            left = middle
-        else:
+        if (margin(middle) > RESOLUTION) == wins:
             right = middle
-    return ("below" if wins[0] else "from"), right
+        else:
+            left = middle
+    return right
 
 
 def _grid(low: int, high: int) -> tuple[int, ...]:

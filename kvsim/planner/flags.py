@@ -75,14 +75,17 @@ def commands(candidate: Candidate, device: DeviceSpec, model_name: str, longest_
     return tuple(sorted(found, key=lambda command: (not command.is_priced, command.engine)))
 
 
-def is_shipped(candidate: Candidate, vendor: str) -> bool:
-    """Whether the engine that prices a candidate ships its strategy, and no source leaves its vendor's devices out."""
-    return any(
-        vendor in row.vendors or not row.vendors
-        for table in engine_commands()
-        if table.engine == candidate.engine.kind
-        for row in table.strategies
-        if _shipped(row.strategy) == candidate.strategy
+def shipped_by(candidate: Candidate, vendor: str) -> str | None:
+    """The engine that prices a candidate if it ships its strategy and no source leaves the vendor's devices out."""
+    return next(
+        (
+            table.title
+            for table in engine_commands()
+            if table.engine == candidate.engine.kind
+            for row in table.strategies
+            if _shipped(row.strategy) == candidate.strategy and (vendor in row.vendors or not row.vendors)
+        ),
+        None,
     )
 
 
@@ -112,7 +115,10 @@ def _commands(candidate: Candidate, device: DeviceSpec, model: str, longest_toke
         if row is None:
             continue
         is_priced = table.engine == candidate.engine.kind
-        if not is_priced and (table.engine == "llamacpp" or (row.vendors and device.vendor not in row.vendors)):
+        is_elsewhere = "llamacpp" in (table.engine, candidate.engine.kind) or device.vendor not in (
+            row.vendors or (device.vendor,)
+        )
+        if not is_priced and is_elsewhere:
             continue
         name = model.rpartition("/")[2] if table.engine == "llamacpp" else model
         words = [word.format(model=name) for word in table.command]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -12,7 +13,7 @@ from kvsim.model_catalog import hub_id
 from kvsim.planner.answer import DevicePlan, Estimated, PlanPoint, RefusalCount, Simulated
 from kvsim.planner.crossovers import Crossover, crossovers
 from kvsim.planner.feasible import Refusal
-from kvsim.planner.flags import commands, is_shipped, not_shipped
+from kvsim.planner.flags import commands, not_shipped, shipped_by
 from kvsim.planner.front import Standing, pareto
 from kvsim.planner.quality import retained, risk
 from kvsim.planner.reasons import compare_with, device_facts, limit_of, probe
@@ -69,10 +70,14 @@ def simulated_standing(one: Screened, report: Report) -> Standing:
 
 
 def cheapness(one: Screened) -> tuple[float, float, float]:
-    """What a device's pick is chosen by: dollars per token, or device time where no price is known; then risk."""
+    """What a device's pick is chosen by, in this order.
+
+    Dollars per token to a percent, or device time where no price is known; risk, an unknown one last; time to first
+    token.
+    """
     known = risk(one.candidate.strategy)
     price = one.usd_per_million if one.usd_per_million is not None else one.device_s_per_token
-    return rounded(price), float("inf") if known is None else rounded(known.kl_nats), rounded(one.ttft_s)
+    return round(100 * math.log(price)), float("inf") if known is None else rounded(known.kl_nats), rounded(one.ttft_s)
 
 
 def plan_point(
@@ -110,6 +115,7 @@ def plan_point(
         limit=limit_of(one, search.device, screener),
         compared=tuple(compare_with(one, baseline, screener) for baseline in BASELINES),
         commands=commands(candidate, search.device, hub_id(request.model), one.longest_tokens),
+        runs_on=shipped_by(candidate, search.device.vendor),
         not_shipped=not_shipped(candidate),
         scenario=screener.scenario(candidate),
     )
@@ -198,7 +204,7 @@ def picks(points: Sequence[Screened], device: str) -> tuple[Screened | None, Scr
     """(cheapest that its engine ships for the device's vendor, cheapest of all) of one device's points."""
     mine = [one for one in points if one.candidate.device == device]
     vendor = load_device(device).spec.vendor
-    shipped = [one for one in mine if is_shipped(one.candidate, vendor)]
+    shipped = [one for one in mine if shipped_by(one.candidate, vendor)]
     return min(shipped, key=cheapness, default=None), min(mine, key=cheapness, default=None)
 
 

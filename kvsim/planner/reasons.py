@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from kvsim.analysis import LoadShape
-from kvsim.closed_form import Split, total_seconds
+from kvsim.closed_form import total_seconds, variable_ticks
 from kvsim.compression import Compression, parse_compression
 from kvsim.errors import KvsimError
 from kvsim.estimate import LoadPrices
@@ -13,20 +13,35 @@ from kvsim.ops import Component
 from kvsim.planner.screen import Candidate, Screened, Screener
 from kvsim.specs.base import Dtype, Spec
 from kvsim.specs.device import DeviceSpec
+from kvsim.units import TICKS_PER_SECOND
 
-TERMS: Final = {
+Parts = dict[str, float]
+"""Seconds by part of a decode step."""
+
+PARTS: Final = {
+    Component.WEIGHTS: "weights",
     Component.ATTENTION: "decode streaming",
-    Component.COMPRESSION: "unpacking",
     Component.OVERHEAD: "launches",
     Component.COMMUNICATION: "links",
-    Component.WEIGHTS: "weights",
 }
-"""What a change of a decode step's component at equal batch is called."""
+"""What a decode step's components are called; compression is told apart in two."""
+UNPACKING: Final = "unpacking"
+"""What a step takes longer for each token that it reads, because that is compressed."""
+ENCODING: Final = "encoding"
+"""What a step takes for compressing its new tokens and turning queries, launches among it, whatever the context."""
 BATCH: Final = "sequences per step"
 LIMITS: Final = {
-    Component.WEIGHTS: "streaming weights",
-    Component.ATTENTION: "streaming the KV cache",
-    Component.COMPRESSION: "unpacking the KV cache",
+    "weights": "streaming weights",
+    "decode streaming": "streaming the KV cache",
+    UNPACKING: "unpacking the KV cache",
+    ENCODING: "encoding new tokens",
+    "links": "links between devices",
+    "launches": "kernel launches",
+}
+PROMPT_LIMITS: Final = {
+    Component.WEIGHTS: "computing prompts",
+    Component.ATTENTION: "attention over prompts",
+    Component.COMPRESSION: "compressing prompts",
     Component.COMMUNICATION: "links between devices",
     Component.OVERHEAD: "kernel launches",
 }
@@ -83,18 +98,28 @@ def _share_of_step(prices: LoadPrices, batch: float, load: LoadShape) -> float:
     return steps * prices.times(max(1.0, batch)) / max(1.0, batch)
 
 
+def step_parts(prices: LoadPrices, batch: int, load: LoadShape) -> Parts:
+    """Seconds of a decode step of a whole ``batch`` by part, with unpacking apart from encoding."""
+    split, steps = prices.times.split(batch), max(0, load.output_tokens - 1)
+    _, unpack_ticks = variable_ticks(prices.step, load.prompt_tokens, steps // 2)
+    factor = prices.step.deployment.parallelism.lane_factor(batch)
+    unpack_s = batch * factor * unpack_ticks / TICKS_PER_SECOND
+    parts = {name: split[component] for component, name in PARTS.items()}
+    return parts | {UNPACKING: unpack_s, ENCODING: split[Component.COMPRESSION] - unpack_s}
+
+
 def _terms(base: LoadPrices, base_batch: float, own: LoadPrices, own_batch: float, load: LoadShape) -> tuple[Term, ...]:
     """First the format at the baseline's batch, component by component, then the batch: exact in sum."""
     steps, whole = max(0, load.output_tokens - 1), max(1, round(base_batch))
-    before, after = base.times.split(whole), own.times.split(whole)
+    before, after = step_parts(base, whole, load), step_parts(own, whole, load)
     terms = [Term(name="prefill", saved_s=total_seconds(base.prompt) - total_seconds(own.prompt))]
     terms += [
-        Term(name=name, saved_s=steps * (before[component] - after[component]) / whole)
-        for component, name in TERMS.items()
-        if before[component] != after[component]
+        Term(name=name, saved_s=steps * (before[name] - after[name]) / whole)
+        for name in before
+        if before[name] != after[name]
     ]
     # What rounding the batch to a whole one left out belongs to the batch.
-    at_whole = (total_seconds(before) - total_seconds(after)) * steps / whole
+    at_whole = (sum(before.values()) - sum(after.values())) * steps / whole
     rest = _share_of_step(base, base_batch, load) - _share_of_step(own, own_batch, load) - at_whole
     return (*terms, Term(name=BATCH, saved_s=rest))
 
@@ -145,51 +170,46 @@ def limit_of(point: Screened, device: DeviceSpec, screener: Screener) -> str:
 
 def _largest(prices: LoadPrices, batch: float, load: LoadShape) -> tuple[str, float]:
     whole, steps = max(1, round(batch)), max(0, load.output_tokens - 1)
-    decode = {LIMITS[c]: steps * seconds / whole for c, seconds in prices.times.split(whole).items()}
-    prompt = {_prompt_name(c): seconds for c, seconds in prices.prompt.items()}
-    parts = decode | {name: decode.get(name, 0.0) + seconds for name, seconds in prompt.items()}
+    parts = {LIMITS[name]: steps * seconds / whole for name, seconds in step_parts(prices, whole, load).items()}
+    for component, seconds in prices.prompt.items():
+        name = PROMPT_LIMITS[component]
+        parts[name] = parts.get(name, 0.0) + seconds
     name = max(parts, key=lambda key: parts[key])
     return name, parts[name] / sum(parts.values())
 
 
-def _prompt_name(component: Component) -> str:
-    names = {
-        Component.WEIGHTS: "computing prompts",
-        Component.ATTENTION: "attention over prompts",
-        Component.COMPRESSION: "compressing prompts",
-    }
-    return names.get(component, LIMITS[component])
-
-
-def device_facts(device: DeviceSpec, probes: dict[str, tuple[Split, Split]]) -> tuple[str, ...]:
-    """What of the device decides between formats; ``probes``: strategy to a decode step (native's, its own)."""
+def device_facts(device: DeviceSpec, probes: dict[str, tuple[Parts, Parts]]) -> tuple[str, ...]:
+    """What of the device decides between formats; ``probes``: strategy to the parts of (native's step, its own)."""
     facts = []
     if not device.supports(Dtype.FP8):
         units = ", ".join(device.native_dtypes.value)
         facts.append(f"no fp8 units (native: {units}), so 8-bit KV is turned to 16 bits before it is multiplied")
-    for name, (native, own) in probes.items():
-        facts.append(_probe_fact(name, native, own))
-    return tuple(facts)
+    return (*facts, *(_probe_fact(name, native, own) for name, (native, own) in probes.items()))
 
 
-def _probe_fact(name: str, native: Split, own: Split) -> str:
-    gain = total_seconds(native) / total_seconds(own)
-    reading = own[Component.ATTENTION] + own[Component.COMPRESSION]
-    unpacking = own[Component.COMPRESSION] / reading if reading else 0.0
-    text = f"{name}: a decode step {'gains' if gain >= 1 else 'loses'} {abs(gain - 1):.0%} on native at equal batch"
-    return f"{text}, unpack-bound ({unpacking:.0%} of KV time is unpacking)" if unpacking > 0.5 else text
+def _probe_fact(name: str, native: Parts, own: Parts) -> str:
+    change = sum(native.values()) / sum(own.values()) - 1
+    text = f"{name}: a decode step {'gains' if change >= 0 else 'loses'} {abs(change):.0%} on native at equal batch"
+    reading = own["decode streaming"] + own[UNPACKING]
+    if own[UNPACKING] > 0.5 * reading:
+        return f"{text}, unpack-bound: {own[UNPACKING] / reading:.0%} of reading KV is unpacking it"
+    if own[ENCODING] > max(own[UNPACKING], EVEN * sum(own.values())):
+        return f"{text}; encoding new tokens takes {own[ENCODING] / sum(own.values()):.0%} of it"
+    return text
 
 
 def probe(
     screener: Screener, candidate: Candidate, strategies: tuple[str, ...], batch: int
-) -> dict[str, tuple[Split, Split]]:
+) -> dict[str, tuple[Parts, Parts]]:
     """Decode steps of some strategies beside native's, at a candidate's settings and one batch; those that can run."""
-    found: dict[str, tuple[Split, Split]] = {}
-    native = screener.prices(candidate._replace(strategy=Compression())).times.split(batch)
+
+    def parts(strategy: Compression) -> Parts:
+        return step_parts(screener.prices(candidate._replace(strategy=strategy)), batch, screener.load)
+
+    found: dict[str, tuple[Parts, Parts]] = {}
     for name in strategies:
         try:
-            own = screener.prices(candidate._replace(strategy=parse_compression(name))).times.split(batch)
+            found[name] = (parts(Compression()), parts(parse_compression(name)))
         except KvsimError:
             continue
-        found[name] = (native, own)
     return found

@@ -89,7 +89,8 @@ def _powers(most: int) -> tuple[int, ...]:
 
 def _engines(request: PlanRequest, device: DeviceSpec, refused: dict[str, None]) -> Iterator[EngineSpec]:
     base = base_engine(request, device)
-    given = base.model_dump(exclude_unset=True, exclude={"kind"})
+    usual = EngineSpec.model_validate({"kind": base.kind})
+    given = {name: value for name, value in base if name != "kind" and value != getattr(usual, name)}
     own = SMALL_SETTINGS if base.kind == "llamacpp" else SERVER_SETTINGS
     axes: dict[str, tuple[Any, ...]] = {}
     for name in AXES:

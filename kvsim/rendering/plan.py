@@ -78,7 +78,7 @@ def cells(point: PlanPoint) -> tuple[str, ...]:
         _known(told.joules_per_total_token),
         UNKNOWN if point.risk is None else f"{point.risk.kl_nats:.2g}",
         _quality(point),
-        point.commands[0].engine if point.commands and point.commands[0].is_priced else "no",
+        point.runs_on or "no",
     )
 
 
