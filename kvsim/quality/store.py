@@ -95,13 +95,13 @@ def store_cache(strategy: FittedStrategy, kv: KvTensors) -> StoredCache:
         if sources[index] == index:
             bits[index] += _native_bits(layer, int(is_held[:, count:].sum()), kv.native_bits)
         newest = kept.layers[sources[index]]
-        layers.append(
-            replace(
-                layer,
-                keys=np.concatenate((coded.keys, newest.keys[:, count:]), axis=1),
-                values=np.concatenate((coded.values, newest.values[:, count:]), axis=1),
-            )
+        restored = replace(
+            layer,
+            keys=np.concatenate((coded.keys, newest.keys[:, count:]), axis=1),
+            values=np.concatenate((coded.values, newest.values[:, count:]), axis=1),
         )
+        is_evicted = np.pad(~coded.is_seen, ((0, 0), (0, layer.num_tokens - count)))
+        layers.append(restored.hidden_where(is_evicted) if is_evicted.any() else restored)
         # What chooses among kept tokens was made from keys as they came, before they were stored.
         bits[index] += selection.index_bits(layer, layer_view(kept, index), kv.native_bits)
         masks.append(selection.read_mask(layer, layer_view(kept, index)))

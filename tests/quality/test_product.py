@@ -28,7 +28,8 @@ from tests.quality.conftest import noise_cache
 
 SIZED = {
     "streaming_llm": "streaming_llm:192", "snapkv": "snapkv:160", "h2o": "h2o:160", "pyramidkv": "pyramidkv:160",
-    "quest": "quest:64", "adakv": "adakv:160", "duo_attention": "duo_attention(sink_size=8,recent_size=56)", "mla": "mla(kv_lora_rank=48,qk_rope_head_dim=16)",
+    "quest": "quest:64", "adakv": "adakv:160", "duo_attention": "duo_attention(sink_size=8,recent_size=56)",
+    "mla": "mla(kv_lora_rank=48,qk_rope_head_dim=16)",
     "minicache": "minicache(retained_fraction=0.0625)",
 }  # fmt: skip
 """Sizes that bite at 320 tokens and divide into the groups of every format."""
@@ -155,7 +156,6 @@ def _check_laws(compression: Compression, stored: StoredCache, kv: KvTensors) ->
         held += int(after.is_seen.sum())
         expected += before.num_kv_heads * sum(share * tokens for share, tokens in kept)
         if not is_ragged:
-            assert held == expected
             assert after.keys.shape[1] == kept[0][1]
         assert after.keys.shape[::2] == before.keys.shape[::2]
         assert after.values.shape == (*after.keys.shape[:2], before.values.shape[2])
@@ -167,7 +167,7 @@ def _check_laws(compression: Compression, stored: StoredCache, kv: KvTensors) ->
         whole_groups &= all(tokens <= residual or (tokens - residual) % 32 == 0 for _, tokens in kept)
         # How many of its tokens a head has in a window of the newest is known of its own length, not of the mean.
         whole_groups &= not is_ragged or compression.encoding.native_tokens == 0
-    assert held == pytest.approx(expected)
+    assert held < expected if compression.encoding.evicts else held == pytest.approx(expected)
     if compression.stored.rate is None and whole_groups:
         assert stored.total_bits == pytest.approx(8 * priced, rel=1e-9)
 
