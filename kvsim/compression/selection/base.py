@@ -13,7 +13,7 @@ from kvsim.specs.model import LayerGroup, LayerKind
 if TYPE_CHECKING:
     from kvsim.ops import OpCall
     from kvsim.specs.model import ModelSpec
-    from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv
+    from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv, SignalName
 
 
 class TokenSelection(StrategyPart):
@@ -84,6 +84,11 @@ class TokenSelection(StrategyPart):
     def masks(self) -> bool:
         """Whether tokens that are not kept are merely hidden, so that nothing is freed and everything is read."""
         return False
+
+    @property
+    def needs_signals(self) -> frozenset[SignalName]:
+        """What its algorithm wants to know of a prompt beside K, V and Q; taken down only where some method asks."""
+        return frozenset()
 
     @abstractmethod
     def keep(self, kv: KvTensors, layer: LayerView) -> IntArray | None:
