@@ -12,6 +12,7 @@ from kvsim.compression.base import KvEncoding, StrategyPart
 from kvsim.compression.coding.base import Coding
 from kvsim.compression.reduction.base import Reduction
 from kvsim.compression.selection.base import TokenSelection
+from kvsim.compression.spelling import normalised
 from kvsim.compression.stacked import StackedEncoding
 from kvsim.compression.strategy import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS, Compression
 from kvsim.documents import validate
@@ -128,18 +129,12 @@ def _parse_part(piece: str, text: str) -> StrategyPart:
 
 
 def _look_up(written: str) -> tuple[type[StrategyPart], str]:
-    wanted = _normalised(written)
+    wanted = normalised(written)
     for part in _PARTS:
         for spelling, name in (*((name, name) for name in part.names), *part.aliases.items()):
-            if _normalised(spelling) == wanted:
+            if normalised(spelling) == wanted:
                 return part, name
     raise UnknownName(kind="strategy", name=written, known=_known_names())
-
-
-def _normalised(name: str) -> str:
-    """Lower case, ``_`` for ``-``, and kvpress's class suffix dropped (``SnapKVPress`` is ``snapkv``)."""
-    lowered = name.lower().replace("-", "_")
-    return lowered.removesuffix("press") if lowered != "no_press" else lowered
 
 
 def _known_names() -> Iterable[str]:

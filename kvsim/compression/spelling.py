@@ -1,4 +1,4 @@
-"""How one part of a strategy is spelled."""
+"""How one part of a strategy is spelled, and which spellings are the same."""
 
 from __future__ import annotations
 
@@ -31,3 +31,9 @@ def bare_name(part: StrategyPart) -> str:
             if all(given.get(field, value) == value for field, value in means.items()):
                 return name
     return next(iter(part.names))
+
+
+def normalised(name: str) -> str:
+    """Lower case, ``_`` for ``-``, and kvpress's class suffix dropped (``SnapKVPress`` is ``snapkv``)."""
+    lowered = name.lower().replace("-", "_")
+    return lowered.removesuffix("press") if lowered != "no_press" else lowered

@@ -161,10 +161,9 @@ def _load(path: Path, file: Any, name: str) -> Any:
     if dtype not in allowed:
         msg = f"{path}: {name} is {dtype}; allowed: {', '.join(allowed)}"
         raise InvalidSpec(msg)
-    dimensions = _DIMENSIONS.get(kind, 1)
-    if (signal_of(name) is None and len(shape) != dimensions) or (
-        kind in ("keys", "values", "positions") and 0 in shape
-    ):
+    # Signals are held against the cache, once all of it is known.
+    dimensions = len(shape) if signal_of(name) else _DIMENSIONS.get(kind, 1)
+    if len(shape) != dimensions or (kind in ("keys", "values", "positions") and 0 in shape):
         msg = f"{path}: {name} has shape {list(shape)}; {dimensions} dimensions, none of them 0, are expected"
         raise InvalidSpec(msg)
     array = file.get_tensor(name).astype(np.int64 if kind == "positions" else np.float32)

@@ -90,6 +90,16 @@ class TokenSelection(StrategyPart):
         """What its algorithm wants to know of a prompt beside K, V and Q; taken down only where some method asks."""
         return frozenset()
 
+    @property
+    def keeps_newest(self) -> bool:
+        """Whether the prompt's last token always stays; not where a score alone decides."""
+        return True
+
+    @property
+    def merges(self) -> bool:
+        """Whether an entry that stays may hold other numbers than its token's own K and V."""
+        return False
+
     @abstractmethod
     def keep(self, kv: KvTensors, layer: LayerView) -> IntArray | None:
         """Choose the tokens of ``kv.layers[layer.index]`` that stay, as indices (H, kept) ascending per head.
