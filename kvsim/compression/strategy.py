@@ -43,9 +43,11 @@ from kvsim.compression.reduction.shared_layers import CrossLayerAttention, KvSha
 from kvsim.compression.reduction.think import ThinK
 from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
+from kvsim.compression.selection.adakv import AdaKV
 from kvsim.compression.selection.base import TokenSelection
 from kvsim.compression.selection.chunkkv import ChunkKV
 from kvsim.compression.selection.cur import Cur
+from kvsim.compression.selection.duo_attention import DuoAttention
 from kvsim.compression.selection.expected_attention import ExpectedAttention
 from kvsim.compression.selection.h2o import H2O
 from kvsim.compression.selection.keep_all import KeepAll
@@ -70,7 +72,8 @@ if TYPE_CHECKING:
 
 _Eviction = StreamingLlm | SnapKV | H2O | PyramidKV | Tova | Knorm | KeyDiff | ExpectedAttention | QFilter
 _MoreEviction = ChunkKV | LagKv | Cur | RandomEviction
-_Selections = KeepAll | _Eviction | _MoreEviction | Quest
+_HeadBudgets = AdaKV | DuoAttention
+_Selections = KeepAll | _Eviction | _MoreEviction | _HeadBudgets | Quest
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
 _AtRest = Lossless | CacheGen | Kvtc

@@ -287,8 +287,9 @@ def _reordered(kv: KvTensors, order: np.ndarray) -> KvTensors:
         )
         for layer in kv.layers
     )
-    repeated = tuple(one[of_queries] for one in kv.signals.repeat_queries or ())
-    return replace(kv, layers=layers, signals=replace(kv.signals, repeat_queries=repeated))
+    asked = tuple(one[of_queries] for one in kv.signals.repeat_queries or ())
+    held = tuple(one[order] for one in kv.signals.repeat_keys or ())
+    return replace(kv, layers=layers, signals=replace(kv.signals, repeat_queries=asked, repeat_keys=held))
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
