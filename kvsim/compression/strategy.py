@@ -45,9 +45,12 @@ from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
 from kvsim.compression.selection.adakv import AdaKV
 from kvsim.compression.selection.base import TokenSelection
+from kvsim.compression.selection.dms import Dms
 from kvsim.compression.selection.duo_attention import DuoAttention
 from kvsim.compression.selection.h2o import H2O
 from kvsim.compression.selection.keep_all import KeepAll
+from kvsim.compression.selection.kvzap import KVzap
+from kvsim.compression.selection.kvzip import KVzip
 from kvsim.compression.selection.pyramidkv import PyramidKV
 from kvsim.compression.selection.quest import Quest
 from kvsim.compression.selection.snapkv import SnapKV
@@ -62,7 +65,8 @@ if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
 
 _HeadBudgets = AdaKV | DuoAttention
-_Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest | _HeadBudgets
+_Foreseeing = KVzip | KVzap | Dms
+_Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest | _HeadBudgets | _Foreseeing
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
 _AtRest = Lossless | CacheGen | Kvtc
