@@ -25,7 +25,6 @@ class Dms(DelayedEviction):
         "dms-4x": "one of 4 tokens older than 512 stays; must be trained so; DMS, arXiv 2506.05345",
         "dms-8x": "one of 8 tokens older than 512 stays; must be trained so; DMS, arXiv 2506.05345",
     }
-    masked_in: ClassVar = "shisa-ai/FastDMS, training/dms_eval.py (evaluation only)"
     freed_in: ClassVar = "NVIDIA/Model-Optimizer, experimental/dms (paged cache), and shisa-ai/FastDMS"
 
     kind: Literal["dms"] = "dms"
