@@ -33,8 +33,8 @@ def _expected(name: str, share: Prior) -> str:
     if share.low == share.high:
         band = "and its spread is not known"
     return (
-        f"how many tokens {name} keeps depends on the data: {share.value:.3g} of those older than its window are taken, "
-        f"{band} ({share.source})"
+        f"how many tokens {name} keeps depends on the data: {share.value:.3g} of those older than its window are "
+        f"taken, {band} ({share.source})"
     )
 
 
