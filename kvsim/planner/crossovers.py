@@ -51,17 +51,19 @@ class Crossover(Spec):
     @property
     def line(self) -> str:
         """It in a sentence."""
-        whole = f"from {self.low:,} to {self.high:,} {self.over}"
-        if self.verdict == "partly":
-            place = " and ".join(self._range(first, last) for first, last in self.wins) + f" {self.over}"
-        else:
-            place = f"{'everywhere' if self.wins else 'nowhere'} {whole}"
+        whole = self._range(self.low, self.high)
+        place = {
+            "always": f"everywhere {whole}",
+            "never": f"nowhere {whole}",
+            "partly": " and ".join(self._range(first, last) for first, last in self.wins),
+        }[self.verdict]
         return f"{self.device}: {self.first} beats {self.second} in {self.measure} {place} ({self.held})"
 
     def _range(self, first: int, last: int) -> str:
-        if last == self.high:
-            return f"from {first:,}"
-        return f"up to {last:,}" if first == self.low else f"from {first:,} to {last:,}"
+        numbers = f"from {first:,}" if first > self.low else ""
+        if last < self.high or not numbers:
+            numbers = f"{numbers or f'from {first:,}'} to {last:,}"
+        return numbers.replace("from ", "from batch ", 1) if self.over == "batch" else f"{numbers} {self.over}"
 
 
 def crossovers(

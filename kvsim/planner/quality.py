@@ -84,9 +84,13 @@ def _share(note: QualityNote) -> float | None:
 
 @cache
 def risk(compression: Compression) -> Risk | None:
-    """What the small model measured of exactly this strategy over all its tasks and trainings, or None."""
+    """What the small model measured of exactly this strategy over all its tasks and trainings, or None.
+
+    None too where the strategy left that model as it is: vLLM's TurboQuant spares two layers at either end, which are
+    all that it has.
+    """
     row = _rows().get(without_coding(compression))
-    if row is None:
+    if row is None or (row.kl_nats == 0 and not gives_same_numbers(compression)):
         return None
     return Risk(
         kl_nats=row.kl_nats, kl_low=row.kl_low, kl_high=row.kl_high, score_loss=row.loss, measured_as=row.strategy

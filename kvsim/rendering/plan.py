@@ -97,7 +97,7 @@ def device_lines(device: DevicePlan) -> Iterator[str]:
     yield f"{device.feasible:,} of {device.screened:,} candidates hold every limit" + (
         f"; missed: {_counts(device.refused)}" if device.refused else ""
     )
-    yield f"decides: {device.why}"
+    yield f"limit and reason: {device.why}"
     yield from device.facts
     if device.runs_today is not None:
         yield from _pick_lines("runs today", device.runs_today)

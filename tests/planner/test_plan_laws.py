@@ -191,6 +191,7 @@ def test_risk_is_the_small_models_and_quality_is_published():
     assert risk(parse_compression("native")).kl_nats == 0
     assert risk(parse_compression("kivi-2")).kl_nats > risk(parse_compression("fp8")).kl_nats > 0
     assert risk(parse_compression("snapkv:0.123")) is None
+    assert risk(parse_compression("turboquant_3bit_nc")) is None, "all four layers of the small model are spared"
     kept = retained(parse_compression("turboquant_3bit_nc"), "reasoning")
     shares = {
         note.value / note.baseline
