@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,6 +31,10 @@ PROBES: Final[Mapping[str, tuple[str, ...]]] = {
     "llamacpp": ("q8_0", "q4_0"),
 }
 """An 8-bit and a 4-bit format of the engine, to tell devices apart by."""
+
+
+Doubts = Callable[[Screened], bool]
+"""Whether a point that was not simulated probably misses a target."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def plan_point(
     marks += ["price unknown"] if one.usd_per_million is None else []
     marks += ["energy unknown"] if one.joules_per_token is None else []
     marks += ["not simulated"] if report is None else []
+    marks += ["like points missed a target"] if report is None and doubts(described.missed)(one) else []
     return PlanPoint(
         name=name or f"{candidate.device} alone",
         in_set=name is not None,
@@ -182,7 +187,7 @@ def device_plan(
         most = max(refused, key=lambda one: one.count, default=None)
         why = f"nothing holds every limit; most miss {most.limit!r}: {most.example}" if most else "nothing can run"
         return DevicePlan(why=why, **common)
-    today, cheapest = picks(mine, search.name)
+    today, cheapest = picks(mine, search.name, doubts(described.missed))
     named = {id(one): point for one, point in zip(chosen, points, strict=True)}
 
     def described_pick(one: Screened) -> PlanPoint:
@@ -200,9 +205,33 @@ def device_plan(
     )
 
 
-def picks(points: Sequence[Screened], device: str) -> tuple[Screened | None, Screened | None]:
+def doubts(missed: Iterable[tuple[Screened, Refusal]]) -> Doubts:
+    """Who probably misses a target: a like point that is faster by the closed form missed it when simulated.
+
+    Like points have one device, layout and engine. Doubt decides what is simulated and picked, and no point's standing.
+    """
+    fastest: dict[tuple[object, ...], float] = {}
+    for one, refusal in missed:
+        key, mean = (*one.candidate._replace(strategy=Compression()), refusal.limit), _mean(one, refusal.limit)
+        fastest[key] = min(mean, fastest.get(key, mean))
+
+    def is_doubtful(one: Screened) -> bool:
+        like = one.candidate._replace(strategy=Compression())
+        return any(_mean(one, limit) >= fastest.get((*like, limit), float("inf")) for limit in _TARGETS)
+
+    return is_doubtful
+
+
+_TARGETS: Final = {"TTFT target": "ttft_s", "TPOT target": "tpot_s", "E2EL target": "e2el_s"}
+
+
+def _mean(one: Screened, limit: str) -> float:
+    return getattr(one, _TARGETS[limit], None) or 0.0 if limit in _TARGETS else 0.0
+
+
+def picks(points: Sequence[Screened], device: str, doubtful: Doubts) -> tuple[Screened | None, Screened | None]:
     """(cheapest that its engine ships for the device's vendor, cheapest of all) of one device's points."""
-    mine = [one for one in points if one.candidate.device == device]
+    mine = [one for one in points if one.candidate.device == device and not doubtful(one)]
     vendor = load_device(device).spec.vendor
     shipped = [one for one in mine if shipped_by(one.candidate, vendor)]
     return min(shipped, key=cheapness, default=None), min(mine, key=cheapness, default=None)

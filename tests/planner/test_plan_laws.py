@@ -7,9 +7,10 @@ import pytest
 from kvsim.compression import SELECTIONS, parse_compression
 from kvsim.errors import Cancelled, InfeasibleScenario, InvalidSpec, KvsimError, UnknownName
 from kvsim.planner import PlanRequest, plan
+from kvsim.planner.choose import front
 from kvsim.planner.crossovers import winning_ranges
 from kvsim.planner.feasible import refusals, strategy_refusals
-from kvsim.planner.find import _scenario, front
+from kvsim.planner.find import _scenario
 from kvsim.planner.front import dominates
 from kvsim.planner.quality import retained, risk
 from kvsim.planner.reasons import compare_with, step_parts
