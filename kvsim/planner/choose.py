@@ -80,13 +80,13 @@ class _Choice:
 
     def picks(self) -> list[Screened]:
         """Each device's picks."""
-        doubtful = doubts(self.missed)
+        doubtful = doubts(self.missed, self.reports)
         found = (one for name in self.request.devices for one in picks(self.left, name, doubtful) if one is not None)
         return list({id(one): one for one in found}.values())
 
     def spread(self) -> list[Screened]:
         """Points of the Pareto set that differ most, without doubtful ones."""
-        doubtful = doubts(self.missed)
+        doubtful = doubts(self.missed, self.reports)
         heads = [one for one in self._heads() if not doubtful(one)]
         return [heads[index] for index in spread_out([standing(one) for one in heads], self.request.simulate)]
 

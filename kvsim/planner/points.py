@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from kvsim.compression import Compression, parse_compression
@@ -51,11 +52,17 @@ class Described:
     """Simulations, by the candidate's id."""
     missed: list[tuple[Screened, Refusal]]
 
+    @cached_property
+    def is_doubtful(self) -> Doubts:
+        """Who probably misses a target."""
+        return doubts(self.missed, self.reports)
+
     def final(self) -> list[Screened]:
         """The plan's points: of those simulated the ones that no other dominates there, then the unsimulated."""
         played = [one for one in self.heads if id(one) in self.reports]
         kept = [played[index] for index in pareto([simulated_standing(one, self.reports[id(one)]) for one in played])]
-        return [*sorted(kept, key=cheapness), *(one for one in self.heads if id(one) not in self.reports)]
+        kept.sort(key=lambda one: (one.usd_per_million is None, cheapness(one)))
+        return [*kept, *(one for one in self.heads if id(one) not in self.reports)]
 
 
 def simulated_standing(one: Screened, report: Report) -> Standing:
@@ -101,7 +108,7 @@ def plan_point(
     marks += ["price unknown"] if one.usd_per_million is None else []
     marks += ["energy unknown"] if one.joules_per_token is None else []
     marks += ["not simulated"] if report is None else []
-    marks += ["like points missed a target"] if report is None and doubts(described.missed)(one) else []
+    marks += ["like points missed a target"] if described.is_doubtful(one) else []
     return PlanPoint(
         name=name or f"{candidate.device} alone",
         in_set=name is not None,
@@ -187,7 +194,7 @@ def device_plan(
         most = max(refused, key=lambda one: one.count, default=None)
         why = f"nothing holds every limit; most miss {most.limit!r}: {most.example}" if most else "nothing can run"
         return DevicePlan(why=why, **common)
-    today, cheapest = picks(mine, search.name, doubts(described.missed))
+    today, cheapest = picks(mine, search.name, described.is_doubtful)
     named = {id(one): point for one, point in zip(chosen, points, strict=True)}
 
     def described_pick(one: Screened) -> PlanPoint:
@@ -205,8 +212,8 @@ def device_plan(
     )
 
 
-def doubts(missed: Iterable[tuple[Screened, Refusal]]) -> Doubts:
-    """Who probably misses a target: a like point that is faster by the closed form missed it when simulated.
+def doubts(missed: Iterable[tuple[Screened, Refusal]], reports: Mapping[int, Report]) -> Doubts:
+    """Who probably misses a target: not simulated, and a like point that should be faster missed it.
 
     Like points have one device, layout and engine. Doubt decides what is simulated and picked, and no point's standing.
     """
@@ -217,7 +224,9 @@ def doubts(missed: Iterable[tuple[Screened, Refusal]]) -> Doubts:
 
     def is_doubtful(one: Screened) -> bool:
         like = one.candidate._replace(strategy=Compression())
-        return any(_mean(one, limit) >= fastest.get((*like, limit), float("inf")) for limit in _TARGETS)
+        return id(one) not in reports and any(
+            _mean(one, limit) >= fastest.get((*like, limit), float("inf")) for limit in _TARGETS
+        )
 
     return is_doubtful
 
