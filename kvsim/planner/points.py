@@ -24,6 +24,7 @@ from kvsim.planner.search import DeviceSearch, rounded, standing
 from kvsim.planner.settings import AXES
 from kvsim.planner.strategies import BASELINES
 from kvsim.report import Report
+from kvsim.specs.engine_options import OWNERS
 
 PROBES: Final[Mapping[str, tuple[str, ...]]] = {
     "vllm": ("fp8", "int4_per_token_head"),
@@ -134,7 +135,8 @@ def plan_point(
 
 
 def _settings(candidate: Candidate) -> dict[str, float | int | bool]:
-    return {name: getattr(candidate.engine, name) for name in AXES}
+    engine = candidate.engine
+    return {name: getattr(engine, name) for name in AXES if engine.kind in OWNERS.get(name, (engine.kind,))}
 
 
 def _spoken(candidate: Candidate) -> str:

@@ -70,7 +70,7 @@ def cells(point: PlanPoint) -> tuple[str, ...]:
         point.strategy,
         f"{point.settings['max_num_seqs']}",
         f"{point.settings['max_num_batched_tokens']}",
-        "-" if point.scenario.engine.kind != "vllm" else f"{share:g}",
+        "-" if share is None else f"{share:g}",
         format_number(told.output_throughput),
         format_seconds(told.mean_ttft_s),
         "-" if played is None else format_seconds(played.p99_ttft_s),

@@ -55,3 +55,12 @@ def test_the_advice_for_an_adaptive_estimate_works(invoke):
     settings = ("adaptive.policy={kind: static, level: 0}", "adaptive.requantize=null")
     assert all(f"{setting}" in refused.stderr for setting in settings)
     assert invoke("estimate", path, *(word for setting in settings for word in ("--set", setting))).exit_code == 0
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("plan-*.yaml")))
+def test_plan_examples_have_an_answer_for_every_device(invoke, name):
+    few = ("-s", "native,fp8,q8_0", "--simulate", "0", "--max-devices", "1", "--num-prompts", "120", "--json")
+    result = invoke("plan", EXAMPLES / name, *few)
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert all(device["runs_today"] is not None for device in answer["devices"])
