@@ -28,8 +28,8 @@ PAGES = {
     "cross-layer": ("cross-layer.md",),
     "transform coding": ("entropy-coding.md",),
     "entropy coding": ("entropy-coding.md",),
-    "eviction": ("selections.md",),
-    "sparse reading": ("selections.md",),
+    "eviction": ("eviction.md",),
+    "sparse reading": ("eviction.md#quest",),
 }
 """Family -> where below docs/methods its methods are explained."""
 
