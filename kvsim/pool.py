@@ -7,7 +7,12 @@ from collections import defaultdict
 
 from kvsim.allocator import padded_layer_shares, pool_bytes_per_token
 from kvsim.compression.base import LayerView
-from kvsim.cost.layer_bytes import draft_bytes_per_token, layer_bytes_per_token, residual_bytes
+from kvsim.cost.layer_bytes import (
+    draft_bytes_per_token,
+    layer_bytes_per_token,
+    prefill_bytes_per_token,
+    residual_bytes,
+)
 from kvsim.deployment import Deployment, LayerClass
 from kvsim.specs.model import LayerKind, ModelSpec
 
@@ -27,8 +32,9 @@ def prefill_growths(deployment: Deployment) -> tuple[tuple[tuple[int | None, int
         share = padding.get((layer_class.group.kind, layer_class.group.window_tokens), 1.0)
         for view, layers in layer_class.bands:
             cap = _prefill_cap(layer_class, view)
-            per_token[cap] += share * layers * layer_bytes_per_token(layer_class, view, deployment.model)
-            fixed += layers * residual_bytes(layer_class, deployment.model)
+            per_token[cap] += share * layers * prefill_bytes_per_token(layer_class, view, deployment.model)
+            if not layer_class.encoding.stores_prompt_once:
+                fixed += layers * residual_bytes(layer_class, deployment.model)
             fixed += layers * _scratch_bytes(layer_class, view, deployment.model)
     per_token[None] += draft_bytes_per_token(deployment)
     block_size = deployment.engine.block_size
