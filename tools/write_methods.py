@@ -28,7 +28,7 @@ PAGES = {
     "cross-layer": ("cross-layer.md",),
     "transform coding": ("entropy-coding.md",),
     "entropy coding": ("entropy-coding.md",),
-    "eviction": ("eviction.md",),
+    "eviction": ("eviction.md", "learned-eviction.md"),
     "sparse reading": ("eviction.md#quest",),
 }
 """Family -> where below docs/methods its methods are explained."""
