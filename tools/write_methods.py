@@ -28,7 +28,8 @@ PAGES = {
     "cross-layer": ("cross-layer.md",),
     "transform coding": ("entropy-coding.md",),
     "entropy coding": ("entropy-coding.md",),
-    "eviction": ("selections.md",),
+    "eviction": ("selections.md", "head-budgets.md"),
+    "joint bits and eviction": ("head-budgets.md#rdkv",),
     "sparse reading": ("selections.md",),
 }
 """Family -> where below docs/methods its methods are explained."""
