@@ -28,7 +28,7 @@ PAGES = {
     "cross-layer": ("cross-layer.md",),
     "transform coding": ("entropy-coding.md",),
     "entropy coding": ("entropy-coding.md",),
-    "eviction": ("selections.md", "head-budgets.md"),
+    "eviction": ("selections.md", "head-budgets.md", "learned-eviction.md"),
     "joint bits and eviction": ("head-budgets.md#rdkv",),
     "sparse reading": ("selections.md",),
 }

@@ -48,12 +48,15 @@ from kvsim.compression.selection.adakv import AdaKV
 from kvsim.compression.selection.base import TokenSelection
 from kvsim.compression.selection.chunkkv import ChunkKV
 from kvsim.compression.selection.cur import Cur
+from kvsim.compression.selection.dms import Dms
 from kvsim.compression.selection.duo_attention import DuoAttention
 from kvsim.compression.selection.expected_attention import ExpectedAttention
 from kvsim.compression.selection.h2o import H2O
 from kvsim.compression.selection.keep_all import KeepAll
 from kvsim.compression.selection.keydiff import KeyDiff
 from kvsim.compression.selection.knorm import Knorm
+from kvsim.compression.selection.kvzap import KVzap
+from kvsim.compression.selection.kvzip import KVzip
 from kvsim.compression.selection.lagkv import LagKv
 from kvsim.compression.selection.pyramidkv import PyramidKV
 from kvsim.compression.selection.qfilter import QFilter
@@ -74,7 +77,8 @@ if TYPE_CHECKING:
 _Eviction = StreamingLlm | SnapKV | H2O | PyramidKV | Tova | Knorm | KeyDiff | ExpectedAttention | QFilter
 _MoreEviction = ChunkKV | LagKv | Cur | RandomEviction
 _HeadBudgets = AdaKV | DuoAttention
-_Selections = KeepAll | _Eviction | _MoreEviction | _HeadBudgets | Quest
+_Foreseeing = KVzip | KVzap | Dms
+_Selections = KeepAll | _Eviction | _MoreEviction | _HeadBudgets | _Foreseeing | Quest
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
 _AtRest = Lossless | CacheGen | Kvtc
