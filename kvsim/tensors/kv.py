@@ -219,8 +219,8 @@ class PromptSignals:
         missing = [name for name in names if getattr(self, name) is None]
         if missing:
             msg = (
-                f"{method} needs {' and '.join(missing)} of the prompt, which these KV tensors do not have; a model's can "
-                f"be recorded with `kvsim quality capture --signals {','.join(missing)}`"
+                f"{method} needs {' and '.join(missing)} of the prompt, which these KV tensors do not have; a model's "
+                f"can be recorded with `kvsim quality capture --signals {','.join(missing)}`"
             )
             raise InvalidSpec(msg)
 
