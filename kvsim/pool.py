@@ -28,7 +28,7 @@ def prefill_growths(deployment: Deployment) -> tuple[tuple[tuple[int | None, int
         for view, layers in layer_class.bands:
             cap = _prefill_cap(layer_class, view)
             per_token[cap] += share * layers * layer_bytes_per_token(layer_class, view, deployment.model)
-            fixed += layers * residual_bytes(layer_class, deployment.model)
+            fixed += layers * residual_bytes(layer_class, view, deployment.model)
     per_token[None] += draft_bytes_per_token(deployment)
     block_size = deployment.engine.block_size
     share = deployment.parallelism.stage_share(deployment.model.num_layers)

@@ -35,6 +35,7 @@ def stored_bytes(
             encoding = compression.encoding_for_layer(index, model, engine_skip_layers)
             if acts_on(group):
                 tokens = compression.selection.resident_tokens(prompt_tokens, layer)(generated_tokens)
+                total_bytes += tokens * compression.selection.held_bytes_per_token(layer)
                 total_bytes += _scan_bytes(compression.selection, layer, model, prompt_tokens, generated_tokens)
             else:
                 context_tokens = prompt_tokens + generated_tokens

@@ -45,9 +45,12 @@ from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
 from kvsim.compression.selection.base import TokenSelection
 from kvsim.compression.selection.h2o import H2O
+from kvsim.compression.selection.infokv import InfoKV
 from kvsim.compression.selection.keep_all import KeepAll
+from kvsim.compression.selection.prefill_decoding import PrefillDecoding
 from kvsim.compression.selection.pyramidkv import PyramidKV
 from kvsim.compression.selection.quest import Quest
+from kvsim.compression.selection.rkv import RKV
 from kvsim.compression.selection.snapkv import SnapKV
 from kvsim.compression.selection.streaming_llm import StreamingLlm
 from kvsim.compression.spelling import spell_part
@@ -59,7 +62,8 @@ if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
 
-_Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest
+_Decoding = PrefillDecoding | RKV | InfoKV
+_Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest | _Decoding
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
 _AtRest = Lossless | CacheGen | Kvtc

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Final, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from kvsim.compression.selection.full_attention import BudgetedSelection
+from kvsim.compression.selection.infokv import InfoKV
 from kvsim.compression.selection.pyramidkv import PyramidKV
+from kvsim.compression.selection.rkv import RKV
 from kvsim.compression.selection.scored import ScoredSelection
 from kvsim.compression.selection.snapkv import SnapKV
 from kvsim.compression.spelling import normalised
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
 
 SCORERS: Final[Mapping[str, type[ScoredSelection]]] = {
+    "infokv": InfoKV,
     "pyramidkv": PyramidKV,
+    "rkv": RKV,
     "snapkv": SnapKV,
 }
 """Published name -> the selection that scores so. A new ScoredSelection joins with one line."""
@@ -48,7 +52,7 @@ def named_scorer(
     return validate(scorer_class(name), given, f"scorer {name!r}")
 
 
-def _known(name: str) -> str:
+def known_scorer(name: str) -> str:
     """Canonical name of a scorer; raise ValueError where there is none."""
     try:
         found = scorer_class(name)
@@ -57,7 +61,7 @@ def _known(name: str) -> str:
     return next(known for known, scorer in SCORERS.items() if scorer is found)
 
 
-ScorerName = Annotated[str, AfterValidator(_known)]
+ScorerName = Annotated[str, AfterValidator(known_scorer)]
 """The name of a scorer, as a field of a wrapper."""
 
 
