@@ -43,7 +43,9 @@ from kvsim.compression.reduction.shared_layers import CrossLayerAttention, KvSha
 from kvsim.compression.reduction.think import ThinK
 from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
+from kvsim.compression.selection.adakv import AdaKV
 from kvsim.compression.selection.base import TokenSelection
+from kvsim.compression.selection.duo_attention import DuoAttention
 from kvsim.compression.selection.h2o import H2O
 from kvsim.compression.selection.infokv import InfoKV
 from kvsim.compression.selection.keep_all import KeepAll
@@ -62,8 +64,9 @@ if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
 
+_HeadBudgets = AdaKV | DuoAttention
 _Decoding = PrefillDecoding | RKV | InfoKV
-_Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest | _Decoding
+_Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest | _HeadBudgets | _Decoding
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
 _AtRest = Lossless | CacheGen | Kvtc

@@ -6,14 +6,14 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from kvsim.compression.base import LayerView, StrategyPart, TokenCurve
+from kvsim.compression.base import HeadCurves, LayerView, StrategyPart, TokenCurve
 from kvsim.compression.selector import KeepByLayer, Selector
 from kvsim.specs.model import LayerGroup, LayerKind
 
 if TYPE_CHECKING:
     from kvsim.ops import OpCall
     from kvsim.specs.model import ModelSpec
-    from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv
+    from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv, SignalName
 
 
 class TokenSelection(StrategyPart):
@@ -27,11 +27,19 @@ class TokenSelection(StrategyPart):
 
     @abstractmethod
     def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        """Tokens held in memory in this layer after prefill, over generated tokens."""
+        """Tokens held in memory in this layer after prefill, over generated tokens: on average over its heads.
+
+        Where the heads are of several kinds (`head_curves`), those of the kind that holds most.
+        """
 
     @abstractmethod
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         """Tokens whose K and V one decode step reads in this layer."""
+
+    def head_curves(self, prompt_tokens: int, layer: LayerView) -> tuple[HeadCurves, ...]:
+        """Kinds of KV heads with what each holds and reads; shares add up to 1. One kind unless the method has more."""
+        resident = self.resident_tokens(prompt_tokens, layer)
+        return (HeadCurves(1.0, resident, self.attended_tokens(prompt_tokens, layer)),)
 
     def layer_band(self, layer: LayerView) -> int:
         """Band of a layer: layers of one group and band have equal curves and equal work."""
@@ -99,6 +107,21 @@ class TokenSelection(StrategyPart):
     @property
     def masks(self) -> bool:
         """Whether tokens that are not kept are merely hidden, so that nothing is freed and everything is read."""
+        return False
+
+    @property
+    def needs_signals(self) -> frozenset[SignalName]:
+        """What its algorithm wants to know of a prompt beside K, V and Q; taken down only where some method asks."""
+        return frozenset()
+
+    @property
+    def keeps_newest(self) -> bool:
+        """Whether the prompt's last token always stays; not where a score alone decides."""
+        return True
+
+    @property
+    def merges(self) -> bool:
+        """Whether an entry that stays may hold other numbers than its token's own K and V."""
         return False
 
     @abstractmethod

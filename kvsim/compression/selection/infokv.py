@@ -27,7 +27,7 @@ from kvsim.specs.base import DTYPE_BITS
 if TYPE_CHECKING:
     from kvsim.numerics.arrays import DoubleArray
     from kvsim.specs.model import ModelSpec
-    from kvsim.tensors import FloatArray, KvTensors, LayerKv
+    from kvsim.tensors import FloatArray, KvTensors, LayerKv, SignalName
 
 SIGNAL_BYTES = 8.0
 """fp32 entropy and distance of a token in one layer."""
@@ -60,6 +60,10 @@ class InfoKV(CutScoredSelection, WindowScoredSelection):
     candidates: PositiveInt = 256
     """Likeliest next tokens over which entropy is taken."""
 
+    @property
+    def needs_signals(self) -> frozenset[SignalName]:
+        return frozenset() if self.alpha == 1.0 else frozenset({"entropy", "distance"})
+
     def scores(self, kv: KvTensors, layer: LayerView) -> FloatArray:
         layer_kv = kv.layers[layer.index]
         queries = min(self.window_size, layer_kv.prompt_queries.shape[1], layer_kv.num_tokens)
@@ -74,38 +78,46 @@ class InfoKV(CutScoredSelection, WindowScoredSelection):
         """E of each held token, (H, n); signals lie by position in the sequence."""
         entropy, distance = kv.signals.entropy, kv.signals.distance
         if entropy is None or distance is None:
-            missing = "entropy" if entropy is None else "distance"
-            msg = f"infokv weighs tokens by the signal {missing!r}, which the KV tensors have not; alpha 1 needs none"
+            msg = "infokv needs the signals entropy and distance, which the KV tensors do not have; alpha=1 needs none"
             raise InvalidSpec(msg)
         positions = kv.layers[index].positions
         weighted: DoubleArray = (distance[index][positions] + self.tau) * entropy[positions].astype(np.float64)
         return weighted
 
     def prefill_ops(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
-        chosen = tuple(super().prefill_ops(prompt_tokens, layer, model))
-        # A token's entropy is known only while its hidden state is: also where no token leaves yet.
-        return (*self.signal_ops(prompt_tokens, layer, model), *chosen)
+        # A token's entropy is known only while its hidden state is: it is taken also where no token leaves yet.
+        return tuple(super().prefill_ops(prompt_tokens, layer, model)) or self.signal_ops(prompt_tokens, layer, model)
 
     def decode_ops(self, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
+        # The token's logits are made in any case.
         return [call for call in self.signal_ops(1, layer, model) if call.name != "prompt_logits"]
 
-    def signal_ops(self, tokens: int, layer: LayerView, model: ModelSpec) -> tuple[OpCall, ...]:
-        if kv_heads(layer.group) == 0 or not self.evicts or self.alpha == 1.0:
+    def signal_ops(self, tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
+        if kv_heads(layer.group) == 0 or not self.evicts:
             return ()
+        works = self._signal_works(tokens, model)
+        return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())
+
+    def _signal_works(self, tokens: int, model: ModelSpec) -> dict[str, Work]:
+        if self.alpha == 1.0:
+            return {}
         share, element_bytes = 1.0 / num_acted_layers(model), DTYPE_BITS[model.dtype] / 8
         width, vocabulary = model.hidden_size, model.vocab_size
-        works = {
+        return {
             # The last token's logits are made in any case.
             "prompt_logits": prompt_logits(max(0, tokens - 1), width, vocabulary, element_bytes, share),
             "candidate_entropy": candidate_entropy(tokens, vocabulary, self.candidates, element_bytes, share),
             "layer_distance": layer_distance(tokens, width, element_bytes),
         }
-        return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())
 
     def score_works(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Mapping[str, Work]:
-        works = dict(super().score_works(prompt_tokens, layer, model))
+        signals = self._signal_works(prompt_tokens, model)
+        return {**signals, **self.cut_score_works(prompt_tokens, layer, model)}
+
+    def cut_score_works(self, held_tokens: int, layer: LayerView, model: ModelSpec) -> Mapping[str, Work]:
+        works = dict(WindowScoredSelection.score_works(self, held_tokens, layer, model))
         if self.alpha != 1.0:
-            works["joint_scores"] = joint_scores(prompt_tokens, kv_heads(layer.group))
+            works["joint_scores"] = joint_scores(held_tokens, kv_heads(layer.group))
         return works
 
     def held_bytes_per_token(self, layer: LayerView) -> float:

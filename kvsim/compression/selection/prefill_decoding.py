@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvsim.ops import OpCall
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
-    from kvsim.tensors import IntArray, KvTensors, LayerKv
+    from kvsim.tensors import IntArray, KvTensors, LayerKv, SignalName
 
 DEFAULT_TARGET_SIZE = 2048
 DEFAULT_INTERVAL = 512
@@ -105,6 +105,11 @@ class PrefillDecoding(CutsWhileDecoding):
 
     def index_bits(self, layer_kv: LayerKv, layer: LayerView, native_bits: int) -> float:
         return self.decode_scorer.index_bits(layer_kv, layer, native_bits)
+
+    @property
+    def needs_signals(self) -> frozenset[SignalName]:
+        scorer = self.prompt_scorer
+        return self.decode_scorer.needs_signals | (frozenset() if scorer is None else scorer.needs_signals)
 
     def layer_band(self, layer: LayerView) -> int:
         scorer = self.prompt_scorer
