@@ -211,7 +211,8 @@ def after_cuts(curve: TokenCurve) -> TokenCurve:
     """Let a curve that falls do so one token earlier: right after a step that ends with a cut, not in the next one."""
     segments, repeats_from = [], curve.repeats_from
     for start, value, slope in curve.segments:
-        falls = start > 0 and value < curve(start - 1)
+        before, held, rose = curve.segment_at(start - 1)
+        falls = start > 0 and value < held + rose * (start - before)
         segments.append((start - 1, value - slope, slope) if falls else (start, value, slope))
         if falls and start == curve.repeats_from:
             repeats_from = start - 1

@@ -40,6 +40,7 @@ class PrefillDecoding(CutsWhileDecoding):
         "decoding": {"target_size": DEFAULT_TARGET_SIZE, "prefilling": WHOLE_PROMPT},
         "prefill_decoding": {"target_size": DEFAULT_TARGET_SIZE},
     }
+    aliases: ClassVar = {"prefilldecoding": "prefill_decoding"}
     summaries: ClassVar = {
         "prefill_decoding": "SnapKV's scores unless others are named, to 2,048 tokens after the prompt and every 512 "
         "decoded ones; kvpress",
