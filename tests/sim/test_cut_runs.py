@@ -8,6 +8,7 @@ from sim_cases import build_case, deploy, step_model, table
 
 from kvsim.closed_form import decode_split, prefill_split, total_seconds
 from kvsim.ops import Component
+from kvsim.pool import prompt_bytes
 from kvsim.units import TICKS_PER_SECOND
 
 CUTTING = (
@@ -74,12 +75,16 @@ def test_requests_in_a_small_pool_finish_and_give_all_back(strategy: str) -> Non
 
 
 def test_blocks_that_a_cut_empties_serve_others() -> None:
-    """Four long prompts that are cut at once make room for a fifth while they all decode."""
-    deployment = deploy(strategy="decoding:80(compression_interval=40)", block_size=16)
-    prompts, outputs = [400] * 5, [200] * 5
-    # Four hold 28 blocks each right before their first cut. The pool is as large as one request without cuts, and more.
-    result = build_case(deployment, table([0] * 5, prompts, outputs), spare_blocks=4 * 28 - 38).play()
-    log = result.log
+    """Four long prompts that are cut together make room for a fifth while they all decode."""
+    deployment = deploy(strategy="decoding:80(decoding=rkv,compression_interval=40)", block_size=16)
+    # Each holds 28 blocks right before its first cut, and one of queries; the longest without cuts 38 and that one.
+    case = build_case(deployment, table([0] * 5, [400] * 5, [200] * 5), spare_blocks=4 * 29 - 39)
+    result, size = case.play(), deployment.engine.block_size
+    log, profile = result.log, step_model(deployment).sequences.profile(400)
+    pool = case.plan.num_blocks * case.plan.block_bytes
+    assert (
+        4 * profile.peak_bytes(200, size) <= pool < 4 * profile.resident_bytes(0, size) + prompt_bytes(deployment, 400)
+    )
     assert max(log.first_token[:4]) < log.first_token[4] < min(log.finished[:4])
     assert result.records[0].preemptions == 0
 
