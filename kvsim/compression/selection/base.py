@@ -11,7 +11,7 @@ from kvsim.compression.selector import KeepByLayer, Selector
 from kvsim.specs.model import LayerGroup, LayerKind
 
 if TYPE_CHECKING:
-    from kvsim.ops import OpCall
+    from kvsim.ops import OpCall, Work
     from kvsim.specs.model import ModelSpec
     from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv, SignalName
 
@@ -73,6 +73,13 @@ class TokenSelection(StrategyPart):
         """FLOPs per attended token, sequence and layer in each decode step (H2O's score update), 0 if none."""
         return 0.0
 
+    def decode_score_work(self, group: LayerGroup, model: ModelSpec) -> Work | None:
+        """Work per attended token, sequence and layer in each decode step to score it anew (TOVA), or None.
+
+        Beside `decode_score_flops_per_token`, where a step does more than add up what attention hands out.
+        """
+        return None
+
     def decode_cuts(self, prompt_tokens: int, layer: LayerView) -> TokenCurve | None:
         """1 after each number of generated tokens at which the cache is cut back, else 0; None where it never is."""
         return None
@@ -118,6 +125,11 @@ class TokenSelection(StrategyPart):
     def keeps_newest(self) -> bool:
         """Whether the prompt's last token always stays; not where a score alone decides."""
         return True
+
+    @property
+    def unit_tokens(self) -> int:
+        """Tokens that stay or go together (ChunkKV), so that a longer prompt may leave fewer, by less than a unit."""
+        return 1
 
     @property
     def merges(self) -> bool:

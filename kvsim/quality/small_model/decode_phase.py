@@ -106,9 +106,7 @@ def decode_without_cuts(model: SmallTransformer, batch: TaskBatch, schedule: Sch
     return DecodeRun(batch, schedule, logits[:, schedule.prompt_tokens :], 1.0)
 
 
-def decode_with(
-    model: SmallTransformer, batch: TaskBatch, schedule: Schedule, selection: TokenSelection
-) -> DecodeRun:
+def decode_with(model: SmallTransformer, batch: TaskBatch, schedule: Schedule, selection: TokenSelection) -> DecodeRun:
     """Generate with a selection that is applied at each cut.
 
     One that says itself what a cut does while decoding (R-KV, InfoKV, prefill_decoding) does that, at the schedule's
@@ -177,9 +175,7 @@ def _read(
     tokens = torch.from_numpy(batch.tokens)
     if start == 0:
         return model(tokens[:, :stop], round_kv=True, keep_hidden=True)
-    past = [
-        stack_layers([kv.layers[index] for kv in rows], start, raw_key) for index, raw_key in enumerate(raw_keys)
-    ]
+    past = [stack_layers([kv.layers[index] for kv in rows], start, raw_key) for index, raw_key in enumerate(raw_keys)]
     before = tokens[:, start - 1 : start]
     return model(tokens[:, start:stop], past, start, before, round_kv=True, keep_hidden=True)
 
