@@ -71,8 +71,9 @@ class InfoKV(CutScoredSelection, WindowScoredSelection):
         if self.alpha == 1.0:
             return attention
         share = softmax(self._weighted_entropy(kv, layer.index))
-        mixed: FloatArray = (self.alpha * attention + (1.0 - self.alpha) * share).astype(np.float32)
-        return mixed
+        by_right = np.isposinf(attention)
+        mixed = self.alpha * np.where(by_right, 0.0, attention) + (1.0 - self.alpha) * share
+        return np.where(by_right, np.inf, mixed).astype(np.float32)
 
     def _weighted_entropy(self, kv: KvTensors, index: int) -> DoubleArray:
         """E of each held token, (H, n); signals lie by position in the sequence."""
@@ -89,6 +90,9 @@ class InfoKV(CutScoredSelection, WindowScoredSelection):
         return tuple(super().prefill_ops(prompt_tokens, layer, model)) or self.signal_ops(prompt_tokens, layer, model)
 
     def decode_ops(self, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
+        return self.step_signal_ops(layer, model)
+
+    def step_signal_ops(self, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
         # The token's logits are made in any case.
         return [call for call in self.signal_ops(1, layer, model) if call.name != "prompt_logits"]
 

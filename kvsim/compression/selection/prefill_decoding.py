@@ -99,7 +99,7 @@ class PrefillDecoding(CutsWhileDecoding):
         return (*(call for call in taken_down if call.name not in done), *calls)
 
     def decode_ops(self, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
-        return self.decode_scorer.decode_ops(layer, model)
+        return self.decode_scorer.step_signal_ops(layer, model)
 
     def held_bytes_per_token(self, layer: LayerView) -> float:
         return self.decode_scorer.held_bytes_per_token(layer)
@@ -115,6 +115,11 @@ class PrefillDecoding(CutsWhileDecoding):
     def layer_band(self, layer: LayerView) -> int:
         scorer = self.prompt_scorer
         return 0 if scorer is None else scorer.layer_band(layer)
+
+    @property
+    def keeps_newest(self) -> bool:
+        scorer = self.prompt_scorer
+        return scorer is None or scorer.keeps_newest
 
     @property
     def query_aware(self) -> bool:

@@ -123,8 +123,10 @@ def mean_similarity(keys: FloatArray, threshold: float) -> FloatArray:
     for start in range(0, count, _ROWS):
         cosines = unit[:, start : start + _ROWS] @ unit.transpose(0, 2, 1)
         rows = np.arange(cosines.shape[1])
+        alike = cosines > threshold
+        alike[:, rows, start + rows] = False
         cosines[:, rows, start + rows] = 0.0
-        latest = np.where(cosines > threshold, columns, -1).max(axis=2, keepdims=True)
+        latest = np.where(alike, columns, -1).max(axis=2, keepdims=True)
         cosines[columns == latest] = 0.0
         total += cosines.sum(axis=1)
     mean: FloatArray = (total / count).astype(np.float32)

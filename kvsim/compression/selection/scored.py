@@ -73,6 +73,10 @@ class ScoredSelection(BudgetedSelection):
         """Work in one layer to take down what later cuts score ``tokens`` of a prompt by, beside K, V and queries."""
         return ()
 
+    def step_signal_ops(self, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
+        """Work in one layer and decode step to take down the same of the new token."""
+        return ()
+
     def keep(self, kv: KvTensors, layer: LayerView) -> IntArray | None:
         tokens = kv.layers[layer.index].num_tokens
         kept = self.kept_tokens(tokens, layer)

@@ -26,8 +26,8 @@ from kvsim.quality.small_model.signals import by_cache, layer_distance, next_tok
 from kvsim.quality.small_model.tasks import TaskBatch
 from kvsim.tensors import FloatArray, KvTensors, LayerKv, PromptSignals, Rope
 
-HELD_QUERIES = 64
-"""Newest queries that a cut may score with: as many as any scorer's default window."""
+HELD_QUERIES = 256
+"""Newest queries that a cut may score with: as many as kvpress's DecodingPress holds hidden states."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,10 @@ def decode_with(model: SmallTransformer, batch: TaskBatch, schedule: Schedule, s
     _refuse(selection, prompt_cut)
     if isinstance(selection, CutsWhileDecoding):
         cut = selection.cut_selector(schedule.prompt_tokens)
-        return decode_with_cuts(model, batch, schedule, cut, prompt_cut)
-    return decode_with_cuts(model, batch, schedule, prompt_cut)
+    else:
+        cut = prompt_cut
+    run: DecodeRun = decode_with_cuts(model, batch, schedule, cut, prompt_cut)
+    return run
 
 
 def _refuse(selection: TokenSelection, selector: Selector) -> None:
@@ -174,10 +176,12 @@ def _read(
     """Read tokens ``start`` to ``stop`` - 1 with what is held."""
     tokens = torch.from_numpy(batch.tokens)
     if start == 0:
-        return model(tokens[:, :stop], round_kv=True, keep_hidden=True)
+        first: ForwardPass = model(tokens[:, :stop], round_kv=True, keep_hidden=True)
+        return first
     past = [stack_layers([kv.layers[index] for kv in rows], start, raw_key) for index, raw_key in enumerate(raw_keys)]
     before = tokens[:, start - 1 : start]
-    return model(tokens[:, start:stop], past, start, before, round_kv=True, keep_hidden=True)
+    later: ForwardPass = model(tokens[:, start:stop], past, start, before, round_kv=True, keep_hidden=True)
+    return later
 
 
 def _extended(kv: KvTensors, found: ForwardPass, row: int, start: int, model: SmallTransformer) -> KvTensors:
