@@ -120,8 +120,7 @@ def decode_with(model: SmallTransformer, batch: TaskBatch, schedule: Schedule, s
     """
     prompt_cut = selection.selector()
     _refuse(selection, prompt_cut)
-    own = isinstance(selection, CutsWhileDecoding)
-    cut = selection.cut_selector(schedule.prompt_tokens) if own else prompt_cut
+    cut = selection.cut_selector(schedule.prompt_tokens) if isinstance(selection, CutsWhileDecoding) else prompt_cut
     run: DecodeRun = decode_with_cuts(model, batch, schedule, cut, prompt_cut)
     return run
 
