@@ -28,7 +28,7 @@ PAGES = {
     "cross-layer": ("cross-layer.md",),
     "transform coding": ("entropy-coding.md",),
     "entropy coding": ("entropy-coding.md",),
-    "eviction": ("selections.md", "decode-eviction.md"),
+    "eviction": ("selections.md", "learned-eviction.md", "decode-eviction.md"),
     "sparse reading": ("selections.md",),
 }
 """Family -> where below docs/methods its methods are explained."""

@@ -201,6 +201,13 @@ def clip(curve: TokenCurve, cap_tokens: int) -> TokenCurve:
     return clipped
 
 
+def split_at_start(curve: TokenCurve) -> tuple[TokenCurve, TokenCurve]:
+    """(tokens that were there from the start, those that came since), of a curve that never falls."""
+    first = curve(0)
+    since = tuple((start, value - first, slope) for start, value, slope in curve.segments)
+    return clip(curve, first), TokenCurve(since)
+
+
 def _ends(curve: TokenCurve) -> tuple[int | None, ...]:
     """Where each segment of a curve ends; None for the last one of a curve that does not repeat."""
     last = curve.repeats_from + curve.period if curve.period else None
