@@ -17,7 +17,7 @@ from kvsim.planner.quality import RISK_NOTE
 from kvsim.planner.request import PlanRequest
 from kvsim.planner.screen import Screened, Screener
 from kvsim.planner.search import DeviceSearch, search_device
-from kvsim.planner.strategies import StrategySpace, named_space, strategy_space
+from kvsim.planner.strategies import StrategySpace, space_of
 from kvsim.planner.watch import Progress, Watch
 from kvsim.scenario import Scenario
 from kvsim.specs.price import Price
@@ -66,7 +66,7 @@ def plan(
         The caller stopped it.
     """
     watch = Watch(progress, cancelled)
-    space = named_space(request.search.strategies) if request.search.strategies else strategy_space()
+    space = space_of(request.search)
     screener = Screener(_scenario(request), _prices(request), base_dir)
     searches = _search_all(request, screener, space, watch)
     pool = _feasible(request, searches, screener)
