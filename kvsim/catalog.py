@@ -239,7 +239,8 @@ def _check_drafts(scenario: Scenario, model: ModelSpec) -> None:
 def _layer_classes(scenario: Scenario, model: ModelSpec) -> tuple[LayerClass, ...]:
     classes = []
     num_layers = model.num_layers
-    for group in model.kv_groups:
+    for own in model.kv_groups:
+        group = scenario.compression.selection.trained_group(own)
         by_encoding: defaultdict[KvEncoding, list[LayerView]] = defaultdict(list)
         for index in group.layers:
             encoding = scenario.compression.encoding_for_layer(index, model, scenario.engine.kv_cache_dtype_skip_layers)

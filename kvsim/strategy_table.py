@@ -25,7 +25,12 @@ OPERATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "snapkv": ("score/snapkv", "select/compaction"),
     "pyramidkv": ("score/snapkv", "select/compaction"),
     "h2o": ("score/h2o", "select/compaction"),
+    "merging": ("select/merge", "select/compaction"),
+    "cam": ("score/h2o", "select/compaction"),
+    "d2o": ("score/h2o", "select/compaction"),
     "quest": ("score/quest", "decode_attention/page_sparse"),
+    "nsa": ("decode_attention/page_sparse",),
+    "dsa": ("decode_attention/topk",),
     "rans": ("entropy/rans",),
     "kvtc": ("transform/kvtc",),
 }

@@ -29,7 +29,8 @@ PAGES = {
     "transform coding": ("entropy-coding.md",),
     "entropy coding": ("entropy-coding.md",),
     "eviction": ("selections.md",),
-    "sparse reading": ("selections.md",),
+    "merging": ("merging.md",),
+    "sparse reading": ("sparse-reading.md",),
 }
 """Family -> where below docs/methods its methods are explained."""
 

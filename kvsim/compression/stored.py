@@ -25,11 +25,12 @@ def stored_bytes(
 ) -> float:
     """Resident KV bytes of one sequence over all layers, metadata included, before pages round them up.
 
-    Sliding and chunked layers hold at most their window. Linear-attention state and a sparse-attention indexer's
-    keys are not KV and not counted.
+    Sliding and chunked layers hold at most their window. Linear-attention state and the keys of a model's own
+    sparse-attention indexer are not KV and not counted.
     """
     total_bytes = 0.0
-    for group in model.kv_groups:
+    for own in model.kv_groups:
+        group = compression.selection.trained_group(own)
         for index in group.layers:
             layer = LayerView(index, model.num_layers, group)
             encoding = compression.encoding_for_layer(index, model, engine_skip_layers)
@@ -39,6 +40,8 @@ def stored_bytes(
             else:
                 context_tokens = prompt_tokens + generated_tokens
                 tokens = min(context_tokens, group.window_tokens or context_tokens)
+                # An indexer that the strategy brings is its metadata; a model's own is no KV.
+                total_bytes += tokens * (group.index_key_bytes - own.index_key_bytes)
             total_bytes += encoded_bytes(encoding, group, model.dtype, tokens)
             total_bytes += encoding.fixed_bytes_per_sequence(group, model.dtype) if tokens else 0.0
     return total_bytes

@@ -44,8 +44,13 @@ from kvsim.compression.reduction.think import ThinK
 from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
 from kvsim.compression.selection.base import TokenSelection
+from kvsim.compression.selection.cam import Cam
+from kvsim.compression.selection.d2o import D2O
+from kvsim.compression.selection.dsa import Dsa
 from kvsim.compression.selection.h2o import H2O
 from kvsim.compression.selection.keep_all import KeepAll
+from kvsim.compression.selection.merging import Merging
+from kvsim.compression.selection.nsa import Nsa
 from kvsim.compression.selection.pyramidkv import PyramidKV
 from kvsim.compression.selection.quest import Quest
 from kvsim.compression.selection.snapkv import SnapKV
@@ -59,7 +64,9 @@ if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
 
-_Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest
+_Merging = Merging | Cam | D2O
+_SparseReading = Quest | Nsa | Dsa
+_Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | _Merging | _SparseReading
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
 _AtRest = Lossless | CacheGen | Kvtc
@@ -167,9 +174,8 @@ class Compression(Spec):
 
     def _reduced(self, model: ModelSpec) -> ModelSpec:
         """Give the model with the shapes that the encoding sees."""
-        if self.reduction.is_none:
-            return model
-        return model.model_copy(update={"groups": tuple(self.reduction.reduced_group(group) for group in model.groups)})
+        trained = tuple(self.selection.trained_group(group) for group in model.groups)
+        return model.model_copy(update={"groups": tuple(self.reduction.reduced_group(group) for group in trained)})
 
     def encoding_for_layer(
         self, index: int, model: ModelSpec, engine_skip_layers: Sequence[int | str] = ()

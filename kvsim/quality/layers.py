@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 from kvsim.compression import Compression
-from kvsim.compression.selection.base import TokenSelection
 from kvsim.errors import NotRunnable
 from kvsim.quality.published import published_quality
 from kvsim.specs.base import Spec
@@ -43,9 +42,7 @@ def _why_not_on_tensors(compression: Compression) -> str | None:
     try:
         compression.reduction.codec()
         compression.encoding.codec()
+        compression.selection.selector()
     except NotRunnable as error:
         return str(error)
-    selection = type(compression.selection)
-    if selection.keep is TokenSelection.keep and selection.read_mask is TokenSelection.read_mask:
-        return str(NotRunnable(compression.selection.kind))
     return None

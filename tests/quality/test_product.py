@@ -28,7 +28,7 @@ from tests.quality.conftest import noise_cache
 
 SIZED = {
     "streaming_llm": "streaming_llm:192", "snapkv": "snapkv:160", "h2o": "h2o:160", "pyramidkv": "pyramidkv:160",
-    "quest": "quest:64", "mla": "mla(kv_lora_rank=48,qk_rope_head_dim=16)",
+    "merging": "merging:160", "cam": "cam:160", "d2o": "d2o:160", "quest": "quest:64", "mla": "mla(kv_lora_rank=48,qk_rope_head_dim=16)",
     "minicache": "minicache(retained_fraction=0.0625)",
 }  # fmt: skip
 """Sizes that bite at 320 tokens and divide into the groups of every format."""
@@ -131,6 +131,7 @@ def test_a_cache_that_fits_the_residual_window(reduction: str, samples: Sequence
 def _cannot_run(compression: Compression) -> NotRunnable | None:
     """Why an algorithm does not run on tensors at all."""
     try:
+        compression.selection.selector()
         compression.reduction.codec()
         compression.encoding.codec()
         if not compression.coding.is_none:
@@ -149,8 +150,9 @@ def _check_laws(compression: Compression, stored: StoredCache, kv: KvTensors) ->
         assert np.array_equal(after.queries, before.queries)
         layer = layer_view(kv, index)
         kept = compression.selection.resident_tokens(before.num_tokens, layer)(0)
-        assert after.keys.shape == (before.num_kv_heads, kept, before.keys.shape[2])
-        assert after.values.shape == (before.num_kv_heads, kept, before.values.shape[2])
+        held = after.num_tokens if compression.selection.moves_budgets else kept
+        assert after.keys.shape == (before.num_kv_heads, held, before.keys.shape[2])
+        assert after.values.shape == (before.num_kv_heads, held, before.values.shape[2])
         encoding = compression.encoding_at(layer)
         priced += encoded_bytes(encoding, layer.group, Dtype.BF16, kept)
         priced += encoding.fixed_bytes_per_sequence(layer.group, Dtype.BF16)

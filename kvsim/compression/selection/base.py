@@ -33,6 +33,13 @@ class TokenSelection(StrategyPart):
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         """Tokens whose K and V one decode step reads in this layer."""
 
+    def trained_group(self, group: LayerGroup) -> LayerGroup:
+        """Shape of a group of layers in a model that was trained with the method: as it is, unless it needs another.
+
+        A shape whose kind decides what is read (an indexer) takes the place of the selection.
+        """
+        return group
+
     def layer_band(self, layer: LayerView) -> int:
         """Band of a layer: layers of one group and band have equal curves and equal work."""
         return 0
@@ -89,6 +96,11 @@ class TokenSelection(StrategyPart):
     def keeps_newest(self) -> bool:
         """Whether the prompt's last token always stays; not where a score alone decides."""
         return True
+
+    @property
+    def moves_budgets(self) -> bool:
+        """Whether a prompt's content decides which layers keep more: a layer's tokens are then the mean over layers."""
+        return False
 
     @property
     def merges(self) -> bool:
