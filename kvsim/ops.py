@@ -147,6 +147,109 @@ def accumulate_attention(
     )
 
 
+def score_keys(context_tokens: float, num_kv_heads: int, head_dim: int, element_bytes: float) -> Work:
+    """One number per key: its norm (Knorm, arXiv 2406.11430) or a product with a fixed vector (arXiv 2503.02812)."""
+    elements = context_tokens * num_kv_heads * head_dim
+    return Work(
+        bytes_read=elements * element_bytes,
+        bytes_written=context_tokens * num_kv_heads * 4.0,
+        vector_flops=2.0 * elements,
+    )
+
+
+def score_key_directions(context_tokens: float, num_kv_heads: int, head_dim: int, element_bytes: float) -> Work:
+    """Cosine of each key with the mean direction of all (KeyDiff, arXiv 2504.15364).
+
+    Two passes over the keys, each with a norm: the first adds directions up, the second takes products with the sum.
+    """
+    elements = context_tokens * num_kv_heads * head_dim
+    return Work(
+        bytes_read=2.0 * elements * element_bytes,
+        bytes_written=context_tokens * num_kv_heads * 4.0,
+        vector_flops=8.0 * elements,
+        launches=2.0,
+    )
+
+
+def query_statistics(
+    prompt_tokens: float, num_attention_heads: int, head_dim: int, element_bytes: float, *, with_covariance: bool
+) -> Work:
+    """Mean of each query head's queries, and their covariance: a D x D product over tokens (arXiv 2510.00636)."""
+    elements = prompt_tokens * num_attention_heads * head_dim
+    return Work(
+        flops=2.0 * elements * head_dim if with_covariance else 0.0,
+        bytes_read=elements * element_bytes,
+        bytes_written=num_attention_heads * head_dim * (1.0 + (head_dim if with_covariance else 0.0)) * element_bytes,
+        vector_flops=elements,
+    )
+
+
+def score_expected_attention(
+    context_tokens: float,
+    num_attention_heads: int,
+    num_kv_heads: int,
+    k_head_dim: int,
+    v_head_dim: int,
+    element_bytes: float,
+    *,
+    with_covariance: bool,
+) -> Work:
+    """Mean weight of each token under Gaussian queries, times the length of its value (arXiv 2510.00636).
+
+    Per query head and key a product with the mean and, with covariances, one with a D x D matrix and a second with the
+    key; then the softmax over tokens. Logits of all query heads are written and read between the two launches.
+    """
+    pairs = context_tokens * num_attention_heads
+    width = k_head_dim + 2.0 if with_covariance else 1.0
+    key_and_value = context_tokens * num_kv_heads * (k_head_dim + v_head_dim) * element_bytes
+    return Work(
+        flops=2.0 * pairs * k_head_dim * width,
+        bytes_read=key_and_value + 4.0 * pairs,
+        bytes_written=4.0 * pairs + 4.0 * context_tokens * num_kv_heads,
+        vector_flops=5.0 * pairs + 2.0 * context_tokens * num_kv_heads * v_head_dim,
+        launches=2.0,
+    )
+
+
+def draw_scores(context_tokens: float, num_kv_heads: int) -> Work:
+    """Draw a random number per token and KV head."""
+    scores = context_tokens * num_kv_heads
+    return Work(bytes_written=4.0 * scores, vector_flops=10.0 * scores)
+
+
+def average_chunks(context_tokens: float, num_kv_heads: int) -> Work:
+    """Mean of fp32 scores over the tokens of each chunk and all heads (ChunkKV, arXiv 2502.00299)."""
+    scores = context_tokens * num_kv_heads
+    return Work(bytes_read=4.0 * scores, vector_flops=scores)
+
+
+def score_lag_relative(
+    context_tokens: float, num_kv_heads: int, channels: int, lag_size: int, element_bytes: float
+) -> Work:
+    """Spread of each K and V within the range of the next ``lag_size`` tokens (LagKV, arXiv 2504.04704).
+
+    Per element two comparisons for the range, a shift and a scaling into it, and a sum and a sum of squares.
+    """
+    scores = context_tokens * num_kv_heads
+    return Work(
+        bytes_read=2.0 * scores * channels * element_bytes,
+        bytes_written=4.0 * scores,
+        # Softmax and rank within a part, for K and for V.
+        vector_flops=7.0 * scores * channels + 2.0 * scores * (5.0 + math.log2(max(2, lag_size))),
+        launches=2.0,
+    )
+
+
+def score_leverage(context_tokens: float, num_kv_heads: int, channels: int, element_bytes: float) -> Work:
+    """Squared length of each K and V as a share of its neighbours' (CurDKV, arXiv 2509.15038)."""
+    scores = context_tokens * num_kv_heads
+    return Work(
+        bytes_read=scores * channels * element_bytes,
+        bytes_written=4.0 * scores,
+        vector_flops=2.0 * scores * channels + 6.0 * scores,
+    )
+
+
 def page_bounds(tokens: float, page_size: int, num_kv_heads: int, head_dim: int, element_bytes: float) -> Work:
     """Channel-wise minimum and maximum of the keys of each page (Quest, arXiv 2406.10774)."""
     keys_bytes = tokens * num_kv_heads * head_dim * element_bytes
@@ -289,4 +392,74 @@ def compress_blocks(
         flops=2.0 * made * block_size * channels * channels,
         bytes_read=tokens * num_kv_heads * channels * element_bytes,
         bytes_written=made * channels * element_bytes,
+    )
+
+
+def read_again(tokens: float, parameters: float, weight_bytes: float, chunk: int) -> Work:
+    """Linear layers of ``tokens`` more tokens; each ``chunk`` reads the weights (KVzip, arXiv 2505.23416)."""
+    chunks = math.ceil(tokens / chunk)
+    return Work(flops=2.0 * tokens * parameters, bytes_read=chunks * weight_bytes, launches=float(chunks))
+
+
+def attend_again(
+    tokens: float, num_attention_heads: int, token_bytes: float, k_head_dim: int, v_head_dim: int, chunk: int
+) -> Work:
+    """Attention of a second reading in one layer: each chunk sees the whole prompt, and itself up to each token."""
+    chunks = math.ceil(tokens / chunk)
+    pairs = tokens * tokens + _pairs_within(tokens, chunk)
+    return Work(
+        flops=2.0 * num_attention_heads * (k_head_dim + v_head_dim) * pairs,
+        bytes_read=chunks * tokens * token_bytes,
+        vector_flops=4.0 * num_attention_heads * pairs,
+        launches=float(chunks),
+    )
+
+
+def most_attention(
+    tokens: float,
+    num_attention_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    element_bytes: float,
+    chunk: int,
+    sinks: int,
+) -> Work:
+    """Largest softmax weight per prompt token from the queries of its chunk's second reading (KVzip's scores).
+
+    Queries meet the keys of the sinks, of their chunk, and of the chunk as read again, all of which are multiplied
+    before later ones are masked: 2·D FLOPs per pair, and five vector FLOPs (scale, subtract, exp, normalise, maximum).
+    """
+    chunks = math.ceil(tokens / chunk)
+    whole, rest = divmod(tokens, chunk)
+    pairs = num_attention_heads * sum(
+        count * size * (sinks + 2.0 * size) for count, size in ((whole, chunk), (1, rest))
+    )
+    keys = (2.0 * tokens + chunks * sinks) * num_kv_heads
+    return Work(
+        flops=2.0 * head_dim * pairs,
+        bytes_read=(keys + tokens * num_attention_heads) * head_dim * element_bytes,
+        bytes_written=tokens * num_kv_heads * 4.0,
+        vector_flops=5.0 * pairs,
+        launches=float(chunks),
+    )
+
+
+def _pairs_within(tokens: float, chunk: int) -> float:
+    """Causal pairs within chunks."""
+    whole, rest = divmod(tokens, chunk)
+    return whole * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2
+
+
+def predict_scores(tokens: float, hidden_size: int, num_kv_heads: int, width: int | None, element_bytes: float) -> Work:
+    """Scores of ``tokens`` hidden states, one per KV head: an affine map, or through ``width`` GELU units (KVzap).
+
+    The maps lie with the model's weights and every row of a launch shares them: their bytes are left out.
+    """
+    flops = 2.0 * hidden_size * num_kv_heads if width is None else 2.0 * width * (hidden_size + num_kv_heads)
+    return Work(
+        flops=tokens * flops,
+        bytes_read=tokens * hidden_size * element_bytes,
+        bytes_written=tokens * num_kv_heads * 4.0,
+        vector_flops=tokens * ((8.0 * width if width else 0.0) + num_kv_heads),
+        launches=1.0 if width is None else 2.0,
     )

@@ -30,6 +30,7 @@ from kvsim.compression.encoding.lossless import Lossless
 from kvsim.compression.encoding.native import Native
 from kvsim.compression.encoding.per_token_head import PerTokenHead
 from kvsim.compression.encoding.quarot import QuaRot
+from kvsim.compression.encoding.rdkv import Rdkv
 from kvsim.compression.encoding.rotatekv import RotateKv
 from kvsim.compression.encoding.turboquant import TurboQuant
 from kvsim.compression.encoding.turboquant_paper import TurboQuantPaper
@@ -43,18 +44,32 @@ from kvsim.compression.reduction.shared_layers import CrossLayerAttention, KvSha
 from kvsim.compression.reduction.think import ThinK
 from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
+from kvsim.compression.selection.adakv import AdaKV
 from kvsim.compression.selection.base import TokenSelection
 from kvsim.compression.selection.cam import Cam
+from kvsim.compression.selection.chunkkv import ChunkKV
+from kvsim.compression.selection.cur import Cur
 from kvsim.compression.selection.d2o import D2O
+from kvsim.compression.selection.dms import Dms
 from kvsim.compression.selection.dsa import Dsa
+from kvsim.compression.selection.duo_attention import DuoAttention
+from kvsim.compression.selection.expected_attention import ExpectedAttention
 from kvsim.compression.selection.h2o import H2O
 from kvsim.compression.selection.keep_all import KeepAll
+from kvsim.compression.selection.keydiff import KeyDiff
+from kvsim.compression.selection.knorm import Knorm
+from kvsim.compression.selection.kvzap import KVzap
+from kvsim.compression.selection.kvzip import KVzip
+from kvsim.compression.selection.lagkv import LagKv
 from kvsim.compression.selection.merging import Merging
 from kvsim.compression.selection.nsa import Nsa
 from kvsim.compression.selection.pyramidkv import PyramidKV
+from kvsim.compression.selection.qfilter import QFilter
 from kvsim.compression.selection.quest import Quest
+from kvsim.compression.selection.random import RandomEviction
 from kvsim.compression.selection.snapkv import SnapKV
 from kvsim.compression.selection.streaming_llm import StreamingLlm
+from kvsim.compression.selection.tova import Tova
 from kvsim.compression.spelling import spell_part
 from kvsim.compression.stacked import StackedEncoding
 from kvsim.specs.base import Spec
@@ -64,13 +79,17 @@ if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
 
+_Eviction = StreamingLlm | SnapKV | H2O | PyramidKV | Tova | Knorm | KeyDiff | ExpectedAttention | QFilter
+_MoreEviction = ChunkKV | LagKv | Cur | RandomEviction
+_HeadBudgets = AdaKV | DuoAttention
+_Foreseeing = KVzip | KVzap | Dms
 _Merging = Merging | Cam | D2O
 _SparseReading = Quest | Nsa | Dsa
-_Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | _Merging | _SparseReading
+_Selections = KeepAll | _Eviction | _MoreEviction | _HeadBudgets | _Foreseeing | _Merging | _SparseReading
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
 _AtRest = Lossless | CacheGen | Kvtc
-_Encodings = Native | Fp8 | PerTokenHead | Ggml | NvFp4 | MxFp4 | Kivi | KvAdaQuant | _Rotations | _AtRest
+_Encodings = Native | Fp8 | PerTokenHead | Ggml | NvFp4 | MxFp4 | Kivi | KvAdaQuant | _Rotations | Rdkv | _AtRest
 _Codings = NoCoding | Huffman | Rans | Arithmetic | Deflate | Zstd
 
 AnySelection = Annotated[_Selections, Field(discriminator="kind")]
@@ -156,7 +175,7 @@ class Compression(Spec):
     @property
     def bars_prefix_reuse(self) -> str | None:
         """What the strategy does that keeps another request from using a cached prefix, or None."""
-        if self.selection.evicts:
+        if self.selection.evicts or self.encoding.evicts:
             return "evicts tokens"
         by_prompt = self.reduction.depends_on_prompt or self.encoding.depends_on_prompt
         return "stores tokens by what the whole prompt holds" if by_prompt else None
@@ -198,6 +217,8 @@ class Compression(Spec):
         is_sliding = layer.group.kind is LayerKind.SLIDING
         together = self.reduction.stored_with(layer)
         if set(together) & set(engine_skip_layers) or (is_sliding and "sliding_window" in engine_skip_layers):
+            return Native()
+        if self.encoding.stores_prompt_once and layer.group.window_tokens is not None:
             return Native()
         is_boundary = not is_hybrid and any(self._is_boundary(index, layer.num_layers) for index in together)
         encoding = Native() if is_boundary else self.encoding

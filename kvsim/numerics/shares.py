@@ -12,7 +12,7 @@ _BISECTIONS = 200
 
 
 def share_out(shares: DoubleArray, total: int, least: int, most: int) -> IntArray:
-    """Divide ``total`` in proportion to ``shares``, (L,) >= 0, with ``least`` to ``most`` each; what is cut off moves on.
+    """Divide ``total`` in proportion to ``shares``, (L,) >= 0, ``least`` to ``most`` each; what is cut off moves on.
 
     ``total`` lies between L least and L most. What rounding down leaves goes to the largest remainders, the first of
     equals first.

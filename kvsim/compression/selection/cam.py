@@ -20,21 +20,22 @@ from kvsim.specs.base import DTYPE_BITS
 
 if TYPE_CHECKING:
     from kvsim.compression.selector import Selector
+    from kvsim.numerics.arrays import DoubleArray
     from kvsim.specs.model import ModelSpec
     from kvsim.tensors import FloatArray, IntArray, KvTensors, LayerKv
 
 
 class Cam(HeavyHitterSelection):
-    """H2O's kept set and bound; each evicted value V_i is added as V_i / m to the m kept values after it, or not at all.
+    """H2O's kept set and bound; an evicted value V_i is added as V_i / m to the m kept values after it, or not at all.
 
     Cache Merging (CaM, ICML 2024, openreview LCTmppB165): with A the accumulated attention, a token is merged with
     probability min(1, A_i / mean A of those m). Keys and counts do not change, so bytes are those of H2O. The last kept
     tokens have fewer than m after them, and take V_i over their number.
 
     The paper's, as its repository (zyxxmu/cam) and kvpress's CAMPress have it: all of the above, over any eviction. The
-    repository divides by the largest A instead of the mean; kvpress follows the paper's equation 14, and so do we. Ours:
-    H2O below it; all tokens that a prompt evicts are merged at once from their own values (in decode each step merges
-    one, as in the paper); one draw per layer and token, the same in all heads, from ``seed``.
+    repository divides by the largest A instead of the mean; kvpress says that it follows the paper's equation 14, and we
+    follow kvpress. Ours: H2O below it; all tokens that a prompt evicts are merged at once, from their own values (each
+    step of a decode merges one, as in the paper); one draw per layer and token, the same in all heads, from ``seed``.
     """
 
     names: ClassVar = {"cam": {"compression_ratio": DEFAULT_COMPRESSION_RATIO}}
@@ -89,8 +90,8 @@ class Cam(HeavyHitterSelection):
         return replace(after, values=np.stack(values).astype(np.float32))
 
     def _spread_over(
-        self, score: FloatArray, values: FloatArray, kept: IntArray, gone: IntArray, draws: FloatArray
-    ) -> FloatArray:
+        self, score: FloatArray, values: FloatArray, kept: IntArray, gone: IntArray, draws: DoubleArray
+    ) -> DoubleArray:
         """What one head's kept tokens are given, (kept, Dv)."""
         first = np.searchsorted(kept, gone)
         end = np.minimum(first + self.merge_budget, len(kept))

@@ -34,7 +34,7 @@ class D2O(HeavyHitterSelection):
     The total over layers is H2O's. Layers whose attention varies less over tokens keep more: shares are
     exp(-F_l / mean F) with F the variance of accumulated attention over the square of its mean. An evicted token whose
     nearest kept key has a cosine of at least τ is merged, else dropped; τ is the mean of these cosines, per head. With
-    u the cosine, keys and values both become (e x_s + Σ e^u x_e) / (e + Σ e^u). Nothing counts what an entry stands for.
+    u the cosine, keys and values both become (e x_s + Σ e^u x_e) / (e + Σ e^u). No entry counts what it stands for.
 
     The paper's (abstract; equations 9 to 12 as a third party's code states them, the paper's own text was not at hand):
     accumulated attention, shares that fall with its variance by a softmax, nearest key by cosine, the first threshold

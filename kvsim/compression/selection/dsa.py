@@ -28,8 +28,8 @@ class Dsa(TokenSelection):
     Each step scores an indexer key of every token (128 fp8 values and an fp32 scale: 132 B per token and layer, held
     beside the latent and read) and attends the best ``index_topk``. Layers are priced as those of a model whose config
     has an indexer, to the byte: `trained_group`. DeepSeek-V3 with it is DeepSeek-V3.2, but for the indexer's weights,
-    which stay out. With ``fp8`` a latent takes vLLM's 656 B. The model must be trained so: DeepSeek trained on for 946 B
-    tokens (arXiv 2512.02556), so nothing runs on tensors by itself.
+    which stay out. With ``fp8`` a latent takes vLLM's 656 B. The model must be trained so (arXiv 2512.02556), and
+    nothing runs on tensors by itself.
 
     `read_mask` is an oracle and not the method: the top k by exact attention, which a trained indexer imitates. What
     it loses is what any indexer loses at least; nobody can run it, as it reads every key.

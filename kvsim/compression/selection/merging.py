@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from kvsim.compression.base import LayerView, TokenCurve
+from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
 from kvsim.compression.selection.merge_selector import MergeByLayer
 from kvsim.compression.selection.scorers import ScorerBackedSelection
@@ -29,12 +29,12 @@ LOG_WEIGHT_BYTES = 4.0
 class Merging(ScorerBackedSelection):
     """Fold each token that a scorer evicts into the survivor of largest cosine of keys, per KV head, after prefill.
 
-    ``rule: norms`` is kvpress's MergingPress: with c the cosine, a survivor's value becomes (v_s + Σ w v_e) / (1 + Σ w),
-    w = max(c, 0) ‖v_e‖ / (‖v_e‖ + ‖v_s‖); its key stays. Bytes are those of eviction. It has no count of what it stands
-    for, so it gets its own attention and no more.
+    ``rule: norms`` is kvpress's MergingPress: with c the cosine, a survivor's value becomes (v_s + Σ w v_e) /
+    (1 + Σ w), w = max(c, 0) ‖v_e‖ / (‖v_e‖ + ‖v_s‖); its key stays. Bytes are those of eviction. Nothing counts what it
+    stands for, so it gets its own attention and no more.
     ``rule: counts`` is ours, after token merging (arXiv 2210.09461): w = 1, keys are averaged too (after RoPE, so
-    positions mix), and an fp32 log-weight ln(1 + Σ w) per entry is held and added to its logits. Then equal tokens merge
-    without any loss. Both in kernels/select/merge.
+    positions mix), and an fp32 log-weight ln(1 + Σ w) per entry is held and added to its logits. Then equal tokens
+    merge without any loss. Both in kernels/select/merge.
     """
 
     names: ClassVar = {"merging": {"compression_ratio": DEFAULT_COMPRESSION_RATIO}}
@@ -51,7 +51,7 @@ class Merging(ScorerBackedSelection):
     similarity_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Least cosine at which a token is merged; below it, it is dropped."""
     merge_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of a head's evicted tokens that are merged: those of largest cosine."""
+    """Share of a head's tokens above the threshold that are merged: those of largest cosine."""
 
     @property
     def merges(self) -> bool:
@@ -65,10 +65,10 @@ class Merging(ScorerBackedSelection):
         return self.scored.layer_band(layer)
 
     def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        return self.scored.resident_tokens(prompt_tokens, layer)
+        return growing(self.scored.kept_tokens(prompt_tokens, layer))
 
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        return self.scored.attended_tokens(prompt_tokens, layer)
+        return self.resident_tokens(prompt_tokens, layer)
 
     @property
     def _counts(self) -> bool:
@@ -125,10 +125,12 @@ class Merging(ScorerBackedSelection):
         """1 where a token is merged, else 0: above the threshold, and of largest cosine within its head."""
         is_near = cosines >= self.similarity_threshold
         if self.merge_fraction < 1.0:
-            near = np.where(is_near, cosines, -np.inf)
-            # Not interpolated: between -inf and a cosine there is nothing.
-            least = np.quantile(near, 1.0 - self.merge_fraction, axis=1, keepdims=True, method="higher")
-            is_near &= near >= least
+            order = np.argsort(np.where(is_near, -cosines, np.inf), axis=1, kind="stable")
+            # So many of those above the threshold, as kvpress does since PR 287.
+            wanted = np.round(self.merge_fraction * is_near.sum(axis=1, keepdims=True))
+            is_first = np.zeros_like(is_near)
+            np.put_along_axis(is_first, order, np.arange(order.shape[1]) < wanted, axis=1)
+            is_near &= is_first
         return is_near.astype(np.float32)
 
     def index_bits(self, layer_kv: LayerKv, layer: LayerView, native_bits: int) -> float:

@@ -29,8 +29,8 @@ class Nsa(FullAttentionSelection):
     blocks. The model must be trained so: nothing runs on tensors, and no score carries over.
 
     The paper's: all sizes, and each branch having K and V of its own. Not counted here: the window's own K and V (as
-    many tokens as it is long, per layer), gates, and an MLP wider than one matrix; projections and prefill stay those of
-    the model, with full attention, which is an upper bound of prefill's time.
+    many tokens as it is long, per layer), gates, and an MLP wider than one matrix. Projections and prefill stay those
+    of the model, with full attention, which is an upper bound of prefill's time.
     """
 
     names: ClassVar = {"nsa": {}}
