@@ -26,6 +26,7 @@ OPERATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "pyramidkv": ("score/snapkv", "select/compaction"),
     "h2o": ("score/h2o", "select/compaction"),
     "quest": ("score/quest", "decode_attention/page_sparse"),
+    "weighted_atoms": ("select/weighted_atoms", "select/compaction", "decode_attention/ragged_heads"),
     "rans": ("entropy/rans",),
     "kvtc": ("transform/kvtc",),
 }

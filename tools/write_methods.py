@@ -30,6 +30,7 @@ PAGES = {
     "entropy coding": ("entropy-coding.md",),
     "eviction": ("selections.md",),
     "sparse reading": ("selections.md",),
+    "weighted atoms": ("minimax.md",),
 }
 """Family -> where below docs/methods its methods are explained."""
 

@@ -50,6 +50,7 @@ from kvsim.compression.selection.pyramidkv import PyramidKV
 from kvsim.compression.selection.quest import Quest
 from kvsim.compression.selection.snapkv import SnapKV
 from kvsim.compression.selection.streaming_llm import StreamingLlm
+from kvsim.compression.selection.weighted_atoms import WeightedAtoms
 from kvsim.compression.spelling import spell_part
 from kvsim.compression.stacked import StackedEncoding
 from kvsim.specs.base import Spec
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
 
-_Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest
+_Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest | WeightedAtoms
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
 _AtRest = Lossless | CacheGen | Kvtc
