@@ -194,9 +194,7 @@ class KeepAtoms(Selector):
             return compressor.compress_blocks(tokens, count, chosen.block_tokens)
         return compressor.compress(tokens, count)
 
-    def _queries(
-        self, layer: LayerKv, head: int, keys: DoubleArray, attention_scale: float, count: int
-    ) -> DoubleArray:
+    def _queries(self, layer: LayerKv, head: int, keys: DoubleArray, attention_scale: float, count: int) -> DoubleArray:
         chosen = self.selection
         if chosen.queries == "prompt":
             return prompt_queries(layer, head, chosen.window_size)
