@@ -57,17 +57,21 @@ class Atoms:
 
     def take(self, chosen: IntArray | slice) -> Atoms:
         """Some of them, ``chosen`` ascending."""
-        return Atoms(*(part[chosen] for part in self._parts()))
-
-    def _parts(self) -> tuple[DoubleArray, DoubleArray, DoubleArray, DoubleArray, IntArray]:
-        return self.keys, self.values, self.log_weights, self.sizes, self.newest
+        return Atoms(
+            self.keys[chosen], self.values[chosen], self.log_weights[chosen], self.sizes[chosen], self.newest[chosen]
+        )
 
     @staticmethod
     def joined(several: Sequence[Atoms]) -> Atoms:
         """All of them in order of ``newest``."""
-        parts = [np.concatenate(same) for same in zip(*(one._parts() for one in several), strict=True)]
-        order = np.argsort(parts[-1], kind="stable")
-        return Atoms(*(part[order] for part in parts))
+        together = Atoms(
+            np.concatenate([one.keys for one in several]),
+            np.concatenate([one.values for one in several]),
+            np.concatenate([one.log_weights for one in several]),
+            np.concatenate([one.sizes for one in several]),
+            np.concatenate([one.newest for one in several]),
+        )
+        return together.take(np.argsort(together.newest, kind="stable"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +143,7 @@ class Compressor:
         return Atoms(keys, values, log_weights, sizes, newest)
 
     def _matching(self, atoms: Atoms, mass: DoubleArray, seen: Reading) -> DoubleArray:
-        """Log-weights at which the sample gives atoms their ``mass`` of attention; no atom outweighs the tokens merged."""
+        """Log-weights at which the sample gives atoms their ``mass``; none outweighs all the tokens merged."""
         apart = self.logits(atoms) - seen.log_normaliser[:, None]
         top = apart.max(axis=0)
         received = top + np.log(np.exp(apart - top).mean(axis=0))
@@ -171,23 +175,26 @@ class AtomStream:
     compressor: Compressor
     count: int
     buffer_tokens: int
-    held: Atoms | None = None
-    _waiting: list[Atoms] = field(default_factory=list)
+    seen_tokens: int = 0
+    _held: list[Atoms] = field(default_factory=list)
 
     def append(self, keys: DoubleArray, values: DoubleArray) -> None:
         """Take in the next tokens, (t, D) and (t, Dv)."""
-        for row in range(len(keys)):
-            first = 0 if self.num_entries == 0 else int(self.atoms.newest[-1]) + 1
-            self._waiting.append(Atoms.of_tokens(keys[row : row + 1], values[row : row + 1], first))
-            if self.num_entries >= self.count + self.buffer_tokens:
-                self.held, self._waiting = self.compressor.compress(self.atoms, self.count), []
+        start = 0
+        while start < len(keys):
+            stop = min(len(keys), start + self.count + self.buffer_tokens - self.num_entries)
+            self._held.append(Atoms.of_tokens(keys[start:stop], values[start:stop], self.seen_tokens))
+            self.seen_tokens += stop - start
+            start = stop
+            if self.num_entries == self.count + self.buffer_tokens:
+                self._held = [self.compressor.compress(self.atoms, self.count)]
 
     @property
     def num_entries(self) -> int:
         """Atoms and waiting tokens."""
-        return (len(self.held) if self.held is not None else 0) + len(self._waiting)
+        return sum(map(len, self._held))
 
     @property
     def atoms(self) -> Atoms:
         """Everything held, the buffer included."""
-        return Atoms.joined(([] if self.held is None else [self.held]) + self._waiting)
+        return Atoms.joined(self._held)

@@ -113,15 +113,19 @@ def _breaking(answer: Compressibility) -> str:
     rest = f"; {broken} of {len(first)} heads are above {BROKEN:g}" if broken else ""
     better = sum(1 for head in first if head.error_heavy < head.error_compressed)
     heavy = f"; plain heavy hitters do better in {better}" if better else ""
-    return f"At {answer.budget_atoms:,} entries per head the first to break: {named}{rest}{heavy}."
+    layer, error = answer.worst_layer
+    return (
+        f"At {answer.budget_atoms:,} entries per head the first to break, with their errors: {named}{rest}{heavy}. "
+        f"Worst layer: {layer} ({error:.3g})."
+    )
 
 
 def _blindness(answer: Compressibility) -> tuple[str, ...]:
     blind = [head.name for head in answer.heads if head.is_rate_blind]
     if not blind:
         return ()
-    few = ", ".join(blind[:NAMED_HEADS]) + (f" and {len(blind) - NAMED_HEADS} more" if len(blind) > NAMED_HEADS else "")
+    more = f" and {len(blind) - NAMED_HEADS} more" if len(blind) > NAMED_HEADS else ""
     return (
-        f"tr(Sigma)/K is blind to {few}: random tokens do more than {BLIND_RATIO:g} times the harm that it says, because "
-        "one token has nearly all the attention.",
+        f"tr(Sigma)/K is blind to {', '.join(blind[:NAMED_HEADS])}{more}: random tokens do more than {BLIND_RATIO:g} "
+        "times the harm that it says, because one token has nearly all the attention.",
     )

@@ -84,6 +84,15 @@ class Compressibility(Spec):
         """Heads by error of the compressor at the budget, the worst first."""
         return tuple(sorted(self.heads, key=lambda head: -head.error_compressed))
 
+    @property
+    def worst_layer(self) -> tuple[int, float]:
+        """Layer with the largest error of the compressor at the budget, and that: root mean square over heads."""
+        errors = {
+            layer: float(np.sqrt(np.mean([head.error_compressed**2 for head in self.heads if head.layer == layer])))
+            for layer in range(self.num_layers)
+        }
+        return max(errors.items(), key=lambda one: one[1])
+
 
 def compressibility(
     kv: KvTensors, target_error: float, budget_atoms: int, progress: Callable[[float], None] | None = None
@@ -130,8 +139,8 @@ def _tokens(kv: KvTensors) -> int:
 def head_view(layer: LayerKv, head: int, attention_scale: float) -> HeadView:
     """One KV head with the queries that come after the prompt."""
     queries = layer.queries.reshape(layer.num_kv_heads, -1, layer.queries.shape[2])[head]
-    return HeadView(*(part.astype(np.float64) for part in (layer.keys[head], layer.values[head], queries)),
-                    attention_scale)  # fmt: skip
+    keys, values, asked = (part.astype(np.float64) for part in (layer.keys[head], layer.values[head], queries))
+    return HeadView(keys, values, asked, attention_scale)
 
 
 def _views(layer: LayerKv, head: int, attention_scale: float, budget: int) -> tuple[HeadView, DoubleArray]:

@@ -66,7 +66,7 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of the eigenvalues' shares (Roy and Vetterli, EUSIPCO 2007); 0 where all vanish."""
+        """Exponential of the entropy of eigenvalues' shares (Roy and Vetterli, EUSIPCO 2007); 0 where all vanish."""
         total = self.eigenvalues.sum()
         if total <= 0.0:
             return 0.0
@@ -107,7 +107,7 @@ def spectrum(view: HeadView, max_order: int = MAX_ORDER) -> Spectrum:
 
 
 def _by_tokens(shares: DoubleArray, values: DoubleArray, outputs: DoubleArray) -> DoubleArray:
-    """n / m sum_q a_i a_j (v_i - o).(v_j - o), (n, n)."""
+    """Gram matrix n / m sum_q a_i a_j (v_i - o).(v_j - o), (n, n)."""
     crossed = (shares * (outputs @ values.T)).T @ shares
     sizes = (shares * (outputs**2).sum(axis=1)[:, None]).T @ shares
     products = (shares.T @ shares) * (values @ values.T) - crossed - crossed.T + sizes

@@ -19,8 +19,8 @@ def thinned(view: HeadView, count: int, queries: DoubleArray, rng: np.random.Gen
 
     Kernel halving only: pairs of a random order, one of each kept by a self-balancing walk. KT-SWAP, the search for
     the best of several candidate sets, is left out. Kernel: exp(s k.k') (<v, v'> / max ||v||^2 + 1) of centred keys, as
-    for attention (Thinformer, arXiv 2502.12063), divided by its roots on the diagonal so that no long key rules the walk;
-    the division is ours.
+    thinning for attention takes it (recalled; Thinformer, arXiv 2606.10944, was not opened), divided by its roots on
+    the diagonal so that no long key rules the walk; the division is ours.
 
     Raises
     ------
@@ -28,7 +28,7 @@ def thinned(view: HeadView, count: int, queries: DoubleArray, rng: np.random.Gen
         ``count`` is not the number of tokens divided by a power of two.
     """
     tokens = len(view.keys)
-    halvings = int(round(np.log2(tokens / count)))
+    halvings = round(np.log2(tokens / count))
     if count << halvings != tokens:
         msg = f"kernel halving leaves {tokens} / 2^m tokens, not {count}"
         raise ValueError(msg)
