@@ -155,6 +155,7 @@ def measure_case(case: str, heads: Iterable[tuple[HeadView, np.ndarray]], counts
     known = [(view, sample, spectrum(view), squared_output(view)) for view, sample in heads]
     cells = []
     for count in counts:
+        print(f"{case}: K = {count}", file=sys.stderr)
         errors = {
             name: _mean([run(view, sample, count) for view, sample, *_ in known]) for name, run in MEASURES.items()
         }
@@ -188,9 +189,9 @@ def ensemble_case(case: str, counts: tuple[int, ...] = COUNTS, tokens: int | Non
 
 def small_model_cases(folder: Path) -> Iterator[Cell]:
     """Caches of trained models: some sequences of each task, with the queries of their questions and answers."""
-    from kvsim.quality.small_model.caches import calibration_caches
-    from kvsim.quality.small_model.tasks import TASKS, generate
-    from kvsim.quality.small_model.weights import load_or_train
+    from kvsim.quality.small_model.caches import calibration_caches  # noqa: PLC0415 (torch)
+    from kvsim.quality.small_model.tasks import TASKS, generate  # noqa: PLC0415 (torch)
+    from kvsim.quality.small_model.weights import load_or_train  # noqa: PLC0415 (torch)
 
     for task in TASKS:
         heads: list[tuple[HeadView, np.ndarray]] = []

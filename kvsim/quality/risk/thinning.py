@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from kvsim.numerics.arrays import DoubleArray, IntArray
+from kvsim.numerics.arrays import DoubleArray, FloatArray, IntArray
 from kvsim.quality.risk.comparators import Entries, similarity_scale
 from kvsim.quality.risk.influence import HeadView
 
@@ -19,8 +19,7 @@ def thinned(view: HeadView, count: int, queries: DoubleArray, rng: np.random.Gen
 
     Kernel halving only: pairs of a random order, one of each kept by a self-balancing walk. KT-SWAP, the search for
     the best of several candidate sets, is left out. Kernel: exp(s k.k') (<v, v'> / max ||v||^2 + 1) of centred keys, as
-    thinning for attention takes it (recalled; Thinformer, arXiv 2606.10944, was not opened), divided by its roots on
-    the diagonal so that no long key rules the walk; the division is ours.
+    thinning for attention takes it (recalled; Thinformer, arXiv 2606.10944, was not opened).
 
     Raises
     ------
@@ -39,20 +38,18 @@ def thinned(view: HeadView, count: int, queries: DoubleArray, rng: np.random.Gen
     return Entries.weighted(view.keys[kept], view.values[kept], np.full(count, tokens / count))
 
 
-def _kernel(view: HeadView, queries: DoubleArray) -> np.ndarray:
+def _kernel(view: HeadView, queries: DoubleArray) -> FloatArray:
+    """Up to a factor, (n, n)."""
     centred = view.keys - view.keys.mean(axis=0)
     centred = (np.sqrt(similarity_scale(view, queries)) * centred).astype(np.float32)
     values = (view.values / np.sqrt((view.values**2).sum(axis=1).max())).astype(np.float32)
-    sizes = 0.5 * (centred**2).sum(axis=1)
-    kernel = np.exp(np.minimum(centred @ centred.T - sizes[:, None] - sizes, 0.0))
+    kernel: FloatArray = centred @ centred.T
+    kernel = np.exp(kernel - kernel.max())
     kernel *= values @ values.T + np.float32(1.0)
-    diagonal = np.sqrt(np.diagonal(kernel).copy())
-    kernel /= diagonal
-    kernel /= diagonal[:, None]
-    return np.asarray(kernel)
+    return kernel
 
 
-def halve(kernel: np.ndarray, points: IntArray, rng: np.random.Generator) -> IntArray:
+def halve(kernel: FloatArray | DoubleArray, points: IntArray, rng: np.random.Generator) -> IntArray:
     """Keep one point of each pair (Algorithm 1b of the paper), half of an even number in all."""
     signs = np.zeros(len(kernel))
     chances = rng.random(len(points) // 2)
