@@ -34,14 +34,21 @@ def stored_bytes(
             layer = LayerView(index, model.num_layers, group)
             encoding = compression.encoding_for_layer(index, model, engine_skip_layers)
             if acts_on(group):
-                tokens = compression.selection.resident_tokens(prompt_tokens, layer)(generated_tokens)
+                held = _held_tokens(compression.selection, layer, prompt_tokens, generated_tokens)
                 total_bytes += _scan_bytes(compression.selection, layer, model, prompt_tokens, generated_tokens)
             else:
                 context_tokens = prompt_tokens + generated_tokens
-                tokens = min(context_tokens, group.window_tokens or context_tokens)
-            total_bytes += encoded_bytes(encoding, group, model.dtype, tokens)
-            total_bytes += encoding.fixed_bytes_per_sequence(group, model.dtype) if tokens else 0.0
+                held = [(1.0, min(context_tokens, group.window_tokens or context_tokens))]
+            total_bytes += sum(share * encoded_bytes(encoding, group, model.dtype, tokens) for share, tokens in held)
+            total_bytes += encoding.fixed_bytes_per_sequence(group, model.dtype) if any(n for _, n in held) else 0.0
     return total_bytes
+
+
+def _held_tokens(
+    selection: TokenSelection, layer: LayerView, prompt_tokens: int, generated_tokens: int
+) -> list[tuple[float, int]]:
+    """(share of KV heads, tokens that each of them holds)."""
+    return [(heads.share, heads.resident(generated_tokens)) for heads in selection.head_curves(prompt_tokens, layer)]
 
 
 def encoded_bytes(encoding: KvEncoding, group: LayerGroup, native: Dtype, tokens: int) -> float:

@@ -43,13 +43,24 @@ from kvsim.compression.reduction.shared_layers import CrossLayerAttention, KvSha
 from kvsim.compression.reduction.think import ThinK
 from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
+from kvsim.compression.selection.adakv import AdaKV
 from kvsim.compression.selection.base import TokenSelection
+from kvsim.compression.selection.chunkkv import ChunkKV
+from kvsim.compression.selection.cur import Cur
+from kvsim.compression.selection.duo_attention import DuoAttention
+from kvsim.compression.selection.expected_attention import ExpectedAttention
 from kvsim.compression.selection.h2o import H2O
 from kvsim.compression.selection.keep_all import KeepAll
+from kvsim.compression.selection.keydiff import KeyDiff
+from kvsim.compression.selection.knorm import Knorm
+from kvsim.compression.selection.lagkv import LagKv
 from kvsim.compression.selection.pyramidkv import PyramidKV
+from kvsim.compression.selection.qfilter import QFilter
 from kvsim.compression.selection.quest import Quest
+from kvsim.compression.selection.random import RandomEviction
 from kvsim.compression.selection.snapkv import SnapKV
 from kvsim.compression.selection.streaming_llm import StreamingLlm
+from kvsim.compression.selection.tova import Tova
 from kvsim.compression.selection.weighted_atoms import WeightedAtoms
 from kvsim.compression.spelling import spell_part
 from kvsim.compression.stacked import StackedEncoding
@@ -60,7 +71,10 @@ if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
 
-_Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest | WeightedAtoms
+_Eviction = StreamingLlm | SnapKV | H2O | PyramidKV | Tova | Knorm | KeyDiff | ExpectedAttention | QFilter
+_MoreEviction = ChunkKV | LagKv | Cur | RandomEviction
+_HeadBudgets = AdaKV | DuoAttention
+_Selections = KeepAll | _Eviction | _MoreEviction | _HeadBudgets | Quest | WeightedAtoms
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
 _AtRest = Lossless | CacheGen | Kvtc

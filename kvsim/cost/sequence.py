@@ -12,8 +12,10 @@ from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.cost.estimator import attention_seconds_per_token, smooth_maximum, streaming_seconds
 from kvsim.cost.layer_bytes import (
     draft_bytes_per_token,
+    head_length_bytes,
     index_key_bytes,
     layer_bytes_per_token,
+    page_table_bytes,
     residual_bytes,
     scan_bytes,
 )
@@ -92,11 +94,13 @@ class SequenceModel:
         compress_s = 0.0
         for layer_class, prices in zip(self._deployment.layer_classes, self._prices, strict=True):
             for view, layers in layer_class.bands:
-                attended = layer_class.attended_tokens(prompt_tokens, view)
-                self._add_attended(priced, attended, layer_class, prices, layers)
-                resident = layer_class.resident_tokens(prompt_tokens, view)
-                growths[resident] += layers * layer_bytes_per_token(layer_class, view, self._deployment.model)
+                token_bytes = layer_bytes_per_token(layer_class, view, self._deployment.model)
+                token_bytes += page_table_bytes(layer_class, self._deployment.engine.block_size)
+                for heads in layer_class.head_curves(prompt_tokens, view):
+                    self._add_attended(priced, heads.attended, layer_class, prices, heads.share * layers)
+                    growths[heads.resident] += heads.share * layers * token_bytes
                 fixed_bytes += layers * residual_bytes(layer_class, self._deployment.model)
+                fixed_bytes += layers * head_length_bytes(layer_class)
                 self._add_scanned(priced, prompt_tokens, layer_class, view, layers)
                 compress_s += layers * self._compress_seconds(prompt_tokens, layer_class, view)
         growths[growing(prompt_tokens)] += draft_bytes_per_token(self._deployment)
@@ -119,7 +123,7 @@ class SequenceModel:
         attended: TokenCurve,
         layer_class: LayerClass,
         prices: tuple[_TokenPrice, _TokenPrice],
-        layers: int,
+        layers: float,
     ) -> None:
         encoded, native = prices
         _add(priced, attended, layers * encoded.whole, layers * encoded.unpack)
@@ -186,10 +190,14 @@ class SequenceModel:
                 # What a fitted kernel takes beyond moving its bytes is unpacking.
                 moved_s, whole_s = whole_s - unpack_s, kernels.decode.per_token_s(edge)
                 unpack_s = max(0.0, whole_s - moved_s)
-        score_s = 0.0
+        tables = page_table_bytes(layer_class, self._deployment.engine.block_size)
+        score_s = tables / self._rates.stream_bytes_per_s
         if layer_class.selection is not None:
             flops = layer_class.selection.decode_score_flops_per_token(layer_class.group, self._deployment.model)
-            score_s = flops / self._deployment.tensor_parallel_size / self._rates.vector_flops_per_s
+            score_s += flops / self._deployment.tensor_parallel_size / self._rates.vector_flops_per_s
+            work = layer_class.selection.decode_score_work(layer_class.group, self._deployment.model)
+            if work is not None:
+                score_s += streaming_seconds(work, self._rates) / self._deployment.tensor_parallel_size
         share = self._context_share
         return _TokenPrice(_femto((whole_s + score_s) * share), _femto((unpack_s + score_s) * share))
 
@@ -246,7 +254,7 @@ def _femto(seconds: float) -> int:
     return round(seconds * 1e15)
 
 
-def _add(priced: defaultdict[TokenCurve, list[int]], curve: TokenCurve, whole: int, unpack: int) -> None:
+def _add(priced: defaultdict[TokenCurve, list[int]], curve: TokenCurve, whole: float, unpack: float) -> None:
     entry = priced[curve]
-    entry[0] += whole
-    entry[1] += unpack
+    entry[0] += round(whole)
+    entry[1] += round(unpack)

@@ -18,7 +18,7 @@ from kvsim.quality.published import published_quality
 from kvsim.quality.store import FittedStrategy, StoredCache, is_exempt, needs_calibration
 from kvsim.quality.theory import distortion, predict_layer
 from kvsim.report import Quality
-from kvsim.tensors import KvTensors, attend
+from kvsim.tensors import KvTensors, SignalName, attend
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,11 @@ def run_strategies(
             )
         )
     return tuple(rows)
+
+
+def needed_signals(names: Iterable[str]) -> frozenset[SignalName]:
+    """What the strategies want to know of a prompt beside K, V and Q."""
+    return frozenset[SignalName]().union(*(parse_compression(name).selection.needs_signals for name in names))
 
 
 def _num_exempt(compression: Compression, kv: KvTensors) -> int:

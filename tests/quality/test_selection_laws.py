@@ -126,11 +126,14 @@ def test_a_step_adds_one_token_at_most_and_drops_some_only_where_a_curve_breaks(
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_longer_prompt_leaves_no_fewer_tokens(name: str) -> None:
-    selection = _selection(name)
-    by_prompt = [
-        sum(selection.resident_tokens(prompt, layer)(0) for layer in _layers()) for prompt in range(0, 700, 13)
-    ]
-    assert by_prompt == sorted(by_prompt)
+    """None, where tokens stay or go one by one; where they do so in units, less than a unit per layer."""
+    selection, layers = _selection(name), _layers()
+    slack = len(layers) * (selection.unit_tokens - 1)
+    most = 0
+    for prompt in range(0, 700, 13):
+        kept = sum(selection.resident_tokens(prompt, layer)(0) for layer in layers)
+        assert kept >= most - slack
+        most = max(most, kept)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -235,7 +238,7 @@ def test_lost_mass_says_how_far_the_output_moves(name: str) -> None:
         mean_kept = of_kept @ values / of_kept.sum(axis=-1, keepdims=True)
         mean_evicted = np.divide(of_evicted @ values, mass, out=mean_kept.copy(), where=mass > 0)
         moved = weights @ values - _weights(after, kv.attention_scale) @ after.values.astype(np.float64)
-        assert moved == pytest.approx(mass * (mean_evicted - mean_kept), abs=1e-12)
+        np.testing.assert_allclose(moved, mass * (mean_evicted - mean_kept), rtol=0, atol=1e-12)
 
 
 def _weights(layer: LayerKv, scale: float) -> np.ndarray:
@@ -264,10 +267,10 @@ def test_heads_have_no_order(name: str) -> None:
     for one, other in zip(plain.layers, moved.layers, strict=True):
         assert np.array_equal(one.is_seen[order], other.is_seen)
         assert np.array_equal(one.positions[order][other.is_seen], other.positions[other.is_seen])
-        assert other.keys == pytest.approx(one.keys[order], abs=1e-4)
-        assert other.values == pytest.approx(one.values[order], abs=1e-4)
+        np.testing.assert_allclose(other.keys, one.keys[order], atol=1e-4)
+        np.testing.assert_allclose(other.values, one.values[order], atol=1e-4)
         if one.log_weights is not None and other.log_weights is not None:
-            assert other.log_weights == pytest.approx(one.log_weights[order], abs=1e-4)
+            np.testing.assert_allclose(other.log_weights, one.log_weights[order], atol=1e-4)
 
 
 def _reordered(kv: KvTensors, order: np.ndarray) -> KvTensors:
@@ -284,8 +287,9 @@ def _reordered(kv: KvTensors, order: np.ndarray) -> KvTensors:
         )
         for layer in kv.layers
     )
-    repeated = tuple(one[of_queries] for one in kv.signals.repeat_queries or ())
-    return replace(kv, layers=layers, signals=replace(kv.signals, repeat_queries=repeated))
+    asked = tuple(one[of_queries] for one in kv.signals.repeat_queries or ())
+    held = tuple(one[order] for one in kv.signals.repeat_keys or ())
+    return replace(kv, layers=layers, signals=replace(kv.signals, repeat_queries=asked, repeat_keys=held))
 
 
 @pytest.mark.parametrize("name", RUNNABLE)

@@ -6,14 +6,14 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from kvsim.compression.base import LayerView, StrategyPart, TokenCurve
+from kvsim.compression.base import HeadCurves, LayerView, StrategyPart, TokenCurve
 from kvsim.compression.selector import KeepByLayer, Selector
 from kvsim.specs.model import LayerGroup, LayerKind
 
 if TYPE_CHECKING:
-    from kvsim.ops import OpCall
+    from kvsim.ops import OpCall, Work
     from kvsim.specs.model import ModelSpec
-    from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv
+    from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv, SignalName
 
 
 class TokenSelection(StrategyPart):
@@ -27,11 +27,19 @@ class TokenSelection(StrategyPart):
 
     @abstractmethod
     def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        """Tokens held in memory in this layer after prefill, over generated tokens."""
+        """Tokens held in memory in this layer after prefill, over generated tokens: on average over its heads.
+
+        Where the heads are of several kinds (`head_curves`), those of the kind that holds most.
+        """
 
     @abstractmethod
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         """Tokens whose K and V one decode step reads in this layer."""
+
+    def head_curves(self, prompt_tokens: int, layer: LayerView) -> tuple[HeadCurves, ...]:
+        """Kinds of KV heads with what each holds and reads; shares add up to 1. One kind unless the method has more."""
+        resident = self.resident_tokens(prompt_tokens, layer)
+        return (HeadCurves(1.0, resident, self.attended_tokens(prompt_tokens, layer)),)
 
     def layer_band(self, layer: LayerView) -> int:
         """Band of a layer: layers of one group and band have equal curves and equal work."""
@@ -65,6 +73,13 @@ class TokenSelection(StrategyPart):
         """FLOPs per attended token, sequence and layer in each decode step (H2O's score update), 0 if none."""
         return 0.0
 
+    def decode_score_work(self, group: LayerGroup, model: ModelSpec) -> Work | None:
+        """Work per attended token, sequence and layer in each decode step to score it anew (TOVA), or None.
+
+        Beside `decode_score_flops_per_token`, where a step does more than add up what attention hands out.
+        """
+        return None
+
     @property
     def evicts(self) -> bool:
         """Whether tokens leave memory for good, so that a cached prefix cannot be reused by another request."""
@@ -86,9 +101,19 @@ class TokenSelection(StrategyPart):
         return False
 
     @property
+    def needs_signals(self) -> frozenset[SignalName]:
+        """What its algorithm wants to know of a prompt beside K, V and Q; taken down only where some method asks."""
+        return frozenset()
+
+    @property
     def keeps_newest(self) -> bool:
         """Whether the prompt's last token always stays; not where a score alone decides."""
         return True
+
+    @property
+    def unit_tokens(self) -> int:
+        """Tokens that stay or go together (ChunkKV), so that a longer prompt may leave fewer, by less than a unit."""
+        return 1
 
     @property
     def merges(self) -> bool:

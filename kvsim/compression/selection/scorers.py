@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Final, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from kvsim.compression.selection.cur import Cur
+from kvsim.compression.selection.expected_attention import ExpectedAttention
 from kvsim.compression.selection.full_attention import BudgetedSelection
+from kvsim.compression.selection.keydiff import KeyDiff
+from kvsim.compression.selection.knorm import Knorm
+from kvsim.compression.selection.lagkv import LagKv
 from kvsim.compression.selection.pyramidkv import PyramidKV
+from kvsim.compression.selection.random import RandomEviction
 from kvsim.compression.selection.scored import ScoredSelection
 from kvsim.compression.selection.snapkv import SnapKV
+from kvsim.compression.selection.tova import Tova
 from kvsim.compression.spelling import normalised
 from kvsim.documents import validate
 from kvsim.errors import UnknownName
@@ -24,8 +31,15 @@ if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
 
 SCORERS: Final[Mapping[str, type[ScoredSelection]]] = {
+    "cur": Cur,
+    "expected_attention": ExpectedAttention,
+    "keydiff": KeyDiff,
+    "knorm": Knorm,
+    "lagkv": LagKv,
     "pyramidkv": PyramidKV,
+    "random": RandomEviction,
     "snapkv": SnapKV,
+    "tova": Tova,
 }
 """Published name -> the selection that scores so. A new ScoredSelection joins with one line."""
 
