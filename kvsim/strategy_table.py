@@ -28,7 +28,10 @@ OPERATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "h2o": ("score/h2o", "select/compaction"),
     "quest": ("score/quest", "decode_attention/page_sparse"),
     "weighted_atoms": (
-        "select/weighted_atoms", "select/top_k", "select/compaction", "decode_attention/ragged_heads/native_log_weight",
+        "select/weighted_atoms",
+        "select/top_k",
+        "select/compaction",
+        "decode_attention/ragged_heads/native_log_weight",
     ),
     "adakv": ("select/top_k", "select/compaction", "decode_attention/ragged_heads/native/"),
     "duo_attention": ("select/compaction", "decode_attention/ragged_heads/native/"),

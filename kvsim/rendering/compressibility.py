@@ -103,7 +103,7 @@ def verdict(answer: Compressibility) -> tuple[str, ...]:
         f"This cache {kind}: for an output error of {answer.target_error:.3g} weighted atoms need {share:.0%} of its "
         f"entries, heavy hitters {answer.share('atoms_heavy'):.0%}, random tokens {answer.share('atoms_random'):.0%}."
     )
-    return (needs, _breaking(answer), *_blindness(answer))
+    return (needs, _breaking(answer), *_surprise(answer), *_blindness(answer))
 
 
 def _breaking(answer: Compressibility) -> str:
@@ -120,12 +120,29 @@ def _breaking(answer: Compressibility) -> str:
     )
 
 
+def _surprise(answer: Compressibility) -> tuple[str, ...]:
+    heads = [head for head in answer.breaking if head.is_surprised]
+    if not heads:
+        return ()
+    after, known = heads[0].error_compressed, heads[0].error_known
+    asked = "the prompt's last queries" if answer.query_aware else "drawn queries"
+    return (
+        f"In {_names([head.name for head in heads])} later queries look at tokens that {asked} did not: atoms made for "
+        f"those err by {known:.3g} for them and by {after:.3g} for later ones ({heads[0].name}). More atoms hardly "
+        "help; a visible question or a method that keeps such tokens does.",
+    )
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED_HEADS} more" if len(names) > NAMED_HEADS else ""
+    return ", ".join(names[:NAMED_HEADS]) + more
+
+
 def _blindness(answer: Compressibility) -> tuple[str, ...]:
     blind = [head.name for head in answer.heads if head.is_rate_blind]
     if not blind:
         return ()
-    more = f" and {len(blind) - NAMED_HEADS} more" if len(blind) > NAMED_HEADS else ""
     return (
-        f"tr(Sigma)/K is blind to {', '.join(blind[:NAMED_HEADS])}{more}: random tokens do more than {BLIND_RATIO:g} "
+        f"tr(Sigma)/K is blind to {_names(blind)}: random tokens do more than {BLIND_RATIO:g} "
         "times the harm that it says, because one token has nearly all the attention.",
     )

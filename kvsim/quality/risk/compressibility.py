@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -19,6 +20,8 @@ from kvsim.quality.risk.search import RESOLUTION, fewest
 from kvsim.specs.base import Spec
 from kvsim.tensors import KvTensors, LayerKv
 
+SURPRISE_RATIO: Final = 3.0
+"""Later queries are called surprising where atoms err this many times as much for them as for known ones; ours."""
 BLIND_RATIO: Final = 2.0
 """tr(Sigma) / K is called blind where the finite form predicts an error this many times as large."""
 
@@ -48,6 +51,8 @@ class HeadCompressibility(Spec):
     """At the budget: random eviction by (1 - p) tr(Sigma) / K, which is blind to retrieval."""
     error_compressed: float
     """At the budget: weighted atoms, measured."""
+    error_known: float
+    """The same with the queries that the atoms were made for."""
     error_heavy: float
     """At the budget: heavy hitters, measured."""
 
@@ -60,6 +65,11 @@ class HeadCompressibility(Spec):
     def is_rate_blind(self) -> bool:
         """Whether tr(Sigma) / K misses what random eviction really does."""
         return self.error_random > BLIND_RATIO * self.error_plain_rate
+
+    @property
+    def is_surprised(self) -> bool:
+        """Whether later queries look at what the known ones did not."""
+        return self.error_compressed > SURPRISE_RATIO * self.error_known
 
 
 class Compressibility(Spec):
@@ -171,12 +181,13 @@ def _measure(
         return relative(float(plain.mean())), relative(float(finite.mean()))
 
     def compressed(count: int) -> float:
-        return relative(squared_error(view, Entries.of_atoms(compressor.compress(entries, count))))
+        return _relative_error(view, compressor.compress(entries, count))
 
     def heavy(count: int) -> float:
         kept = order[:count]
         return relative(squared_error(view, Entries.weighted(view.keys[kept], view.values[kept], np.ones(count))))
 
+    known = replace(view, queries=sample)
     found = spectrum(view)
     plain_error, finite_error = random(budget)
     return HeadCompressibility(
@@ -192,5 +203,11 @@ def _measure(
         error_random=finite_error,
         error_plain_rate=plain_error,
         error_compressed=compressed(budget),
+        error_known=_relative_error(known, compressor.compress(entries, budget)),
         error_heavy=heavy(budget),
     )
+
+
+def _relative_error(view: HeadView, atoms: Atoms) -> float:
+    size = squared_output(view)
+    return float(np.sqrt(squared_error(view, Entries.of_atoms(atoms)) / size)) if size > 0.0 else 0.0
