@@ -17,6 +17,8 @@ from kvsim.numerics.arrays import DoubleArray
 NUM_FEATURES: Final = 64
 """Numbers that a sketch of a profile has: the F that kernels/select/weighted_atoms is counted at."""
 _SEED: Final = 260701520
+_LEAST_REST: Final = 1e-6
+"""Attention on all other entries, below which what they would give is not told from rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +43,23 @@ def read(logits: DoubleArray, values: DoubleArray) -> Reading:
 
 def squared_influence(shares: DoubleArray, values: DoubleArray, outputs: DoubleArray) -> DoubleArray:
     """Mean over queries of a_i^2 ||v_i - o||^2, (n,): the squared norm of each profile."""
+    return np.asarray((shares**2 * _squared_distance(values, outputs)).mean(axis=0))
+
+
+def squared_removal(shares: DoubleArray, values: DoubleArray, outputs: DoubleArray) -> DoubleArray:
+    """Mean over queries of a_i^2 ||v_i - o_-i||^2, (n,), o_-i the output without the entry: what its loss does.
+
+    v_i - o = (1 - a_i) (v_i - o_-i), so the influence of an entry with all the attention vanishes, and this does not.
+    """
+    effect = shares / np.maximum(1.0 - shares, _LEAST_REST)
+    return np.asarray((effect**2 * _squared_distance(values, outputs)).mean(axis=0))
+
+
+def _squared_distance(values: DoubleArray, outputs: DoubleArray) -> DoubleArray:
+    """||v_i - o||^2, (m, n)."""
     products = outputs @ values.T
     apart = (values**2).sum(axis=1) - 2.0 * products + (outputs**2).sum(axis=1)[:, None]
-    return np.asarray((shares**2 * np.maximum(apart, 0.0)).mean(axis=0))
+    return np.asarray(np.maximum(apart, 0.0))
 
 
 def sketch(

@@ -16,7 +16,7 @@ import numpy as np
 
 from kvsim.numerics.arrays import DoubleArray, IntArray
 from kvsim.numerics.balanced_clusters import add_up, balanced_clusters
-from kvsim.numerics.response_profiles import Reading, read, sketch, squared_influence
+from kvsim.numerics.response_profiles import Reading, read, sketch, squared_removal
 
 Weighting: TypeAlias = Literal["attention", "count"]
 _LEAST_SHARE: Final = 1e-12
@@ -78,8 +78,8 @@ class Atoms:
 class Compressor:
     """Makes K atoms of more entries, for queries like those of a sample.
 
-    The newest entry and the entries of the largest profiles stay as they are, K x ``heavy_fraction`` in all; the others
-    go into balanced clusters of their profiles, and each cluster becomes one atom. With half and half, K atoms do at
+    The newest entry and the entries whose removal would do most stay as they are, K x ``heavy_fraction`` in all; the
+    others go into balanced clusters of their profiles, and each cluster becomes one atom. With half and half, K atoms do at
     least what K / 2 heavy hitters do alone and what K / 2 clusters do alone.
 
     Attributes
@@ -117,7 +117,7 @@ class Compressor:
         logits = self.logits(atoms)
         seen = reading or read(logits, atoms.values)
         shares = seen.shares(logits)
-        order = np.argsort(-squared_influence(shares, atoms.values, seen.outputs), kind="stable")
+        order = np.argsort(-squared_removal(shares, atoms.values, seen.outputs), kind="stable")
         newest = len(atoms) - 1
         order = np.concatenate(([newest], order[order != newest]))
         heavy = self.num_heavy(count)

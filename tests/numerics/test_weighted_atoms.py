@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvsim.numerics.balanced_clusters import add_up, balanced_clusters
 from kvsim.numerics.query_samples import isotropic_queries, key_queries, resolved_spread
-from kvsim.numerics.response_profiles import read, sketch, squared_influence
+from kvsim.numerics.response_profiles import read, sketch, squared_influence, squared_removal
 from kvsim.numerics.weighted_atoms import Atoms, AtomStream, Compressor
 
 SCALE = 0.25
@@ -93,6 +93,18 @@ def test_profiles_add_up_to_zero_and_their_norms_are_as_said() -> None:
     profiles, shares, outputs = _profiles(compressor, atoms)
     assert profiles.sum(axis=0) == pytest.approx(0.0, abs=1e-12)
     assert squared_influence(shares, atoms.values, outputs) == pytest.approx((profiles**2).sum(axis=2).mean(axis=1))
+
+
+def test_removal_is_what_leaving_an_entry_out_does() -> None:
+    compressor, atoms = _compressor(), _tokens(40)
+    atoms.keys[7] = 3 * compressor.queries[0]
+    _, shares, outputs = _profiles(compressor, atoms)
+    assert shares[0, 7] > 0.99
+    expected = [
+        ((_outputs(compressor, atoms.take(np.delete(np.arange(40), gone))) - outputs) ** 2).sum(axis=1).mean()
+        for gone in range(40)
+    ]
+    assert squared_removal(shares, atoms.values, outputs) == pytest.approx(expected, rel=1e-4)
 
 
 def test_products_of_sketches_are_those_of_profiles_in_the_mean() -> None:
