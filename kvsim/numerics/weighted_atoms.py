@@ -79,8 +79,8 @@ class Compressor:
     """Makes K atoms of more entries, for queries like those of a sample.
 
     The newest entry and the entries whose removal would do most stay as they are, K x ``heavy_fraction`` in all; the
-    others go into balanced clusters of their profiles, and each cluster becomes one atom. With half and half, K atoms do at
-    least what K / 2 heavy hitters do alone and what K / 2 clusters do alone.
+    others go into balanced clusters of their profiles, and each cluster becomes one atom. Half and half needs about twice
+    the atoms of the better of heavy entries alone and clusters alone.
 
     Attributes
     ----------
@@ -92,12 +92,16 @@ class Compressor:
         ``attention``: the mean by the attention that the sample gives them, at the weight at which the sample gives the
         atom what it gave the members, but never more than all merged tokens.
     heavy_fraction : float
+    kernel_size : int
+        Neighbouring entries over which the effect of a removal is averaged: what stands beside a token that the sample
+        looks at will be looked at next (SnapKV's pooling). 1 leaves every entry to itself.
     """
 
     queries: DoubleArray
     attention_scale: float
     weighting: Weighting = "attention"
     heavy_fraction: float = 0.5
+    kernel_size: int = 1
 
     def logits(self, atoms: Atoms) -> DoubleArray:
         """Of all queries and entries, (m, n), log-weights included."""
@@ -117,7 +121,8 @@ class Compressor:
         logits = self.logits(atoms)
         seen = reading or read(logits, atoms.values)
         shares = seen.shares(logits)
-        order = np.argsort(-squared_removal(shares, atoms.values, seen.outputs), kind="stable")
+        loss = _pooled(squared_removal(shares, atoms.values, seen.outputs), self.kernel_size)
+        order = np.argsort(-loss, kind="stable")
         newest = len(atoms) - 1
         order = np.concatenate(([newest], order[order != newest]))
         heavy = self.num_heavy(count)
@@ -163,6 +168,12 @@ class Compressor:
             pairs = [level[index : index + 2] for index in range(0, len(level), 2)]
             level = [self.compress(Atoms.joined(pair), count, reading) for pair in pairs]
         return level[0]
+
+
+def _pooled(scores: DoubleArray, kernel_size: int) -> DoubleArray:
+    """Mean over ``kernel_size`` neighbours, with zeros beyond the ends."""
+    before = kernel_size // 2
+    return np.asarray(np.convolve(scores, np.full(kernel_size, 1.0 / kernel_size))[before : before + len(scores)])
 
 
 @dataclass(eq=False)

@@ -252,3 +252,11 @@ def test_the_spread_leaves_as_many_effective_tokens_as_atoms() -> None:
     logits = resolved_spread(4096, 512) * np.random.default_rng(9).standard_normal((400, 4096))
     shares = read(logits, np.zeros((4096, 1))).shares(logits)
     assert 1 / (shares**2).sum(axis=1).mean() == pytest.approx(512, rel=0.1)
+
+
+def test_pooling_keeps_what_stands_beside_a_heavy_token() -> None:
+    compressor, tokens = _compressor(kernel_size=5), _tokens(300)
+    tokens.keys[77] = 8 * compressor.queries.mean(axis=0)
+    kept = compressor.compress(tokens, 14)
+    assert set(range(75, 80)) <= set(kept.newest[kept.log_weights == 0.0].tolist())
+    assert len(_compressor(kernel_size=5).compress(_tokens(3), 2)) == 2

@@ -28,13 +28,12 @@ def compress_works(shape: AtomShape, entries: int, count: int, block_tokens: int
 
     In blocks, each level of the tree compresses twice ``count`` entries per pair.
     """
-    works = _once(shape, entries, count, _depth(count, shape))
+    depth = _depth(count, shape)
     if block_tokens is None or block_tokens >= entries:
-        return works
-    leaves = math.ceil(entries / block_tokens)
-    joined = (leaves - 1) * 2 * min(count, block_tokens)
-    again = _once(shape, joined, (leaves - 1) * count, _depth(count, shape))
-    return works | {f"join_{name}": work for name, work in again.items()}
+        return _once(shape, entries, count, depth)
+    leaves, left = math.ceil(entries / block_tokens), min(count, block_tokens)
+    joins = _once(shape, (leaves - 1) * 2 * left, (leaves - 1) * left, depth)
+    return _once(shape, entries, leaves * left, depth) | {f"join_{name}": work for name, work in joins.items()}
 
 
 def _depth(count: int, shape: AtomShape) -> float:

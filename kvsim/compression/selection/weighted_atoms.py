@@ -56,6 +56,9 @@ class WeightedAtoms(BudgetedSelection):
     """Queries per query head (drawn ones: per KV head) that profiles are taken over."""
     heavy_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Share of the atoms that are tokens as they were."""
+    kernel_size: PositiveInt = 1
+    """Neighbouring tokens over which the loss of a token is averaged when heavy ones are picked (SnapKV takes 5): it
+    keeps what stands beside a needle, at the cost of needles."""
     weighting: Literal["attention", "count"] = "attention"
     """Whether an atom is its members' mean by attention, or by number at ln of it."""
     block_tokens: Annotated[int, Field(ge=2)] | None = None
@@ -188,6 +191,7 @@ class KeepAtoms(Selector):
             attention_scale,
             chosen.weighting,
             chosen.heavy_fraction,
+            chosen.kernel_size,
         )
         tokens = Atoms.of_tokens(keys, values)
         if chosen.block_tokens is not None:
