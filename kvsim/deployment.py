@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvsim.compression import Compression
 from kvsim.compression.base import HeadCurves, KvEncoding, LayerView, growing
+from kvsim.compression.encoding.native import Native
 from kvsim.compression.selection.base import TokenSelection
 from kvsim.parallelism import Parallelism
 from kvsim.specs.device import DeviceSpec
@@ -45,6 +46,11 @@ class LayerClass:
         if self.encoding.is_replicated:
             return 1.0
         return self.kv_heads_per_rank / self.group.num_kv_heads
+
+    @property
+    def prefill_encoding(self) -> KvEncoding:
+        """How tokens are stored while the prompt is processed: native where the method waits for its end."""
+        return Native() if self.encoding.stores_prompt_once else self.encoding
 
     @property
     def has_pages_per_head(self) -> bool:

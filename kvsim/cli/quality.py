@@ -103,10 +103,10 @@ def run_command(
     if model is not None and text is not None:
         captured, loaded = _capture(model, text, tokens, queries, prompt_queries, signals)
         cache, continuation = captured.kv, _continuation(loaded, captured)
-        samples = _calibration_files(cache, calibrate or (), signals)
+        samples = _calibration_files(cache, calibrate or (), needed_signals(names, to_fit=True))
     elif kv is not None:
         cache = _read(kv, signals)
-        samples = _calibration_files(cache, calibrate or (), signals)
+        samples = _calibration_files(cache, calibrate or (), needed_signals(names, to_fit=True))
     else:
         cache, samples = _drawn(str(ensemble), calibrate or ())
     with timed(f"ran {len(names)} strategies on {cache.source}"), progress_bar("storing") as progress:

@@ -218,6 +218,19 @@ class KvEncoding(StoringPart):
         return self.residual_tokens + self.sink_tokens
 
     @property
+    def evicts(self) -> bool:
+        """Whether it gives some tokens no bits at all, so that they leave memory for good."""
+        return False
+
+    @property
+    def stores_prompt_once(self) -> bool:
+        """Whether it stores a prompt when it ends, native until then, and leaves later tokens native.
+
+        Layers with a window lose their prompt as they move on, and stay native.
+        """
+        return False
+
+    @property
     def undoes_rope(self) -> bool:
         """Whether keys are stored as they are before RoPE, which needs the channels that RoPE turned."""
         return False

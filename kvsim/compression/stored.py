@@ -39,9 +39,18 @@ def stored_bytes(
             else:
                 context_tokens = prompt_tokens + generated_tokens
                 held = [(1.0, min(context_tokens, group.window_tokens or context_tokens))]
-            total_bytes += sum(share * encoded_bytes(encoding, group, model.dtype, tokens) for share, tokens in held)
+            total_bytes += sum(
+                share * _layer_bytes(encoding, group, model.dtype, tokens, generated_tokens) for share, tokens in held
+            )
             total_bytes += encoding.fixed_bytes_per_sequence(group, model.dtype) if any(n for _, n in held) else 0.0
     return total_bytes
+
+
+def _layer_bytes(encoding: KvEncoding, group: LayerGroup, native: Dtype, tokens: int, generated_tokens: int) -> float:
+    """Bytes of ``tokens`` of which the last may be generated ones."""
+    later = min(tokens, generated_tokens) if encoding.stores_prompt_once else 0
+    later_bytes = later * Native().bytes_per_token(group, native).total_bytes
+    return encoded_bytes(encoding, group, native, tokens - later) + later_bytes
 
 
 def _held_tokens(

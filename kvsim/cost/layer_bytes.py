@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvsim.compression.base import LayerView
+from kvsim.compression.base import KvEncoding, LayerView
 from kvsim.deployment import Deployment, LayerClass
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import ModelSpec
@@ -21,7 +21,21 @@ def scan_bytes(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> fl
 
 def layer_bytes_per_token(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
     """Bytes of one resident token in one layer on one rank: encoded KV, page metadata, indexer key."""
-    stored = layer_class.encoding.bytes_per_token(layer_class.group, model.dtype).total_bytes
+    return _bytes_per_token(layer_class.encoding, layer_class, view, model)
+
+
+def prefill_bytes_per_token(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
+    """The same of a token of a prompt that is still being processed."""
+    return _bytes_per_token(layer_class.prefill_encoding, layer_class, view, model)
+
+
+def native_bytes_per_token(layer_class: LayerClass, model: ModelSpec) -> float:
+    """Bytes of one token in the native dtype in one layer on one rank."""
+    return layer_class.group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8 * layer_class.rank_share
+
+
+def _bytes_per_token(encoding: KvEncoding, layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
+    stored = encoding.bytes_per_token(layer_class.group, model.dtype).total_bytes
     return stored * layer_class.rank_share + scan_bytes(layer_class, view, model) + index_key_bytes(layer_class)
 
 

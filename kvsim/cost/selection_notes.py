@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from kvsim.compression.selection.base import TokenSelection
 from kvsim.compression.selection.ragged import HeadwiseSelection
+from kvsim.compression.spelling import spell_part
 from kvsim.deployment import Deployment
+from kvsim.specs.prior import Prior
 
 
 def selection_notes(deployment: Deployment) -> list[str]:
@@ -16,12 +18,24 @@ def selection_notes(deployment: Deployment) -> list[str]:
 
 
 def _notes(selection: TokenSelection, ranks: int) -> Iterator[str]:
+    if selection.expected_share is not None:
+        yield _expected(spell_part(selection), selection.expected_share)
     if selection.masks:
         yield _masked(selection)
     elif selection.granularity == "ragged" and selection.evicts:
         yield _freed(selection)
         if ranks > 1 and isinstance(selection, HeadwiseSelection):
             yield _uneven(selection, ranks)
+
+
+def _expected(name: str, share: Prior) -> str:
+    band = f"{share.low:.3g} to {share.high:.3g} are possible, and no band of this report spans them"
+    if share.low == share.high:
+        band = "and its spread is not known"
+    return (
+        f"how many tokens {name} keeps depends on the data: {share.value:.3g} of those older than its window are "
+        f"taken, {band} ({share.source})"
+    )
 
 
 def _masked(selection: TokenSelection) -> str:

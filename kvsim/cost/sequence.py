@@ -15,11 +15,12 @@ from kvsim.cost.layer_bytes import (
     head_length_bytes,
     index_key_bytes,
     layer_bytes_per_token,
+    native_bytes_per_token,
     page_table_bytes,
     residual_bytes,
     scan_bytes,
 )
-from kvsim.cost.profile import Growth, Segment, SequenceProfile, clip, merge_priced, whole_ticks
+from kvsim.cost.profile import Growth, Segment, SequenceProfile, clip, merge_priced, split_at_start, whole_ticks
 from kvsim.cost.projection import ClassKernels, attention_kernels
 from kvsim.cost.rates import Rates
 from kvsim.deployment import Deployment, LayerClass
@@ -56,6 +57,7 @@ class SequenceModel:
             layer_class.selection is not None
             and layer_class.selection.kind == "keep_all"
             and layer_class.encoding.native_tokens == 0
+            and not layer_class.encoding.stores_prompt_once
             for layer_class in self._deployment.layer_classes
         )
 
@@ -98,7 +100,7 @@ class SequenceModel:
                 token_bytes += page_table_bytes(layer_class, self._deployment.engine.block_size)
                 for heads in layer_class.head_curves(prompt_tokens, view):
                     self._add_attended(priced, heads.attended, layer_class, prices, heads.share * layers)
-                    growths[heads.resident] += heads.share * layers * token_bytes
+                    self._add_resident(growths, heads.resident, layer_class, heads.share * layers, token_bytes)
                 fixed_bytes += layers * residual_bytes(layer_class, self._deployment.model)
                 fixed_bytes += layers * head_length_bytes(layer_class)
                 self._add_scanned(priced, prompt_tokens, layer_class, view, layers)
@@ -117,6 +119,19 @@ class SequenceModel:
         ticks = price * (prompt_tokens + 1)
         return (Segment(0, ticks, price, round(ticks * self.unpack_share), round(price * self.unpack_share)),)
 
+    def _add_resident(
+        self,
+        growths: defaultdict[TokenCurve, float],
+        resident: TokenCurve,
+        layer_class: LayerClass,
+        layers: float,
+        token_bytes: float,
+    ) -> None:
+        if layer_class.encoding.stores_prompt_once:
+            resident, since = split_at_start(resident)
+            growths[since] += layers * native_bytes_per_token(layer_class, self._deployment.model)
+        growths[resident] += layers * token_bytes
+
     def _add_attended(
         self,
         priced: defaultdict[TokenCurve, list[int]],
@@ -126,6 +141,9 @@ class SequenceModel:
         layers: float,
     ) -> None:
         encoded, native = prices
+        if layer_class.encoding.stores_prompt_once:
+            attended, since = split_at_start(attended)
+            _add(priced, since, layers * native.whole, layers * native.unpack)
         _add(priced, attended, layers * encoded.whole, layers * encoded.unpack)
         window = layer_class.encoding.native_tokens
         if window:
@@ -171,7 +189,8 @@ class SequenceModel:
         prices = []
         for layer_class, kernels in zip(self.classes, attention_kernels(self._deployment), strict=True):
             encoded = self._token_price(layer_class, kernels, native=False)
-            has_window = layer_class.encoding.native_tokens > 0
+            encoding = layer_class.encoding
+            has_window = encoding.native_tokens > 0 or encoding.stores_prompt_once
             prices.append((encoded, self._token_price(layer_class, kernels, native=True) if has_window else encoded))
         return tuple(prices)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvsim.numerics.arrays import BoolArray, FloatArray, IntArray
+from kvsim.numerics.arrays import BoolArray, DoubleArray, FloatArray, IntArray
 
 
-def joint_top_k(scores: FloatArray, total: int, safeguard: int = 0) -> BoolArray:
+def joint_top_k(scores: FloatArray | DoubleArray, total: int, safeguard: int = 0) -> BoolArray:
     """Which entries are the ``total`` best of all heads, (H, n), each head's ``safeguard`` best among them.
 
     Of equal scores that entry wins which stands higher within its own head, then the earlier entry, so that heads of

@@ -79,8 +79,8 @@ class Compressor:
     """Makes K atoms of more entries, for queries like those of a sample.
 
     The newest entry and the entries whose removal would do most stay as they are, K x ``heavy_fraction`` in all; the
-    others go into balanced clusters of their profiles, and each cluster becomes one atom. Half and half needs about twice
-    the atoms of the better of heavy entries alone and clusters alone.
+    others go into balanced clusters of their profiles, and each cluster becomes one atom. Half and half needs about
+    twice the atoms of the better of heavy entries alone and clusters alone.
 
     Attributes
     ----------

@@ -157,9 +157,11 @@ def run_strategies(
     return tuple(rows)
 
 
-def needed_signals(names: Iterable[str]) -> frozenset[SignalName]:
-    """What the strategies want to know of a prompt beside K, V and Q."""
-    return frozenset[SignalName]().union(*(parse_compression(name).selection.needs_signals for name in names))
+def needed_signals(names: Iterable[str], *, to_fit: bool = False) -> frozenset[SignalName]:
+    """What the strategies want to know of a prompt beside K, V and Q, or of sequences that they calibrate on."""
+    selections = [parse_compression(name).selection for name in names]
+    wanted = (one.fits_on_signals if to_fit else one.needs_signals for one in selections)
+    return frozenset[SignalName]().union(*wanted)
 
 
 def _num_exempt(compression: Compression, kv: KvTensors) -> int:

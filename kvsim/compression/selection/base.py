@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from kvsim.compression.base import HeadCurves, LayerView, StrategyPart, TokenCurve
 from kvsim.compression.selector import KeepByLayer, Selector
 from kvsim.specs.model import LayerGroup, LayerKind
+from kvsim.specs.prior import Prior
 
 if TYPE_CHECKING:
     from kvsim.ops import OpCall, Work
@@ -104,6 +105,20 @@ class TokenSelection(StrategyPart):
     def needs_signals(self) -> frozenset[SignalName]:
         """What its algorithm wants to know of a prompt beside K, V and Q; taken down only where some method asks."""
         return frozenset()
+
+    @property
+    def fits_on_signals(self) -> frozenset[SignalName]:
+        """What it wants to know of the sequences that it calibrates on."""
+        return self.needs_signals
+
+    @property
+    def expected_share(self) -> Prior | None:
+        """Share of tokens kept that pricing expects, where the data decide how many stay; None where they do not."""
+        return None
+
+    def prefill_scratch_tokens(self, layer: LayerView) -> int:
+        """Tokens held in this layer beside the prompt's own while it is scored (a second reading's chunk), at most."""
+        return 0
 
     @property
     def keeps_newest(self) -> bool:

@@ -29,8 +29,8 @@ class DuoAttention(HeadwiseSelection):
     """Retrieval heads keep all tokens; streaming heads the first and the newest, in decode too (arXiv 2410.10819).
 
     The paper trains a gate per head on synthetic passkeys. Here heads are ranked by kvpress's quick profile instead
-    (``on_the_fly_scoring``), on calibration sequences. As in kvpress, the prompt is compressed once it is processed; the
-    authors' own code bounds streaming heads while it is processed as well.
+    (``on_the_fly_scoring``), on calibration sequences. As in kvpress, the prompt is compressed once it is processed;
+    the authors' own code bounds streaming heads while it is processed as well.
     """
 
     names: ClassVar = {"duo_attention": {}}

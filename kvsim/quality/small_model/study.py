@@ -126,7 +126,7 @@ def _measure(
 
 def _fit_all(trained: TrainedModel, names: Sequence[str]) -> dict[str, FittedStrategy | str]:
     """Fit every strategy, or say why it does not run on this model."""
-    signals = needed_signals(names)
+    signals = needed_signals(names, to_fit=True)
     samples = calibration_samples(trained.model, signals=signals) if names else []
     fitted: dict[str, FittedStrategy | str] = {}
     for name in names:
