@@ -32,6 +32,7 @@ PAGES = {
     "joint bits and eviction": ("head-budgets.md#rdkv",),
     "merging": ("merging.md",),
     "sparse reading": ("sparse-reading.md",),
+    "weighted atoms": ("minimax.md",),
 }
 """Family -> where below docs/methods its methods are explained."""
 
