@@ -77,11 +77,11 @@ def uncompressed(deployment: Deployment) -> Deployment:
     classes = []
     num_layers = deployment.model.num_layers
     for group in deployment.model.kv_groups:
-        like = next(c for c in deployment.layer_classes if c.group is group)
+        like = next(c for c in deployment.layer_classes if c.group.layers == group.layers)
         selection = native.selection if group.kind is LayerKind.FULL else None
         views = tuple(LayerView(index, num_layers, group) for index in group.layers)
         bands = layer_bands(views, selection)
-        classes.append(replace(like, encoding=native.encoding, bands=bands, selection=selection))
+        classes.append(replace(like, group=group, encoding=native.encoding, bands=bands, selection=selection))
     return replace(deployment, compression=native, layer_classes=tuple(classes))
 
 

@@ -30,7 +30,9 @@ PAGES = {
     "entropy coding": ("entropy-coding.md",),
     "eviction": ("eviction.md", "head-budgets.md", "learned-eviction.md", "decode-eviction.md"),
     "joint bits and eviction": ("head-budgets.md#rdkv",),
-    "sparse reading": ("eviction.md#quest",),
+    "merging": ("merging.md",),
+    "sparse reading": ("sparse-reading.md",),
+    "weighted atoms": ("minimax.md",),
 }
 """Family -> where below docs/methods its methods are explained."""
 

@@ -164,7 +164,7 @@ def test_as_many_tokens_stay_as_pricing_says(name: str) -> None:
         curves = selection.head_curves(before.num_tokens, layer_view(kv, index))
         assert sum(heads.share for heads in curves) == pytest.approx(1)
         priced.append(before.num_kv_heads * sum(heads.share * heads.resident(0) for heads in curves))
-    if selection.granularity == "ragged":
+    if selection.granularity == "ragged" or selection.moves_budgets:
         assert sum(seen) == pytest.approx(sum(priced), rel=1e-12)
     else:
         assert seen == priced
@@ -177,15 +177,15 @@ def test_bits_are_what_pricing_says(name: str) -> None:
     for index, before in enumerate(kv.layers):
         layer, prompt = layer_view(kv, index), before.num_tokens
         encoding, scanned = compression.encoding_at(layer), selection.scanned_tokens(prompt, layer)
+        curves = selection.head_curves(prompt, layer)
         size = sum(
-            heads.share * encoded_bytes(encoding, layer.group, Dtype.BF16, heads.resident(0))
-            for heads in selection.head_curves(prompt, layer)
+            heads.share * encoded_bytes(encoding, layer.group, Dtype.BF16, heads.resident(0)) for heads in curves
         )
         if scanned is not None:
             size += scanned(0) * selection.scan_bytes_per_token(layer.group, 2.0)
-        size += tokens * selection.held_bytes_per_token(layer)
+        size += sum(heads.share * heads.resident(0) for heads in curves) * selection.held_bytes_per_token(layer)
         priced.append(8 * size)
-    if selection.granularity == "ragged":
+    if selection.granularity == "ragged" or selection.moves_budgets:
         assert sum(bits) == pytest.approx(sum(priced), rel=1e-12)
     else:
         assert list(bits) == priced

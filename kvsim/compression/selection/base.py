@@ -37,6 +37,13 @@ class TokenSelection(StrategyPart):
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         """Tokens whose K and V one decode step reads in this layer."""
 
+    def trained_group(self, group: LayerGroup) -> LayerGroup:
+        """Shape of a group of layers in a model that was trained with the method: as it is, unless it needs another.
+
+        A shape whose kind decides what is read (an indexer) takes the place of the selection.
+        """
+        return group
+
     def head_curves(self, prompt_tokens: int, layer: LayerView) -> tuple[HeadCurves, ...]:
         """Kinds of KV heads with what each holds and reads; shares add up to 1. One kind unless the method has more."""
         resident = self.resident_tokens(prompt_tokens, layer)
@@ -141,6 +148,11 @@ class TokenSelection(StrategyPart):
     def keeps_newest(self) -> bool:
         """Whether the prompt's last token always stays; not where a score alone decides."""
         return True
+
+    @property
+    def moves_budgets(self) -> bool:
+        """Whether a prompt's content decides which layers keep more: a layer's tokens are then the mean over layers."""
+        return False
 
     @property
     def unit_tokens(self) -> int:
