@@ -107,11 +107,13 @@ def _default_strategies(scenario: Scenario) -> tuple[str, ...]:
 
 
 def parse_strategies(text: str) -> tuple[str, ...]:
-    """Split names at commas outside parentheses; raise UnknownName or InvalidSpec before any work is done."""
+    """Split names at commas outside parentheses, and read plan files; raise UnknownName or InvalidSpec before any work is done."""
     from kvsim.compression import STRATEGIES, parse_compression
+    from kvsim.compression.plan_file import named_strategy
     from kvsim.scenario import ADAPTIVE, STATIC
 
-    names = tuple(name.strip() for name in _COMMA_OUTSIDE_PARENTHESES.split(text) if name.strip())
+    parts = (name.strip() for name in _COMMA_OUTSIDE_PARENTHESES.split(text))
+    names = tuple(named_strategy(name) for name in parts if name)
     if names == ("all",):
         return tuple(STRATEGIES)
     if not names:

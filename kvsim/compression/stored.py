@@ -34,8 +34,9 @@ def stored_bytes(
             layer = LayerView(index, model.num_layers, group)
             encoding = compression.encoding_for_layer(index, model, engine_skip_layers)
             if acts_on(group):
-                tokens = compression.selection.resident_tokens(prompt_tokens, layer)(generated_tokens)
-                total_bytes += _scan_bytes(compression.selection, layer, model, prompt_tokens, generated_tokens)
+                selection = compression.selection.at_layer(layer)
+                tokens = selection.resident_tokens(prompt_tokens, layer)(generated_tokens)
+                total_bytes += _scan_bytes(selection, layer, model, prompt_tokens, generated_tokens)
             else:
                 context_tokens = prompt_tokens + generated_tokens
                 tokens = min(context_tokens, group.window_tokens or context_tokens)

@@ -26,6 +26,7 @@ from kvsim.compression.encoding.kivi import Kivi
 from kvsim.compression.encoding.kv_adaquant import KvAdaQuant
 from kvsim.compression.encoding.kvquant import KvQuant
 from kvsim.compression.encoding.kvtc import Kvtc
+from kvsim.compression.encoding.layer_encodings import LayerEncodings
 from kvsim.compression.encoding.lossless import Lossless
 from kvsim.compression.encoding.native import Native
 from kvsim.compression.encoding.per_token_head import PerTokenHead
@@ -46,6 +47,7 @@ from kvsim.compression.rules import conflict
 from kvsim.compression.selection.base import TokenSelection
 from kvsim.compression.selection.h2o import H2O
 from kvsim.compression.selection.keep_all import KeepAll
+from kvsim.compression.selection.layer_plan import LayerPlan
 from kvsim.compression.selection.pyramidkv import PyramidKV
 from kvsim.compression.selection.quest import Quest
 from kvsim.compression.selection.snapkv import SnapKV
@@ -66,14 +68,32 @@ _AtRest = Lossless | CacheGen | Kvtc
 _Encodings = Native | Fp8 | PerTokenHead | Ggml | NvFp4 | MxFp4 | Kivi | KvAdaQuant | _Rotations | _AtRest
 _Codings = NoCoding | Huffman | Rans | Arithmetic | Deflate | Zstd
 
-AnySelection = Annotated[_Selections, Field(discriminator="kind")]
+_LayerSelection = Annotated[_Selections, Field(discriminator="kind")]
+_LayerEncoding = Annotated[_Encodings, Field(discriminator="kind")]
+
+
+class PlannedSelections(LayerPlan):
+    """A layer plan whose entries may be written as any selection is."""
+
+    layers: tuple[_LayerSelection, ...] = Field(min_length=1)
+
+
+class PlannedEncodings(LayerEncodings):
+    """A plan of encodings whose entries may be written as any encoding is."""
+
+    layers: tuple[_LayerEncoding, ...] = Field(min_length=1)
+
+
+AnySelection = Annotated[_Selections | PlannedSelections, Field(discriminator="kind")]
 AnyReduction = Annotated[_Reductions, Field(discriminator="kind")]
-AnyEncoding = Annotated[_Encodings, Field(discriminator="kind")]
+AnyEncoding = Annotated[_Encodings | PlannedEncodings, Field(discriminator="kind")]
 AnyCoding = Annotated[_Codings, Field(discriminator="kind")]
 SELECTIONS: Final[tuple[type[TokenSelection], ...]] = get_args(_Selections)
 REDUCTIONS: Final[tuple[type[Reduction], ...]] = get_args(_Reductions)
 ENCODINGS: Final[tuple[type[KvEncoding], ...]] = get_args(_Encodings)
 CODINGS: Final[tuple[type[Coding], ...]] = get_args(_Codings)
+PLANS: Final[tuple[type[LayerPlan | LayerEncodings], ...]] = (PlannedSelections, PlannedEncodings)
+"""Parts that are a list over layers; their entries are of the others."""
 
 
 class Compression(Spec):
@@ -193,18 +213,19 @@ class Compression(Spec):
         together = self.reduction.stored_with(layer)
         if set(together) & set(engine_skip_layers) or (is_sliding and "sliding_window" in engine_skip_layers):
             return Native()
-        is_boundary = not is_hybrid and any(self._is_boundary(index, layer.num_layers) for index in together)
-        encoding = Native() if is_boundary else self.encoding
-        coding = NoCoding() if encoding != self.encoding else self.coding
+        encoding, coding = self.encoding.at_layer(layer), self.coding
+        if not is_hybrid and any(_is_boundary(encoding, index, layer.num_layers) for index in together):
+            encoding, coding = Native(), NoCoding()
         return _stack(self.reduction.at_layer(layer), encoding, coding)
 
-    def _is_boundary(self, index: int, num_layers: int) -> bool:
-        """Whether the format keeps this first or last layer native.
 
-        vLLM's rule spares models that mix attention with linear or state-space layers (its ``is_hybrid``).
-        """
-        width = min(self.encoding.skips_boundary_layers, num_layers // 2)
-        return index < width or index >= num_layers - width
+def _is_boundary(encoding: KvEncoding, index: int, num_layers: int) -> bool:
+    """Whether the format keeps this first or last layer native.
+
+    vLLM's rule spares models that mix attention with linear or state-space layers (its ``is_hybrid``).
+    """
+    width = min(encoding.skips_boundary_layers, num_layers // 2)
+    return index < width or index >= num_layers - width
 
 
 def _stack(reduction: Reduction, encoding: KvEncoding, coding: Coding) -> KvEncoding:

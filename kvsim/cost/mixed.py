@@ -97,9 +97,12 @@ def _layers(step: StepModel) -> Iterator[LayerAt]:
     for group in model.kv_groups:
         for index in group.layers:
             encoding = deployment.compression.encoding_for_layer(index, model, skipped)
-            found = next(c for c in floors if c.group is group and c.encoding == encoding)
-            floor = floors[found]
             view = LayerView(index, model.num_layers, group)
+            selection = deployment.compression.selection.at_layer(view) if group.kind is LayerKind.FULL else None
+            found = next(
+                c for c in floors if c.group is group and c.encoding == encoding and c.selection == selection
+            )
+            floor = floors[found]
             selecting = found.selection.decode_ops(view, model) if found.selection is not None else ()
             yield LayerAt(
                 layer_class=found,

@@ -82,12 +82,14 @@ def store_cache(strategy: FittedStrategy, kv: KvTensors) -> StoredCache:
     that is really held.
     """
     kept = strategy.selector.select(kv)
-    residual = strategy.compression.encoding.residual_tokens
-    tokens = [max(0, layer.num_tokens - residual) for layer in kept.layers]
+    encoding = strategy.compression.encoding
+    residual = [encoding.at_layer(layer_view(kept, index)).residual_tokens for index in range(kept.num_layers)]
+    tokens = [max(0, layer.num_tokens - newest) for layer, newest in zip(kept.layers, residual, strict=True)]
     old = _cut(kept, [slice(0, count) for count in tokens])
     read_back, bits = _encode(strategy, old)
-    selection, sources = strategy.compression.selection, strategy.reduction.sources(kv.num_layers)
-    shares = [1.0 if selection.masks else layer.seen_share for layer in kept.layers]
+    sources = strategy.reduction.sources(kv.num_layers)
+    selections = [strategy.compression.selection.at_layer(layer_view(kept, index)) for index in range(kv.num_layers)]
+    shares = [1.0 if one.masks else layer.seen_share for one, layer in zip(selections, kept.layers, strict=True)]
     layers, masks = [], []
     for index, (layer, coded, count) in enumerate(zip(kept.layers, read_back.layers, tokens, strict=True)):
         if sources[index] == index:
@@ -102,8 +104,8 @@ def store_cache(strategy: FittedStrategy, kv: KvTensors) -> StoredCache:
             )
         )
         # What chooses among kept tokens was made from keys as they came, before they were stored.
-        bits[index] += selection.index_bits(layer, layer_view(kept, index), kv.native_bits)
-        masks.append(selection.read_mask(layer, layer_view(kept, index)))
+        bits[index] += selections[index].index_bits(layer, layer_view(kept, index), kv.native_bits)
+        masks.append(selections[index].read_mask(layer, layer_view(kept, index)))
     return StoredCache(replace(kept, layers=tuple(layers)), tuple(masks), tuple(bits))
 
 
@@ -147,7 +149,7 @@ def is_exempt(compression: Compression, layer: LayerView) -> bool:
     """Whether the format keeps this layer native."""
     given = compression.encoding_at(layer)
     inner = given.encoding if isinstance(given, StackedEncoding) else given
-    return not compression.encoding.is_native and inner.is_native
+    return not compression.encoding.at_layer(layer).is_native and inner.is_native
 
 
 def _native_bits(layer: LayerKv, tokens: int, element_bits: int) -> float:

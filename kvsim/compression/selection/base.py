@@ -25,6 +25,10 @@ class TokenSelection(StrategyPart):
     keep their window, latent layers keep everything.
     """
 
+    def at_layer(self, layer: LayerView) -> TokenSelection:
+        """Give what it does in one layer, where layers have selections of their own."""
+        return self
+
     @abstractmethod
     def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         """Tokens held in memory in this layer after prefill, over generated tokens."""

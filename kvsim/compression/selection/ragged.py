@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from kvsim.compression.selector import Selector, layer_view
 from kvsim.errors import NotRunnable
 
 if TYPE_CHECKING:
-    from kvsim.tensors import BoolArray, IntArray, KvTensors
+    from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv
 
 
 class RaggedSelection(BudgetedSelection):
@@ -67,8 +68,12 @@ class KeepRagged(Selector):
 
     def select(self, kv: KvTensors) -> KvTensors:
         """Take what stays, or hide the rest."""
+        return replace(kv, layers=self.select_layers(kv, range(kv.num_layers)))
+
+    def select_layers(self, kv: KvTensors, indices: Sequence[int]) -> tuple[LayerKv, ...]:
+        """Ask for these layers only."""
         layers = []
-        for index, layer in enumerate(kv.layers):
-            kept = self.selection.keep_mask(kv, layer_view(kv, index))
+        for index in indices:
+            kept, layer = self.selection.keep_mask(kv, layer_view(kv, index)), kv.layers[index]
             layers.append(layer.hidden_where(~kept) if self.selection.masked else layer.take_ragged(kept))
-        return replace(kv, layers=tuple(layers))
+        return tuple(layers)

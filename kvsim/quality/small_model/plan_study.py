@@ -1,0 +1,159 @@
+"""Does a layer plan beat every uniform policy at an equal total? Contenders, each judged on sequences it never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from kvsim.quality.layer_plans import (
+    SHARE_UNITS,
+    Freedom,
+    Option,
+    Sensitivity,
+    best_plan,
+    encoding_options,
+    planned,
+    selection_options,
+    sensitivity_by,
+    uniform,
+)
+from kvsim.quality.small_model.plan_results import Contest
+from kvsim.quality.small_model.planning import Bench
+from kvsim.quality.small_model.tasks import TASKS
+
+SHARES: Final = tuple(4 * sixteenths for sixteenths in (1, 2, 3, 4, 6, 8, 10, 12, 16))
+"""64ths of the prompt; the smallest holds SnapKV's window of 16 of 256 tokens."""
+CANDIDATES: Final = ("streaming_llm", "snapkv(window_size=16)", "h2o")
+UNIFORM_ONLY: Final = ("pyramidkv(window_size=16)",)
+"""Moves budget between layers itself; within one layer it is SnapKV."""
+TURBOQUANT_BITS: Final = (1, 2, 3, 4)
+FEW_TASKS: Final = ("copy", "language")
+"""What the transfer test calibrates on."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One total budget.
+
+    Attributes
+    ----------
+    name : str
+        Such as ``keep 25 %``.
+    options : tuple of Option
+    units_per_layer : int
+    uniforms : dict
+        Name to strategy: what every layer may be given alike.
+    """
+
+    name: str
+    options: tuple[Option, ...]
+    units_per_layer: int
+    uniforms: Mapping[str, str]
+
+
+def questions(candidates: Sequence[str] = CANDIDATES) -> tuple[Question, ...]:
+    """Totals that are asked about."""
+    options = selection_options(candidates, SHARES)
+    keep = [_keep(options, units) for units in (SHARE_UNITS // 4, SHARE_UNITS // 2)]
+    bits = encoding_options(
+        {f"turboquant_mse:{key}(value_bits={value})": key + value for key in TURBOQUANT_BITS for value in TURBOQUANT_BITS}
+    )
+    alike = {option.name: uniform(option).name for option in bits if option.cost == 4}
+    return (*keep, Question("TurboQuant, K + V = 4 bits", bits, 4, alike))
+
+
+def _keep(options: tuple[Option, ...], units: int) -> Question:
+    alike = {option.policy: uniform(option).name for option in options if option.cost == units}
+    others = {option.policy: uniform(option).name for option in selection_options(UNIFORM_ONLY, (units,))}
+    return Question(f"keep {100 * units // SHARE_UNITS} %", options, units, {**alike, **others})
+
+
+def run_contest(
+    question: Question, calibration: Bench, held_out: Bench, report: Callable[[str], None] | None = None
+) -> Iterator[Contest]:
+    """Make every plan on the calibration sequences, and give each contender's outcomes on the held-out ones."""
+    say = report or (lambda _line: None)
+    num_layers = calibration.trained.model.shape.num_caches
+    by_task = {task: _kl(question, calibration, num_layers, task) for task in TASKS}
+    local = {task: _local(question, calibration, task) for task in TASKS}
+    say(f"{calibration.trained.name}, {question.name}: calibrated")
+    chosen = min(question.uniforms.values(), key=lambda one: (-calibration.score(one), one))
+    for name, strategy in question.uniforms.items():
+        yield _contest(question, held_out, "uniform", name, dict.fromkeys(TASKS, strategy), is_chosen=strategy == chosen)
+    for name, strategies in _plans(question, calibration, by_task, local).items():
+        yield _contest(question, held_out, "plan", name, strategies)
+    say(f"{calibration.trained.name}, {question.name}: tested")
+
+
+def _plans(
+    question: Question, calibration: Bench, by_task: Mapping[str, Sensitivity], local: Mapping[str, Sensitivity]
+) -> dict[str, dict[str, str]]:
+    """Name of each plan -> per task what is tested there."""
+    everything, few = tuple(TASKS), FEW_TASKS
+    policy = _best_policy(question, calibration)
+    made = {
+        "KL": _name(question, by_task, everything),
+        "KL, policy only": _name(question, by_task, everything, "policy"),
+        "KL, budget only": _name(question, by_task, everything, "budget", policy),
+        "local": _name(question, local, everything),
+        "KL, from copy and language": _name(question, by_task, few),
+        "local, from copy and language": _name(question, local, few),
+    }
+    plans = {name: dict.fromkeys(TASKS, strategy) for name, strategy in made.items()}
+    for name, found in (("KL", by_task), ("local", local)):
+        plans[f"{name}, task left out"] = {
+            task: _name(question, found, [other for other in TASKS if other != task]) for task in TASKS
+        }
+    return plans
+
+
+def _best_policy(question: Question, calibration: Bench) -> str:
+    """The policy whose uniform form is best on calibration data: budgets alone are moved under it."""
+    sized = [option for option in question.options if option.cost == question.units_per_layer]
+    return min(sized, key=lambda one: (calibration.mean_kl(uniform(one).name), one.policy)).policy
+
+
+def _name(
+    question: Question,
+    found: Mapping[str, Sensitivity],
+    tasks: Sequence[str],
+    freedom: Freedom = "policy and budget",
+    policy: str | None = None,
+) -> str:
+    first = found[tasks[0]]
+    harms = np.mean([found[task].harms for task in tasks], axis=0)
+    plan = best_plan(Sensitivity(first.options, harms), question.units_per_layer, freedom, policy)
+    return planned(plan).name
+
+
+def _kl(question: Question, bench: Bench, num_layers: int, task: str) -> Sensitivity:
+    return sensitivity_by(lambda one: bench.mean_kl(one.name, (task,)), question.options, num_layers)
+
+
+def _local(question: Question, bench: Bench, task: str) -> Sensitivity:
+    harmful = [option for option in question.options if not option.is_free_of_harm]
+    measured = bench.local([uniform(option).name for option in harmful], task)
+    harms = np.zeros((measured.shape[1], len(question.options)))
+    for option, row in zip(harmful, measured, strict=True):
+        harms[:, question.options.index(option)] = row
+    return Sensitivity(question.options, harms)
+
+
+def _contest(
+    question: Question, bench: Bench, kind: str, name: str, strategies: dict[str, str], *, is_chosen: bool = False
+) -> Contest:
+    outcomes = {task: bench.outcome(strategy, task) for task, strategy in strategies.items()}
+    return Contest(
+        model=bench.trained.name,
+        question=question.name,
+        kind=kind,
+        name=name,
+        strategies=strategies,
+        scores={task: one.score(task) for task, one in outcomes.items()},
+        kl_nats={task: one.kl_nats for task, one in outcomes.items()},
+        bits_per_element=float(np.mean([one.bits_per_element for one in outcomes.values()])),
+        is_chosen=is_chosen,
+    )
