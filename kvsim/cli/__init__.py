@@ -22,6 +22,7 @@ from kvsim.cli.listing import list_app
 from kvsim.cli.quality import quality_app
 from kvsim.cli.quality_compare import compare_command as compare_quality_command
 from kvsim.cli.quality_compare import train_command
+from kvsim.cli.quality_plan import plan_command
 from kvsim.cli.single import estimate_command, simulate_command
 from kvsim.cli.strategies import list_strategies_command
 from kvsim.cli.sweep import sweep_command
@@ -71,6 +72,7 @@ def build_app() -> typer.Typer:
     app.add_typer(list_app, name="list")
     quality_app.command("compare")(compare_quality_command)
     quality_app.command("train")(train_command)
+    quality_app.command("plan")(plan_command)
     app.add_typer(quality_app, name="quality")
     return app
 

@@ -100,11 +100,11 @@ def run_command(
     names = parse_strategies(strategies)
     continuation: Continue | None = None
     if model is not None and text is not None:
-        captured, loaded = _capture(model, text, tokens, queries, prompt_queries)
+        captured, loaded = capture_text(model, text, tokens, queries, prompt_queries)
         cache, continuation = captured.kv, _continuation(loaded, captured)
         samples = _calibration_files(cache, calibrate or ())
     elif kv is not None:
-        cache = _read(kv)
+        cache = read_kv_file(kv)
         samples = _calibration_files(cache, calibrate or ())
     else:
         cache, samples = _drawn(str(ensemble), calibrate or ())
@@ -131,11 +131,11 @@ def capture_command(
 
     check_output_path(out, (SUFFIX,))
     with timed(f"captured {out}"):
-        captured, _ = _capture(model, text, tokens, queries, prompt_queries)
+        captured, _ = capture_text(model, text, tokens, queries, prompt_queries)
         write_kv(captured.kv, out)
 
 
-def _capture(
+def capture_text(
     model: str, text: Path, tokens: int | None, queries: int | None, prompt_queries: int | None
 ) -> tuple[Captured, Any]:
     """Let the model read the text; give what it kept, and the model."""
@@ -157,7 +157,8 @@ def _continuation(loaded: Any, captured: Captured) -> Continue:
     return partial(continue_with, loaded, captured)
 
 
-def _read(path: Path) -> KvTensors:
+def read_kv_file(path: Path) -> KvTensors:
+    """Read KV tensors; raise InvalidSpec where a file holds none."""
     from kvsim.tensors.files import read_kv
 
     return read_kv(path)
@@ -167,7 +168,7 @@ def _calibration_files(cache: KvTensors, paths: Sequence[Path]) -> Samples:
     """Read calibration sequences when a method asks for them; refuse those of another model."""
 
     def read() -> list[KvTensors]:
-        samples = [_read(path) for path in paths]
+        samples = [read_kv_file(path) for path in paths]
         for path, sample in zip(paths, samples, strict=True):
             if _shape(sample) != _shape(cache):
                 msg = f"--calibrate {path}: layers, heads or dimensions {_shape(sample)} are not {_shape(cache)}"

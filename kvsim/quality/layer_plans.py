@@ -8,6 +8,7 @@ allocation.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -124,7 +125,8 @@ def _sized(candidate: str, share: int) -> TokenSelection:
 
 
 def _policy(candidate: str) -> str:
-    return spell(_sized(candidate, SHARE_UNITS // 2))
+    """Name of a candidate without a size."""
+    return re.sub(r":0\.5(?=\(|$)", "", spell(_sized(candidate, SHARE_UNITS // 2)))
 
 
 def uniform(option: Option) -> Compression:
@@ -197,11 +199,17 @@ def local_harms(compression: Compression, caches: Sequence[KvTensors], samples: 
 
 
 def best_plan(
-    found: Sensitivity, units_per_layer: int, freedom: Freedom = "policy and budget", policy: str | None = None
+    found: Sensitivity,
+    units_per_layer: int,
+    freedom: Freedom = "policy and budget",
+    policy: str | None = None,
+    *,
+    exactly: bool = True,
 ) -> tuple[Option, ...]:
     """Options of least summed harm, one per layer, that together cost exactly ``units_per_layer`` times the layers.
 
-    ``policy`` is the one to keep to where only budgets are free.
+    ``policy`` is the one to keep to where only budgets are free. Not ``exactly``: at most, where costs are of formats and
+    need not add up.
 
     Raises
     ------
@@ -216,7 +224,7 @@ def best_plan(
     costs = np.array([option.cost for option in found.options], dtype=np.int64)
     harms = np.where(allowed, found.harms, np.inf)
     try:
-        chosen = allocate_options(costs, harms, units_per_layer * found.num_layers)
+        chosen = allocate_options(costs, harms, units_per_layer * found.num_layers, exactly=exactly)
     except ValueError as error:
         msg = f"no plan of {found.num_layers} layers at {units_per_layer} units per layer with {freedom} free: {error}"
         raise InvalidSpec(msg) from error
