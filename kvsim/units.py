@@ -38,6 +38,7 @@ _FLOPS: Final = {
 }
 _SECONDS: Final = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "min": 60.0, "h": SECONDS_PER_HOUR}
 _WATTS: Final = {"W": 1.0, "kW": 1e3, "MW": 1e6, "mW": 1e-3}
+_JOULES: Final = {"J": 1.0, "kJ": 1e3, "MJ": 1e6, "Wh": SECONDS_PER_HOUR, "kWh": 1e3 * SECONDS_PER_HOUR}
 _HERTZ: Final = {"Hz": 1.0, "kHz": 1e3, "MHz": 1e6, "GHz": 1e9}
 _USD_PER_HOUR: Final = {"USD/h": 1.0}
 
@@ -88,8 +89,19 @@ BytesPerSecond = Annotated[float, _validator(_BYTES_PER_SECOND, "bandwidth", pos
 FlopsPerSecond = Annotated[float, _validator(_FLOPS, "compute rate", positive=True)]
 Seconds = Annotated[float, _validator(_SECONDS, "duration", positive=False)]
 Watts = Annotated[float, _validator(_WATTS, "power", positive=True)]
+Joules = Annotated[float, _validator(_JOULES, "energy", positive=True)]
 Hertz = Annotated[float, _validator(_HERTZ, "frequency", positive=True)]
 UsdPerHour = Annotated[float, _validator(_USD_PER_HOUR, "price", positive=True)]
+
+
+def parse_joules(text: str) -> float:
+    """Turn ``"53.8 Wh"`` into joules; raise ValueError naming the units allowed."""
+    return parse_quantity(text, _JOULES, "energy")
+
+
+def parse_watts(text: str) -> float:
+    """Turn ``"4.5 W"`` into watts; raise ValueError naming the units allowed."""
+    return parse_quantity(text, _WATTS, "power")
 
 
 def seconds_to_ticks(seconds: float) -> int:

@@ -15,6 +15,7 @@ from kvsim.cli.calibrations import list_calibrations_command
 from kvsim.cli.check import check_command
 from kvsim.cli.compare import compare_command
 from kvsim.cli.dashboard import dashboard_command
+from kvsim.cli.edge import edge_command
 from kvsim.cli.explain import explain_command
 from kvsim.cli.flags import ScenarioCommand
 from kvsim.cli.limit import limit_command
@@ -62,6 +63,7 @@ def build_app() -> typer.Typer:
     app.command("compare", cls=ScenarioCommand)(compare_command)
     app.command("sweep")(sweep_command)
     app.command("explain", cls=ScenarioCommand)(explain_command)
+    app.command("edge")(edge_command)
     app.command("limit")(limit_command)
     app.command("check", cls=ScenarioCommand)(check_command)
     app.command("validate")(validate_command)

@@ -112,7 +112,13 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 def parse_strategies(text: str) -> tuple[str, ...]:
-    """Split names at commas outside parentheses, and read plan files; raise UnknownName or InvalidSpec before any work is done."""
+    """Split names at commas outside parentheses, and read plan files, before any work is done.
+
+    Raises
+    ------
+    UnknownName, InvalidSpec
+        A name is of no strategy, or a file no plan.
+    """
     from kvsim.compression import STRATEGIES, parse_compression
     from kvsim.compression.plan_file import named_strategy
     from kvsim.scenario import ADAPTIVE, STATIC

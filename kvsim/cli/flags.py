@@ -46,7 +46,8 @@ class ScenarioFlags:
     device: Annotated[str | None, typer.Option(rich_help_panel=SCENARIO, help="Name of a device.")] = None
     workload: Annotated[str | None, typer.Option(rich_help_panel=SCENARIO, help="Name of a workload preset.")] = None
     compression: Annotated[
-        str | None, typer.Option(rich_help_panel=SCENARIO, help="Strategy, such as fp8 or snapkv+kivi-2, or a PLAN.yaml.")
+        str | None,
+        typer.Option(rich_help_panel=SCENARIO, help="Strategy, such as fp8 or snapkv+kivi-2, or a PLAN.yaml."),
     ] = None
     seed: Annotated[int | None, typer.Option(rich_help_panel=SCENARIO, help="Seed of the workload.")] = None
     tensor_parallel_size: Annotated[

@@ -26,12 +26,13 @@ DEFAULT_CANDIDATES = "streaming_llm,snapkv,h2o"
 HELD_OUT = 2
 """Sequences of an ensemble that a plan is tested on."""
 NOTE = (
-    "PolyKV-style (arXiv 2606.15157): the paper's own algorithm is not public here; a plan needs new calibration for other "
-    "tasks and models (docs/layer-plans.md)"
+    "PolyKV-style (arXiv 2606.15157): the paper's own algorithm is not public here; a plan needs new calibration for "
+    "other tasks and models (docs/layer-plans.md)"
 )
 
 
 def plan_command(
+    *,
     ensemble: Annotated[
         str | None, typer.Option(metavar="NAME[:SEED]", help="Draw caches, such as retrieval; see quality run.")
     ] = None,
@@ -61,7 +62,9 @@ def plan_command(
     tokens: TokensOption = None,
     queries: QueriesOption = None,
     prompt_queries: PromptQueriesOption = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="PLAN.yaml", help="Where to write the plan.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="PLAN.yaml", help="Where to write the plan.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Measure what each candidate does to each layer alone, and give layers what does least harm at a fixed total."""

@@ -12,6 +12,7 @@ from kvsim.compression.base import KvEncoding, StrategyPart
 from kvsim.compression.coding.base import Coding
 from kvsim.compression.reduction.base import Reduction
 from kvsim.compression.selection.base import TokenSelection
+from kvsim.compression.spelling import normalised
 from kvsim.compression.stacked import StackedEncoding
 from kvsim.compression.strategy import CODINGS, ENCODINGS, PLANS, REDUCTIONS, SELECTIONS, Compression
 from kvsim.documents import validate
@@ -124,7 +125,9 @@ def _parse_plan(match: re.Match[str], text: str) -> StrategyPart:
     for entry in entries.split(";"):
         count, starred, one = entry.rpartition("*")
         if starred and not (count.strip().isdecimal() and int(count) > 0):
-            msg = f"strategy {text!r}: {entry.strip()!r}: what stands before '*' is a whole number of layers, as in 2*fp8"
+            msg = (
+                f"strategy {text!r}: {entry.strip()!r}: what stands before '*' is a whole number of layers, as in 2*fp8"
+            )
             raise InvalidSpec(msg)
         layers += [_parse_name(one, text)] * int(count or 1)
     return validate(part, {"layers": layers, **({"depth": depth} if depth else {})}, f"strategy {text!r}")
@@ -133,8 +136,8 @@ def _parse_plan(match: re.Match[str], text: str) -> StrategyPart:
 def _parse_name(piece: str, text: str) -> StrategyPart:
     if piece.strip().lower().endswith((".yaml", ".yml", ".json")):
         msg = (
-            f"strategy {text!r}: a plan file is opened only where a command names it (--compression {piece.strip()}); in a "
-            "scenario write what it says, layer_plan[...]"
+            f"strategy {text!r}: a plan file is opened only where a command names it (--compression {piece.strip()}); "
+            "in a scenario write what it says, layer_plan[...]"
         )
         raise InvalidSpec(msg)
     match = _PIECE.fullmatch(piece)
@@ -159,18 +162,12 @@ def _parse_name(piece: str, text: str) -> StrategyPart:
 
 
 def _look_up(written: str) -> tuple[type[StrategyPart], str]:
-    wanted = _normalised(written)
+    wanted = normalised(written)
     for part in _PARTS:
         for spelling, name in (*((name, name) for name in part.names), *part.aliases.items()):
-            if _normalised(spelling) == wanted:
+            if normalised(spelling) == wanted:
                 return part, name
     raise UnknownName(kind="strategy", name=written, known=_known_names())
-
-
-def _normalised(name: str) -> str:
-    """Lower case, ``_`` for ``-``, and kvpress's class suffix dropped (``SnapKVPress`` is ``snapkv``)."""
-    lowered = name.lower().replace("-", "_")
-    return lowered.removesuffix("press") if lowered != "no_press" else lowered
 
 
 def _known_names() -> Iterable[str]:

@@ -52,7 +52,9 @@ class PlanFile(Spec):
     def strategy(self) -> str:
         """The plan as a strategy's name, which holds all of it."""
         lists = (("layer_plan", self.selections), ("layer_encodings", self.encodings))
-        parts = [spell_list(name, self.depth, [spell(parse_part(one)) for one in found]) for name, found in lists if found]
+        parts = [
+            spell_list(name, self.depth, [spell(parse_part(one)) for one in found]) for name, found in lists if found
+        ]
         return "+".join(parts)
 
 
@@ -71,7 +73,9 @@ def load_plan(path: Path) -> PlanFile:
 def write_plan(path: Path, plan: PlanFile) -> None:
     """Write a plan that `load_plan` reads back."""
     document = plan.model_dump(mode="json", exclude_defaults=True)
-    text = yaml.safe_dump({"schema_version": SCHEMA_VERSION, **document}, sort_keys=False, allow_unicode=True, width=110)
+    text = yaml.safe_dump(
+        {"schema_version": SCHEMA_VERSION, **document}, sort_keys=False, allow_unicode=True, width=110
+    )
     write_atomic(path, text.encode())
 
 

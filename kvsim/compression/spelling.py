@@ -1,4 +1,4 @@
-"""How one part of a strategy is spelled."""
+"""How one part of a strategy is spelled, and which spellings are the same."""
 
 from __future__ import annotations
 
@@ -44,3 +44,9 @@ def spell_list(name: str, depth: str, entries: Sequence[str]) -> str:
     runs = [(entry, len(list(run))) for entry, run in groupby(entries)]
     text = ";".join(entry if count == 1 else f"{count}*{entry}" for entry, count in runs)
     return f"{name}{'' if depth == 'exact' else f':{depth}'}[{text}]"
+
+
+def normalised(name: str) -> str:
+    """Lower case, ``_`` for ``-``, and kvpress's class suffix dropped (``SnapKVPress`` is ``snapkv``)."""
+    lowered = name.lower().replace("-", "_")
+    return lowered.removesuffix("press") if lowered != "no_press" else lowered

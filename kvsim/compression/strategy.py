@@ -45,13 +45,22 @@ from kvsim.compression.reduction.think import ThinK
 from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
 from kvsim.compression.selection.base import TokenSelection
+from kvsim.compression.selection.chunkkv import ChunkKV
+from kvsim.compression.selection.cur import Cur
+from kvsim.compression.selection.expected_attention import ExpectedAttention
 from kvsim.compression.selection.h2o import H2O
 from kvsim.compression.selection.keep_all import KeepAll
+from kvsim.compression.selection.keydiff import KeyDiff
+from kvsim.compression.selection.knorm import Knorm
+from kvsim.compression.selection.lagkv import LagKv
 from kvsim.compression.selection.layer_plan import LayerPlan
 from kvsim.compression.selection.pyramidkv import PyramidKV
+from kvsim.compression.selection.qfilter import QFilter
 from kvsim.compression.selection.quest import Quest
+from kvsim.compression.selection.random import RandomEviction
 from kvsim.compression.selection.snapkv import SnapKV
 from kvsim.compression.selection.streaming_llm import StreamingLlm
+from kvsim.compression.selection.tova import Tova
 from kvsim.compression.spelling import spell_part
 from kvsim.compression.stacked import StackedEncoding
 from kvsim.specs.base import Spec
@@ -61,7 +70,9 @@ if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
 
-_Selections = KeepAll | StreamingLlm | SnapKV | H2O | PyramidKV | Quest
+_Eviction = StreamingLlm | SnapKV | H2O | PyramidKV | Tova | Knorm | KeyDiff | ExpectedAttention | QFilter
+_MoreEviction = ChunkKV | LagKv | Cur | RandomEviction
+_Selections = KeepAll | _Eviction | _MoreEviction | Quest
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
 _AtRest = Lossless | CacheGen | Kvtc

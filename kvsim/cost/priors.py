@@ -67,6 +67,8 @@ class Priors(Spec):
     usable_memory_fraction: PriorTable
     runtime_memory_bytes: PriorTable
     power_fraction: PriorTable
+    sustained_power_w: dict[str, Prior]
+    """Heat that a class of devices sheds for long, whatever its chip could draw; most classes have no such limit."""
 
 
 def device_class(device: DeviceSpec) -> str:

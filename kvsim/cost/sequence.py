@@ -190,6 +190,9 @@ class SequenceModel:
         if layer_class.selection is not None:
             flops = layer_class.selection.decode_score_flops_per_token(layer_class.group, self._deployment.model)
             score_s = flops / self._deployment.tensor_parallel_size / self._rates.vector_flops_per_s
+            work = layer_class.selection.decode_score_work(layer_class.group, self._deployment.model)
+            if work is not None:
+                score_s += streaming_seconds(work, self._rates) / self._deployment.tensor_parallel_size
         share = self._context_share
         return _TokenPrice(_femto((whole_s + score_s) * share), _femto((unpack_s + score_s) * share))
 

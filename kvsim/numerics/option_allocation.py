@@ -13,7 +13,9 @@ from kvsim.numerics.arrays import DoubleArray
 _NONE: Final = -1
 
 
-def allocate_options(costs: NDArray[np.int64], errors: DoubleArray, budget: int, *, exactly: bool = True) -> tuple[int, ...]:
+def allocate_options(
+    costs: NDArray[np.int64], errors: DoubleArray, budget: int, *, exactly: bool = True
+) -> tuple[int, ...]:
     """Option of each component that minimises the total error, by dynamic programming over the cost so far.
 
     This is the multiple-choice knapsack problem, solved exactly: errors may have any shape, where the convex hull and a
@@ -56,7 +58,9 @@ def allocate_options(costs: NDArray[np.int64], errors: DoubleArray, budget: int,
     return _walk_back(chosen, costs, left)
 
 
-def _extend(best: DoubleArray, costs: Sequence[int] | NDArray[np.int64], errors: DoubleArray) -> tuple[DoubleArray, NDArray[np.int64]]:
+def _extend(
+    best: DoubleArray, costs: Sequence[int] | NDArray[np.int64], errors: DoubleArray
+) -> tuple[DoubleArray, NDArray[np.int64]]:
     """Least error with one more component, for every cost, and the option that it gets."""
     total = np.full(len(best), np.inf)
     chosen = np.full(len(best), _NONE, dtype=np.int64)

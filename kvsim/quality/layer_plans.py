@@ -119,8 +119,8 @@ def _sized(candidate: str, share: int) -> TokenSelection:
     if not isinstance(part, TokenSelection) or "compression_ratio" not in type(part).model_fields:
         msg = f"candidate {candidate!r} is no token selection that a compression_ratio sizes, such as snapkv or h2o"
         raise InvalidSpec(msg)
-    others = {name for name in ("budget_tokens", "window_length") if name in type(part).model_fields}
-    fields = part.model_dump(exclude=others) | {"compression_ratio": 1.0 - share / SHARE_UNITS}
+    fields = part.model_dump() | {"compression_ratio": 1.0 - share / SHARE_UNITS}
+    fields = {name: value for name, value in fields.items() if name not in ("budget_tokens", "window_length")}
     return validate(type(part), fields, f"candidate {candidate!r}")
 
 
@@ -187,7 +187,9 @@ def local_sensitivity(
     return Sensitivity(options, harms)
 
 
-def local_harms(compression: Compression, caches: Sequence[KvTensors], samples: Sequence[KvTensors] = ()) -> DoubleArray:
+def local_harms(
+    compression: Compression, caches: Sequence[KvTensors], samples: Sequence[KvTensors] = ()
+) -> DoubleArray:
     """Squared relative error of each layer's outputs, (L,), mean over heads and caches."""
     fitted = fit_strategy(compression, samples if needs_calibration(compression) else ())
     total = np.zeros(caches[0].num_layers)
@@ -208,8 +210,8 @@ def best_plan(
 ) -> tuple[Option, ...]:
     """Options of least summed harm, one per layer, that together cost exactly ``units_per_layer`` times the layers.
 
-    ``policy`` is the one to keep to where only budgets are free. Not ``exactly``: at most, where costs are of formats and
-    need not add up.
+    ``policy`` is the one to keep to where only budgets are free. Not ``exactly``: at most, where costs are of
+    formats and need not add up.
 
     Raises
     ------

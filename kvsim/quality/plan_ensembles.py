@@ -46,8 +46,8 @@ def ensemble_contests(
 ) -> tuple[EnsembleContest, ...]:
     """Make plans on some sequences of an ensemble, and judge them beside every uniform policy on others.
 
-    Harm is local, so that of a plan is put together from single layers'. ``extra`` are uniform policies of the same cost
-    that no plan may use.
+    Harm is local, so that of a plan is put together from single layers'. ``extra`` are uniform policies of the same
+    cost that no plan may use.
     """
     drawn = [draw(PRESETS[ensemble], seed, sequence=index) for index in range(CALIBRATION_SEQUENCES + TEST_SEQUENCES)]
     every = tuple(sorted({*options, *extra}, key=lambda one: (one.policy, one.cost, one.name)))
@@ -78,7 +78,5 @@ def ensemble_contests(
 
 def _harms(options: Sequence[Option], kv: KvTensors) -> DoubleArray:
     """(L, O)."""
-    columns = [
-        np.zeros(kv.num_layers) if one.is_free_of_harm else local_harms(uniform(one), [kv]) for one in options
-    ]
+    columns = [np.zeros(kv.num_layers) if one.is_free_of_harm else local_harms(uniform(one), [kv]) for one in options]
     return np.stack(columns, axis=1)

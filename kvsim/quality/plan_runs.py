@@ -135,7 +135,7 @@ def plan_from_caches(
     held_out: Sequence[KvTensors] = (),
     progress: Progress = None,
 ) -> MadePlan:
-    """Plan by local deviation: squared relative error of each layer's outputs. Harm of a whole is its mean over layers."""
+    """Plan by local deviation: squared relative error of outputs. Harm of a whole is its mean over layers."""
     options = options_for(candidates, budget, caches[0])
     found = local_sensitivity(caches, options, caches, progress)
     on = [_mean_local(some, caches) for some in (caches, held_out) if some]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from kvsim.specs.base import Dtype, Spec
-from kvsim.units import Bytes, BytesPerSecond, FlopsPerSecond, Hertz, Watts
+from kvsim.units import Bytes, BytesPerSecond, FlopsPerSecond, Hertz, Joules, Watts
 
 Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.\-]*$")]
 Confidence = Literal["high", "medium", "low"]
@@ -47,6 +47,27 @@ class VectorFlopsFact(Spec):
 class PowerFact(Spec):
     value: Watts
     source: str
+
+
+class EnergyFact(Spec):
+    value: Joules
+    source: str
+
+
+class ShareFact(Spec):
+    """A share, and the span of what the source saw."""
+
+    value: Annotated[float, Field(gt=0, le=1)]
+    low: Annotated[float, Field(gt=0, le=1)]
+    high: Annotated[float, Field(gt=0, le=1)]
+    source: str
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low <= self.value <= self.high:
+            msg = "low <= value <= high must hold"
+            raise ValueError(msg)
+        return self
 
 
 class ClockFact(Spec):
@@ -97,6 +118,12 @@ class DeviceSpec(Spec):
     """Devices that the scale-up link joins; None where no source states it, and the usual server stands in."""
     host_link: BandwidthFact | None = None
     tdp: PowerFact | None = None
+    decode_power: PowerFact | None = None
+    """Power that a source measured while a language model decodes."""
+    sustained_decode: ShareFact | None = None
+    """Decode rate after minutes of it, beside that of a cold start: what heat leaves."""
+    battery: EnergyFact | None = None
+    """Of the product that the title names."""
     native_dtypes: NativeDtypesFact
     sources: dict[str, Source] = Field(min_length=1)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
 from kvsim.errors import InvalidSpec
-from kvsim.numerics.arrays import BoolArray, FloatArray, IntArray
+from kvsim.numerics.arrays import BoolArray, DoubleArray, FloatArray, IntArray
 
+_AnyFloat = TypeVar("_AnyFloat", FloatArray, DoubleArray)
 TensorName: TypeAlias = Literal["key", "value"]
 TENSORS: Final[tuple[TensorName, ...]] = ("key", "value")
 
@@ -40,10 +41,19 @@ class Rope:
         """Invert `rotate`."""
         return self._turn(vectors, positions, -1.0)
 
+    def mean_rotation(self, dim: int, positions: IntArray) -> DoubleArray:
+        """Mean over positions, (p,), of the matrix R that turns a column of ``dim`` channels: (dim, dim)."""
+        angles = positions[:, None].astype(np.float64) * self.inverse_frequencies.astype(np.float64)
+        turned: DoubleArray = self._mixed(np.eye(dim), np.cos(angles).mean(axis=0), np.sin(angles).mean(axis=0))
+        return turned.T
+
     def _turn(self, vectors: FloatArray, positions: IntArray, direction: float) -> FloatArray:
-        half = len(self.inverse_frequencies)
         angles = positions[..., None].astype(np.float64) * self.inverse_frequencies.astype(np.float64) * direction
-        cosine, sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        turned: FloatArray = self._mixed(vectors, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
+        return turned
+
+    def _mixed(self, vectors: _AnyFloat, cosine: _AnyFloat, sine: _AnyFloat) -> _AnyFloat:
+        half = len(self.inverse_frequencies)
         first, second = vectors[..., :half], vectors[..., half : 2 * half]
         turned = (first * cosine - second * sine, second * cosine + first * sine, vectors[..., 2 * half :])
         return np.concatenate(turned, axis=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import pytest
@@ -23,7 +23,7 @@ from kvsim.compression.encoding.native import Native
 from kvsim.compression.selection.base import acts_on
 from kvsim.ops import Component, OpCall
 from kvsim.specs.device import DeviceSpec
-from kvsim.specs.model import LayerKind, ModelSpec
+from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
 
 NATIVE = Compression()
 PAIRS = tuple(
@@ -89,7 +89,9 @@ def test_resident_bytes_never_fall_with_tokens(runs: Runs) -> None:
         by_generated = [stored_bytes(compression, model, 300, generated) for generated in range(0, 400, 7)]
         assert by_generated == sorted(by_generated)
         by_prompt = [stored_bytes(compression, model, prompt, 0) for prompt in range(0, 700, 13)]
-        assert by_prompt == sorted(by_prompt)
+        # Where tokens stay or go in units, a longer prompt may leave fewer, by less than a unit.
+        slack = stored_bytes(compression, model, unit, 0) if (unit := compression.selection.unit_tokens - 1) else 0.0
+        assert all(after >= before - slack for before, after in pairwise(by_prompt))
 
 
 def test_attended_at_most_resident_at_most_context(runs: Runs) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvsim.tensors import KvTensors, LayerKv, Rope
+from kvsim.tensors import KvTensors, LayerKv, PromptSignals, Rope
 
 
 def noise_cache(
     seed: int = 0, *, layers: int = 6, heads: int = 2, tokens: int = 320, head_dim: int = 64, group_size: int = 2
 ) -> KvTensors:
-    """Independent normal K, V and queries, rounded to what bf16 holds."""
+    """Independent normal K, V and queries, rounded to what bf16 holds, and signals of every kind."""
     rng = np.random.default_rng(seed)
 
     def draw(*shape: int) -> np.ndarray:
@@ -29,7 +29,21 @@ def noise_cache(
         )
         for _ in range(layers)
     )
-    return KvTensors(made, Rope.plain(head_dim, 10_000.0), head_dim**-0.5, f"noise, seed {seed}")
+    signals = _noise_signals(seed, layers, heads * group_size, tokens, head_dim)
+    return KvTensors(made, Rope.plain(head_dim, 10_000.0), head_dim**-0.5, f"noise, seed {seed}", signals=signals)
+
+
+def _noise_signals(seed: int, layers: int, query_heads: int, tokens: int, head_dim: int) -> PromptSignals:
+    rng = np.random.default_rng((seed, 1))
+    width = 48
+    return PromptSignals(
+        hidden=tuple(rng.standard_normal((tokens, width)).astype(np.float32) for _ in range(layers)),
+        repeat_queries=tuple(
+            rng.standard_normal((query_heads, tokens, head_dim)).astype(np.float32) for _ in range(layers)
+        ),
+        entropy=rng.uniform(0, np.log(256), tokens).astype(np.float32),
+        distance=rng.uniform(0, 2, (layers, tokens)).astype(np.float32),
+    )
 
 
 @pytest.fixture(scope="session")

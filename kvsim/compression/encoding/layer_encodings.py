@@ -31,7 +31,7 @@ class LayerEncodings(KvEncoding):
     """
 
     names: ClassVar = {"layer_encodings": {}}
-    summaries: ClassVar = {"layer_encodings": "each layer its own encoding, from a plan made offline; ours"}
+    summaries: ClassVar = {"layer_encodings": "each layer its own encoding, by a plan made offline; ours"}
 
     family: ClassVar = "layer plan"
 
@@ -71,7 +71,9 @@ class LayerEncodings(KvEncoding):
     def bytes_per_token(self, group: LayerGroup, native: Dtype) -> KvBytes:
         found = [one.bytes_per_token(group, native) for one in self.layers]
         count = len(found)
-        return KvBytes(sum(one.payload_bytes for one in found) / count, sum(one.metadata_bytes for one in found) / count)
+        return KvBytes(
+            sum(one.payload_bytes for one in found) / count, sum(one.metadata_bytes for one in found) / count
+        )
 
     def fixed_bytes_per_sequence(self, group: LayerGroup, native: Dtype) -> float:
         return sum(one.fixed_bytes_per_sequence(group, native) for one in self.layers) / len(self.layers)

@@ -11,7 +11,7 @@ from kvsim.compression.selector import KeepByLayer, Selector
 from kvsim.specs.model import LayerGroup, LayerKind
 
 if TYPE_CHECKING:
-    from kvsim.ops import OpCall
+    from kvsim.ops import OpCall, Work
     from kvsim.specs.model import ModelSpec
     from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv
 
@@ -69,6 +69,13 @@ class TokenSelection(StrategyPart):
         """FLOPs per attended token, sequence and layer in each decode step (H2O's score update), 0 if none."""
         return 0.0
 
+    def decode_score_work(self, group: LayerGroup, model: ModelSpec) -> Work | None:
+        """Work per attended token, sequence and layer in each decode step to score it anew (TOVA), or None.
+
+        Beside `decode_score_flops_per_token`, where a step does more than add up what attention hands out.
+        """
+        return None
+
     @property
     def evicts(self) -> bool:
         """Whether tokens leave memory for good, so that a cached prefix cannot be reused by another request."""
@@ -87,6 +94,21 @@ class TokenSelection(StrategyPart):
     @property
     def masks(self) -> bool:
         """Whether tokens that are not kept are merely hidden, so that nothing is freed and everything is read."""
+        return False
+
+    @property
+    def keeps_newest(self) -> bool:
+        """Whether the prompt's last token always stays; not where a score alone decides."""
+        return True
+
+    @property
+    def unit_tokens(self) -> int:
+        """Tokens that stay or go together (ChunkKV), so that a longer prompt may leave fewer, by less than a unit."""
+        return 1
+
+    @property
+    def merges(self) -> bool:
+        """Whether an entry that stays may hold other numbers than its token's own K and V."""
         return False
 
     @abstractmethod

@@ -25,18 +25,18 @@ _GRANULARITIES = ("none", "layer", "head", "ragged")
 
 
 class LayerPlan(TokenSelection):
-    """Each layer has a selection of its own, as a table that is made offline (PolyKV-style, arXiv 2606.15157).
+    """Each layer has a selection of its own, by a table that is made offline (PolyKV-style, arXiv 2606.15157).
 
-    The paper's abstract says that each layer is given one of the existing eviction methods and a budget of its own under
-    a fixed total; its algorithm and its candidates are not public here, so how plans are made (`kvsim quality plan`)
-    is ours. A plan is data: nothing is searched while a model runs, and a plan whose layers all say the same is that
-    selection. Where an entry is given a method that moves budget between layers itself (PyramidKV), the layer holds
-    what that method would hold there if it were used everywhere.
+    The paper's abstract says that each layer is given one of the existing eviction methods and a budget of its own
+    under a fixed total; its algorithm and its candidates are not public here, so how plans are made (`kvsim quality
+    plan`) is ours. A plan is data: nothing is searched while a model runs, and a plan whose layers all say the same is
+    that selection. Where an entry is a method that moves budget between layers itself (PyramidKV), the layer holds what
+    that method would hold there if it were used everywhere.
     """
 
     names: ClassVar = {"layer_plan": {}}
     summaries: ClassVar = {
-        "layer_plan": "each layer its own selection and budget, from a plan made offline; PolyKV-style, arXiv 2606.15157"
+        "layer_plan": "each layer its own selection and budget, by a plan made offline; PolyKV-style, arXiv 2606.15157"
     }
 
     family: ClassVar = "layer plan"

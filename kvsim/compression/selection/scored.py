@@ -12,6 +12,7 @@ from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.compression.selection.full_attention import BudgetedSelection, kv_heads
 from kvsim.ops import Component, OpCall, Work, compact, select_top_k
 from kvsim.specs.base import DTYPE_BITS
+from kvsim.specs.model import LayerGroup
 
 if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
@@ -75,6 +76,21 @@ class ScoredSelection(BudgetedSelection):
             "compact_kv": compact(kept, group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8),
         }
         return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())
+
+
+class KeyScoredSelection(ScoredSelection):
+    """Scores that come from K and V alone: no query is needed, and none is looked at. Nothing stays by right."""
+
+    @property
+    def keeps_newest(self) -> bool:
+        return False
+
+    @abstractmethod
+    def key_works(self, prompt_tokens: int, group: LayerGroup, element_bytes: float) -> Mapping[str, Work]:
+        """Work to score a prompt's tokens in one layer, by name of the operation."""
+
+    def score_works(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Mapping[str, Work]:
+        return self.key_works(prompt_tokens, layer.group, DTYPE_BITS[model.dtype] / 8)
 
 
 def best_tokens(scores: FloatArray, kept: int) -> IntArray:

@@ -22,12 +22,9 @@ def received_attention(layer_kv: LayerKv, attention_scale: float, window: int | 
     InvalidSpec
         The cache has no prompt queries.
     """
-    queries = layer_kv.prompt_queries if window is None else layer_kv.prompt_queries[:, -window:]
+    queries = known_prompt_queries(layer_kv)
+    queries = queries if window is None else queries[:, -window:]
     heads, tokens, dim = layer_kv.keys.shape
-    if queries.size == 0:
-        msg = "the method scores tokens with the prompt's queries, and the KV tensors have no prompt_queries"
-        raise InvalidSpec(msg)
-    queries = queries[:, -tokens:]
     count = queries.shape[1]
     keys = layer_kv.keys.astype(np.float64)
     total = np.zeros((heads, tokens))
@@ -38,6 +35,20 @@ def received_attention(layer_kv: LayerKv, attention_scale: float, window: int | 
         logits = np.where(np.arange(tokens) <= last_seen[:, None], logits, -np.inf)
         total += softmax(logits).sum(axis=2).mean(axis=1)
     return total.astype(np.float32)
+
+
+def known_prompt_queries(layer_kv: LayerKv) -> FloatArray:
+    """Queries of the prompt's last tokens, (Hq, w, D), no more than there are tokens.
+
+    Raises
+    ------
+    InvalidSpec
+        The cache has none.
+    """
+    if layer_kv.prompt_queries.size == 0:
+        msg = "the method scores tokens with the prompt's queries, and the KV tensors have no prompt_queries"
+        raise InvalidSpec(msg)
+    return layer_kv.prompt_queries[:, -layer_kv.num_tokens :]
 
 
 def heaviest_and_newest(older_scores: FloatArray, heavy: int, newest: int) -> IntArray:

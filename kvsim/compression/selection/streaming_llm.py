@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.compression.selection.full_attention import FullAttentionSelection, whole_tokens
@@ -23,8 +30,8 @@ class StreamingLlm(FullAttentionSelection):
     """The first ``num_sink_tokens`` and the last ``window_length`` tokens (arXiv 2309.17453).
 
     Nothing is scored, and memory is bounded from the first token on: the window moves while the prompt is processed.
-    ``streaming_llm:2048`` means 2,048 tokens in all, sinks included. ``streaming_llm:0.75`` removes a share of the prompt
-    (kvpress's compression_ratio): the window is then known, and starts to move, only when the prompt ends.
+    ``streaming_llm:2048`` means 2,048 tokens in all, sinks included. ``streaming_llm:0.75`` removes a share of the
+    prompt (kvpress's compression_ratio): the window is then known, and starts to move, only when the prompt ends.
     """
 
     names: ClassVar = {"streaming_llm": {"window_length": DEFAULT_BUDGET_TOKENS - DEFAULT_SINK_TOKENS}}

@@ -46,7 +46,8 @@ class WindowScoredSelection(ScoredSelection):
     def scores(self, kv: KvTensors, layer: LayerView) -> FloatArray:
         found = received_attention(kv.layers[layer.index], kv.attention_scale, self.window_size)
         older = found.shape[1] - self.least_tokens(found.shape[1])
-        found[:, :older] = self._pooled(found[:, :older])
+        if older:
+            found[:, :older] = self._pooled(found[:, :older])
         found[:, older:] = np.inf
         return found
 

@@ -116,7 +116,9 @@ class OutcomeFolder:
 
     def _path(self, setting: Setting, strategy: str) -> Path:
         digest = hashlib.sha256(strategy.encode()).hexdigest()[:8]
-        return self.folder / setting.name / f"{re.sub(r'[^a-z0-9]+', '-', strategy.lower())[:_NAME_LENGTH]}-{digest}.json"
+        return (
+            self.folder / setting.name / f"{re.sub(r'[^a-z0-9]+', '-', strategy.lower())[:_NAME_LENGTH]}-{digest}.json"
+        )
 
 
 def _plain(value: FloatArray | float) -> object:

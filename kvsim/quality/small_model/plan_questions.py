@@ -10,9 +10,11 @@ from kvsim.quality.layer_plans import SHARE_UNITS, Option, encoding_options, sel
 
 SHARES: Final = tuple(4 * sixteenths for sixteenths in (1, 2, 3, 4, 6, 8, 10, 12, 16))
 """64ths of the prompt; the smallest holds SnapKV's window of 16 of 256 tokens."""
-CANDIDATES: Final = ("streaming_llm", "snapkv(window_size=16)", "h2o")
-UNIFORM_ONLY: Final = ("pyramidkv(window_size=16)",)
-"""Moves budget between layers itself; within one layer it is SnapKV."""
+CANDIDATES: Final = (
+    "streaming_llm", "snapkv(window_size=16)", "h2o", "tova", "knorm", "keydiff", "expected_attention",
+)  # fmt: skip
+UNIFORM_ONLY: Final = ("pyramidkv(window_size=16)", "random")
+"""PyramidKV moves budget between layers itself and is SnapKV within one; random eviction is there to be beaten."""
 TURBOQUANT_BITS: Final = (1, 2, 3, 4)
 FEW_TASKS: Final = ("copy", "language")
 """What the transfer test calibrates on."""
@@ -43,7 +45,11 @@ def questions(candidates: Sequence[str] = CANDIDATES) -> tuple[Question, ...]:
     options = selection_options(candidates, SHARES)
     keep = [_keep(options, units) for units in (SHARE_UNITS // 4, SHARE_UNITS // 2)]
     bits = encoding_options(
-        {f"turboquant_mse:{key}(value_bits={value})": key + value for key in TURBOQUANT_BITS for value in TURBOQUANT_BITS}
+        {
+            f"turboquant_mse:{key}(value_bits={value})": key + value
+            for key in TURBOQUANT_BITS
+            for value in TURBOQUANT_BITS
+        }
     )
     alike = {option.name: uniform(option).name for option in bits if option.cost == 4}
     return (*keep, Question("TurboQuant, K + V = 4 bits", bits, 4, alike))

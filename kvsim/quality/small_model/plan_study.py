@@ -12,6 +12,7 @@ from kvsim.quality.small_model.plan_results import Contest
 from kvsim.quality.small_model.planning import Bench
 from kvsim.quality.small_model.tasks import TASKS
 
+
 def run_contest(
     question: Question, calibration: Bench, held_out: Bench, report: Callable[[str], None] | None = None
 ) -> Iterator[Contest]:
@@ -23,7 +24,9 @@ def run_contest(
     say(f"{calibration.trained.name}, {question.name}: calibrated")
     chosen = min(question.uniforms.values(), key=lambda one: (-calibration.score(one), one))
     for name, strategy in question.uniforms.items():
-        yield _contest(question, held_out, "uniform", name, dict.fromkeys(TASKS, strategy), is_chosen=strategy == chosen)
+        yield _contest(
+            question, held_out, "uniform", name, dict.fromkeys(TASKS, strategy), is_chosen=strategy == chosen
+        )
     for name, strategies in _plans(question, calibration, by_task, local).items():
         yield _contest(question, held_out, "plan", name, strategies)
     say(f"{calibration.trained.name}, {question.name}: tested")

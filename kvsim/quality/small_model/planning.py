@@ -1,4 +1,4 @@
-"""Layer plans on the small models: calibrated on some sequences, tested on others, kept on disk as they are measured."""
+"""The small models as a bench for layer plans: every outcome is measured once and kept on disk."""
 
 from __future__ import annotations
 
@@ -96,12 +96,18 @@ class Bench:
         return self._prompts[task]
 
 
-def calibration_bench(trained: TrainedModel, folder: Path, count: int, report: Callable[[str], None] | None = None) -> Bench:
+def calibration_bench(
+    trained: TrainedModel, folder: Path, count: int, report: Callable[[str], None] | None = None
+) -> Bench:
     """Bench of calibration sequences, ``count`` of each task."""
-    return Bench(trained, folder / "calibration" / trained.name, lambda task: plan_batch(task, count, trained.name), report)
+    return Bench(
+        trained, folder / "calibration" / trained.name, lambda task: plan_batch(task, count, trained.name), report
+    )
 
 
-def held_out_bench(trained: TrainedModel, folder: Path, count: int, report: Callable[[str], None] | None = None) -> Bench:
+def held_out_bench(
+    trained: TrainedModel, folder: Path, count: int, report: Callable[[str], None] | None = None
+) -> Bench:
     """Bench of test sequences, ``count`` of each task."""
     draw = lambda task: measured_batch(task, count, model=trained.name)  # noqa: E731 - one expression
     return Bench(trained, folder / "test" / trained.name, draw, report)

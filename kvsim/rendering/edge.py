@@ -1,0 +1,92 @@
+"""What fits on one person's device, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from kvsim.rendering.numbers import EN_DASH, UNKNOWN, format_number
+from kvsim.units import format_seconds
+
+if TYPE_CHECKING:
+    from kvsim.edge import EdgeAnswer
+    from kvsim.report import Figure
+
+MINUTE_S = 60.0
+HEADERS = ("fits", "readable", "longest", "ends by", "prefill", "tok/s", "sustained", "J/token", "battery")
+
+
+def edge_view(answers: Sequence[EdgeAnswer], reading_tokens_per_s: float) -> RenderableType:
+    """One row per strategy, with bands; what cannot run below, with the reason."""
+    ran = [answer for answer in answers if answer.reason is None]
+    parts: list[RenderableType] = []
+    if ran:
+        parts.append(_table(ran))
+        parts.append(Text(_sentence(ran[0], reading_tokens_per_s)))
+    for reason in dict.fromkeys(one.reason for one in answers if one.reason):
+        names = ", ".join(one.strategy for one in answers if one.reason == reason)
+        parts.append(Text(f"{names} cannot run: {reason}", style="yellow"))
+    return Group(*parts)
+
+
+def _table(answers: Sequence[EdgeAnswer]) -> Table:
+    title = f"One sequence on {answers[0].device}"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    table.add_column("strategy", overflow="fold")
+    for header in HEADERS:
+        table.add_column(header, justify="right")
+    for answer in answers:
+        table.add_row(escape(answer.strategy), *_cells(answer))
+    return table
+
+
+def _cells(answer: EdgeAnswer) -> list[str]:
+    memory = answer.memory_tokens
+    return [
+        "any" if memory is None or memory.value is None else _tokens(memory),
+        _tokens(answer.readable_tokens),
+        _tokens(answer.context_tokens),
+        answer.limit or UNKNOWN,
+        _spread(answer.prefill_s, _seconds),
+        _spread(answer.decode_tokens_per_s, format_number),
+        _spread(answer.sustained_tokens_per_s, format_number),
+        _spread(answer.joules_per_token, format_number),
+        _spread(answer.battery_s, _minutes),
+    ]
+
+
+def _tokens(figure: Figure | None) -> str:
+    return _spread(figure, lambda value: f"{value:,.0f}")
+
+
+def _seconds(seconds: float) -> str:
+    return format_seconds(seconds)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / MINUTE_S:,.0f} min"
+
+
+def _spread(figure: Figure | None, show: Callable[[float], str]) -> str:
+    """Central value, and its band below it."""
+    if figure is None or figure.value is None:
+        return UNKNOWN
+    shown = show(figure.value)
+    if figure.low is None or figure.high is None or figure.low == figure.high:
+        return shown
+    return f"{shown}\n({show(figure.low)}{EN_DASH}{show(figure.high)})"
+
+
+def _sentence(answer: EdgeAnswer, reading_tokens_per_s: float) -> str:
+    return (
+        f"fits: longest prompt in memory; readable: longest context decoded at {reading_tokens_per_s:g} tokens/s; the "
+        f"model ends at {answer.model_tokens:,}. Rates and energy behind {answer.rated_tokens:,} tokens in the first "
+        "row, and behind each row's own longest context where none was asked for. Bands span the priors; basis: "
+        "literature."
+    )
