@@ -14,7 +14,7 @@ from kvsim.compression.parse import parse_compression, parse_part
 from kvsim.compression.spelling import spell_list
 from kvsim.compression.strategy import Compression, spell
 from kvsim.documents import load_json, load_yaml, validate, write_atomic
-from kvsim.errors import InvalidSpec
+from kvsim.errors import KvsimError
 from kvsim.specs.base import Spec
 
 SUFFIXES: Final = (".yaml", ".yml", ".json")
@@ -64,9 +64,9 @@ def load_plan(path: Path) -> PlanFile:
     plan = validate(PlanFile, document, str(path))
     try:
         parse_compression(plan.strategy)
-    except InvalidSpec as error:
-        msg = f"{path}: {error}"
-        raise InvalidSpec(msg) from error
+    except KvsimError as error:
+        error.locate(str(path))
+        raise
     return plan
 
 

@@ -105,9 +105,13 @@ def selection_options(candidates: Sequence[str], shares: Sequence[int] = DEFAULT
     return _in_order(found)
 
 
-def encoding_options(costs: Mapping[str, int]) -> tuple[Option, ...]:
-    """Encodings by name with what each costs, in units of one's own; each is a policy of its own at its cost."""
-    return _in_order({Option(spell(parse_part(name)), spell(parse_part(name)), cost) for name, cost in costs.items()})
+def encoding_options(costs: Mapping[str, int], policies: Mapping[str, str] | None = None) -> tuple[Option, ...]:
+    """Encodings by name with what each costs, in units of one's own.
+
+    ``policies`` says of which policy each is a size; without them each is a policy of its own.
+    """
+    spelled = {name: spell(parse_part(name)) for name in costs}
+    return _in_order({Option(spelled[name], (policies or spelled)[name], cost) for name, cost in costs.items()})
 
 
 def _in_order(options: set[Option]) -> tuple[Option, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,8 +13,8 @@ from kvsim.quality.layer_plans import Option, Sensitivity, best_plan, local_harm
 from kvsim.tensors import KvTensors
 from kvsim.tensors.ensemble import PRESETS, draw
 
-CALIBRATION_SEQUENCES: Final = 3
-TEST_SEQUENCES: Final = 4
+CALIBRATION_SEQUENCES: Final = 2
+TEST_SEQUENCES: Final = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class EnsembleContest:
 
     ensemble: str
     seed: int
+    question: str
     kind: str
     name: str
     strategy: str
@@ -41,39 +42,73 @@ class EnsembleContest:
     is_chosen: bool = False
 
 
-def ensemble_contests(
-    ensemble: str, seed: int, options: Sequence[Option], units_per_layer: int, extra: Sequence[Option] = ()
-) -> tuple[EnsembleContest, ...]:
-    """Make plans on some sequences of an ensemble, and judge them beside every uniform policy on others.
+@dataclass(frozen=True, eq=False)
+class EnsembleHarms:
+    """Local harm of every option in each layer of calibration and held-out sequences.
 
-    Harm is local, so that of a plan is put together from single layers'. ``extra`` are uniform policies of the same
-    cost that no plan may use.
+    Attributes
+    ----------
+    options : tuple of Option
+    calibrated : (L, O)
+        Mean over calibration sequences.
+    held_out : (S, L, O)
     """
+
+    ensemble: str
+    seed: int
+    options: tuple[Option, ...]
+    calibrated: DoubleArray
+    held_out: DoubleArray
+
+    def alike(self, option: Option) -> DoubleArray:
+        """Harm of one option in all layers, per held-out sequence, (S,)."""
+        return np.asarray(self.held_out[:, :, self.options.index(option)].mean(axis=1))
+
+    def of_plan(self, plan: Sequence[Option]) -> DoubleArray:
+        """Harm of a plan, (S,): local harm is each layer's own, so single layers' are put together."""
+        columns = [self.options.index(one) for one in plan]
+        return np.asarray(self.held_out[:, range(len(plan)), columns].mean(axis=1))
+
+    def calibrated_alike(self, option: Option) -> float:
+        """Harm of one option in all layers, on calibration sequences."""
+        return float(self.calibrated[:, self.options.index(option)].mean())
+
+
+def ensemble_harms(ensemble: str, seed: int, options: Iterable[Option]) -> EnsembleHarms:
+    """Measure options on sequences of an ensemble."""
+    every = tuple(sorted(set(options), key=lambda one: (one.policy, one.cost, one.name)))
     drawn = [draw(PRESETS[ensemble], seed, sequence=index) for index in range(CALIBRATION_SEQUENCES + TEST_SEQUENCES)]
-    every = tuple(sorted({*options, *extra}, key=lambda one: (one.policy, one.cost, one.name)))
     harms = np.stack([_harms(every, kv) for kv in drawn])
-    calibrated, held_out = harms[:CALIBRATION_SEQUENCES].mean(axis=0), harms[CALIBRATION_SEQUENCES:]
-    allowed = [index for index, one in enumerate(every) if one not in extra]
-    found = Sensitivity(tuple(every[index] for index in allowed), calibrated[:, allowed])
-    alike = [one for one in every if one.cost == units_per_layer]
-    best = min(alike, key=lambda one: (calibrated[:, every.index(one)].mean(), one.name))
-    best_sized = min((one for one in alike if one in options), key=lambda one: calibrated[:, every.index(one)].mean())
-    made: list[EnsembleContest] = []
-    for one in alike:
-        mine = held_out[:, :, every.index(one)].mean(axis=1)
-        made.append(
-            EnsembleContest(ensemble, seed, "uniform", one.policy, uniform(one).name, mine, is_chosen=one == best)
-        )
+    calibrated = np.asarray(harms[:CALIBRATION_SEQUENCES].mean(axis=0))
+    return EnsembleHarms(ensemble, seed, every, calibrated, harms[CALIBRATION_SEQUENCES:])
+
+
+def ensemble_contests(
+    found: EnsembleHarms, question: str, options: Sequence[Option], units_per_layer: int, extra: Sequence[Option] = ()
+) -> tuple[EnsembleContest, ...]:
+    """Make plans of ``options``, and put them beside every uniform policy of the same total.
+
+    ``extra`` are uniform policies that no plan may use.
+    """
+    sized = sorted((one for one in options if one.cost == units_per_layer), key=lambda one: one.name)
+    best = min((*sized, *extra), key=found.calibrated_alike)
+    moved = min(sized, key=found.calibrated_alike).policy
+    columns = [found.options.index(one) for one in options]
+    sensitivity = Sensitivity(tuple(options), found.calibrated[:, columns])
     plans = {
-        "local": best_plan(found, units_per_layer),
-        "local, policy only": best_plan(found, units_per_layer, "policy"),
-        "local, budget only": best_plan(found, units_per_layer, "budget", best_sized.policy),
+        "local": best_plan(sensitivity, units_per_layer),
+        "local, policy only": best_plan(sensitivity, units_per_layer, "policy"),
+        "local, budget only": best_plan(sensitivity, units_per_layer, "budget", moved),
     }
-    for name, plan in plans.items():
-        columns = [every.index(one) for one in plan]
-        mine = held_out[:, range(len(plan)), columns].mean(axis=1)
-        made.append(EnsembleContest(ensemble, seed, "plan", name, planned(plan).name, mine))
-    return tuple(made)
+    who = (found.ensemble, found.seed, question)
+    uniforms = [
+        EnsembleContest(*who, "uniform", one.policy, uniform(one).name, found.alike(one), is_chosen=one == best)
+        for one in (*sized, *extra)
+    ]
+    made = [
+        EnsembleContest(*who, "plan", name, planned(plan).name, found.of_plan(plan)) for name, plan in plans.items()
+    ]
+    return (*uniforms, *made)
 
 
 def _harms(options: Sequence[Option], kv: KvTensors) -> DoubleArray:

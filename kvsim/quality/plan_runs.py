@@ -102,10 +102,11 @@ def options_for(candidates: Sequence[str], budget: Budget, kv: KvTensors) -> tup
     InvalidSpec, UnknownName
         Candidates are of both kinds, or not of the budget's.
     """
+    units = budget.units_per_layer
     parts = [parse_part(name) for name in candidates]
     if budget.keep is not None and all(isinstance(part, TokenSelection) for part in parts):
         least = _least_share(candidates, kv.layers[0].num_tokens)
-        shares = {*(share for share in DEFAULT_SHARES if share >= least), budget.units_per_layer}
+        shares = {*(share for share in DEFAULT_SHARES if share >= least), units}
         return selection_options(candidates, sorted(shares))
     encodings = [part for part in parts if isinstance(part, KvEncoding)]
     if budget.bits is not None and len(encodings) == len(parts):

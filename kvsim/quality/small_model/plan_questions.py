@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Final
 
 from kvsim.quality.layer_plans import SHARE_UNITS, Option, encoding_options, selection_options, uniform
 
 SHARES: Final = tuple(4 * sixteenths for sixteenths in (1, 2, 3, 4, 6, 8, 10, 12, 16))
 """64ths of the prompt; the smallest holds SnapKV's window of 16 of 256 tokens."""
-CANDIDATES: Final = (
-    "streaming_llm", "snapkv(window_size=16)", "h2o", "tova", "knorm", "keydiff", "expected_attention",
-)  # fmt: skip
-UNIFORM_ONLY: Final = ("pyramidkv(window_size=16)", "random")
+CANDIDATES: Final = ("streaming_llm", "snapkv", "h2o", "tova", "knorm", "keydiff", "expected_attention")
+UNIFORM_ONLY: Final = ("pyramidkv", "random")
 """PyramidKV moves budget between layers itself and is SnapKV within one; random eviction is there to be beaten."""
 TURBOQUANT_BITS: Final = (1, 2, 3, 4)
 FEW_TASKS: Final = ("copy", "language")
@@ -30,32 +28,38 @@ class Question:
         Such as ``keep 25 %``.
     options : tuple of Option
     units_per_layer : int
-    uniforms : dict
-        Name to strategy: what every layer may be given alike.
+    extra : tuple of Option
+        What every layer may be given alike beside the options of that cost.
     """
 
     name: str
     options: tuple[Option, ...]
     units_per_layer: int
-    uniforms: Mapping[str, str]
+    extra: tuple[Option, ...] = ()
+
+    @property
+    def uniforms(self) -> dict[str, str]:
+        """Policies that every layer may be given alike: name to strategy."""
+        alike = (option for option in self.options if option.cost == self.units_per_layer)
+        return {option.policy: uniform(option).name for option in (*alike, *self.extra)}
 
 
-def questions(candidates: Sequence[str] = CANDIDATES) -> tuple[Question, ...]:
-    """Totals that are asked about."""
+def questions(*, window_size: int | None = 16) -> tuple[Question, ...]:
+    """Totals that are asked about; ``window_size`` is SnapKV's and PyramidKV's, None for their default."""
+    window = "" if window_size is None else f"(window_size={window_size})"
+    candidates = [f"snapkv{window}" if name == "snapkv" else name for name in CANDIDATES]
+    others = [f"pyramidkv{window}" if name == "pyramidkv" else name for name in UNIFORM_ONLY]
     options = selection_options(candidates, SHARES)
-    keep = [_keep(options, units) for units in (SHARE_UNITS // 4, SHARE_UNITS // 2)]
-    bits = encoding_options(
-        {
-            f"turboquant_mse:{key}(value_bits={value})": key + value
-            for key in TURBOQUANT_BITS
-            for value in TURBOQUANT_BITS
-        }
-    )
-    alike = {option.name: uniform(option).name for option in bits if option.cost == 4}
-    return (*keep, Question("TurboQuant, K + V = 4 bits", bits, 4, alike))
+    keep = [
+        Question(f"keep {100 * units // SHARE_UNITS} %", options, units, selection_options(others, (units,)))
+        for units in (SHARE_UNITS // 4, SHARE_UNITS // 2)
+    ]
+    return (*keep, Question("TurboQuant, K + V = 4 bits", _bits(), 4))
 
 
-def _keep(options: tuple[Option, ...], units: int) -> Question:
-    alike = {option.policy: uniform(option).name for option in options if option.cost == units}
-    others = {option.policy: uniform(option).name for option in selection_options(UNIFORM_ONLY, (units,))}
-    return Question(f"keep {100 * units // SHARE_UNITS} %", options, units, {**alike, **others})
+def _bits() -> tuple[Option, ...]:
+    """TurboQuant with every split between K and V; what is split how is the policy, the sum of both the budget."""
+    pairs = list(product(TURBOQUANT_BITS, repeat=2))
+    names = {pair: f"turboquant_mse:{pair[0]}(value_bits={pair[1]})" for pair in pairs}
+    policies = {names[k, v]: "even" if k == v else "more for keys" if k > v else "more for values" for k, v in pairs}
+    return encoding_options({names[pair]: sum(pair) for pair in pairs}, policies)

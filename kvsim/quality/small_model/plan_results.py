@@ -18,10 +18,12 @@ from kvsim.data_files import preset_dir
 from kvsim.documents import load_json, validate, write_atomic
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.arrays import DoubleArray
+from kvsim.quality.plan_ensembles import EnsembleContest
 from kvsim.specs.base import Spec
 from kvsim.tensors import FloatArray
 
 TABLE: Final = "layer_plans.csv"
+ENSEMBLES: Final = "layer_plans_ensembles.csv"
 RECORD: Final = "layer_plans_provenance.json"
 ALL: Final = "all"
 DRAWS: Final = 2000
@@ -83,10 +85,29 @@ class PlanRow(Spec):
     """What was tested, spelled; empty where it differs between tasks or models."""
 
 
+class EnsembleRow(Spec):
+    """One contender at one total, on one ensemble or on ``all``; errors are of attention outputs."""
+
+    ensemble: str
+    question: str
+    kind: str
+    name: str
+    is_chosen: bool
+    sequences: int
+    output_error: float
+    """Root of the mean squared relative error on held-out sequences."""
+    gain: float
+    """Share of the squared error that the best uniform policy makes, as calibration data name it, and this does not."""
+    gain_low: float
+    """95 % interval, paired by sequence."""
+    gain_high: float
+
+
 class PlanResults(Spec):
     """All rows with where they come from."""
 
     rows: tuple[PlanRow, ...] = Field(min_length=1)
+    ensembles: tuple[EnsembleRow, ...] = ()
     provenance: dict[str, Any]
 
     def over(self, model: str, question: str) -> tuple[PlanRow, ...]:
@@ -149,6 +170,11 @@ def _gain(mine: Sequence[Contest], theirs: Sequence[Contest]) -> tuple[float, fl
         for one, other in zip(mine, theirs, strict=True)
         for task in one.scores
     ]
+    return _interval(pairs)
+
+
+def _interval(pairs: Sequence[DoubleArray]) -> tuple[float, float, float]:
+    """Mean over parts of paired differences, each (B,), and its 95 % interval."""
     rng = np.random.default_rng(_SEED)
     drawn: DoubleArray = np.mean([_resampled(pair, rng) for pair in pairs], axis=0)
     low, high = np.percentile(drawn, [2.5, 97.5])
@@ -160,15 +186,55 @@ def _resampled(differences: DoubleArray, rng: np.random.Generator) -> DoubleArra
     return np.asarray(differences[rows].mean(axis=1))
 
 
-def write_plan_results(rows: Iterable[PlanRow], provenance: Mapping[str, Any], folder: Path | None = None) -> None:
-    """Write the table and its provenance."""
+def summarise_ensembles(contests: Sequence[EnsembleContest]) -> Iterator[EnsembleRow]:
+    """Give rows per ensemble and over all of them; squared errors of an ensemble count beside its baseline's."""
+    for question in dict.fromkeys(one.question for one in contests):
+        asked = [one for one in contests if one.question == question]
+        names = tuple(dict.fromkeys(one.ensemble for one in asked))
+        for group in (*((name,) for name in names), names):
+            mine = [one for one in asked if one.ensemble in group]
+            yield from _ensemble_rows(group[0] if len(group) == 1 else ALL, question, mine)
+
+
+def _ensemble_rows(ensemble: str, question: str, contests: Sequence[EnsembleContest]) -> Iterator[EnsembleRow]:
+    chosen = {(one.ensemble, one.seed): one.harms for one in contests if one.is_chosen}
+    by_name: dict[tuple[str, str], list[EnsembleContest]] = {}
+    for one in contests:
+        by_name.setdefault((one.kind, one.name), []).append(one)
+    for (kind, name), mine in by_name.items():
+        shares = [1.0 - one.harms / chosen[one.ensemble, one.seed].mean() for one in mine]
+        theirs = [1.0 - chosen[one.ensemble, one.seed] / chosen[one.ensemble, one.seed].mean() for one in mine]
+        pairs = [share - other for share, other in zip(shares, theirs, strict=True)]
+        gain, low, high = _interval(pairs)
+        yield EnsembleRow(
+            ensemble=ensemble,
+            question=question,
+            kind=kind,
+            name=name,
+            is_chosen=all(one.is_chosen for one in mine),
+            sequences=sum(len(one.harms) for one in mine),
+            output_error=float(np.sqrt(np.mean([one.harms.mean() for one in mine]))),
+            gain=gain,
+            gain_low=low,
+            gain_high=high,
+        )
+
+
+def write_plan_results(
+    rows: Iterable[PlanRow],
+    ensembles: Iterable[EnsembleRow],
+    provenance: Mapping[str, Any],
+    folder: Path | None = None,
+) -> None:
+    """Write the tables and their provenance."""
     folder = folder or preset_dir("small_model")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(PlanRow.model_fields)
-    for row in rows:
-        writer.writerow([_cell(value) for value in row.model_dump().values()])
-    write_atomic(folder / TABLE, text.getvalue().encode())
+    for name, fields, found in ((TABLE, PlanRow.model_fields, rows), (ENSEMBLES, EnsembleRow.model_fields, ensembles)):
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(fields)
+        for row in found:
+            writer.writerow([_cell(value) for value in row.model_dump().values()])
+        write_atomic(folder / name, text.getvalue().encode())
     write_atomic(folder / RECORD, f"{json.dumps(provenance, indent=1, ensure_ascii=False)}\n".encode())
 
 
@@ -180,9 +246,14 @@ def load_plan_results(folder: Path | None = None) -> PlanResults:
     if not path.exists():
         msg = f"{path}: no such file; write it with tools/write_layer_plans.py"
         raise InvalidSpec(msg)
+    rows = [{**row, "by_task": json.loads(row["by_task"])} for row in _read(path)]
+    data = {"rows": rows, "ensembles": _read(folder / ENSEMBLES), "provenance": load_json(folder / RECORD)}
+    return validate(PlanResults, data, path.name)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as lines:
-        read = [{**row, "by_task": json.loads(row["by_task"])} for row in csv.DictReader(lines)]
-    return validate(PlanResults, {"rows": read, "provenance": load_json(folder / RECORD)}, path.name)
+        return list(csv.DictReader(lines))
 
 
 def _cell(value: object) -> object:

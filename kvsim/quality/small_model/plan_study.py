@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from kvsim.quality.layer_plans import Freedom, Sensitivity, best_plan, planned, sensitivity_by, uniform
-from kvsim.quality.small_model.plan_questions import FEW_TASKS, Question
+from kvsim.quality.small_model.plan_questions import FEW_TASKS, Question, questions
 from kvsim.quality.small_model.plan_results import Contest
-from kvsim.quality.small_model.planning import Bench
+from kvsim.quality.small_model.planning import Bench, calibration_bench, held_out_bench
 from kvsim.quality.small_model.tasks import TASKS
+from kvsim.quality.small_model.weights import load_or_train
+
+
+@dataclass(frozen=True)
+class PlanJob:
+    """One model with all totals; ``calibration`` and ``test`` sequences of each task."""
+
+    architecture: str
+    seed: int
+    weights: Path
+    folder: Path
+    calibration: int
+    test: int
+
+
+def run_plan_job(job: PlanJob) -> tuple[Contest, ...]:
+    """Measure what is missing of one model, in this process, and give every contender."""
+    torch.set_num_threads(1)
+    trained = load_or_train(job.architecture, job.seed, job.weights)
+    calibration = calibration_bench(trained, job.folder, job.calibration)
+    held_out = held_out_bench(trained, job.folder, job.test)
+    say = partial(print, flush=True)
+    return tuple(one for asked in questions() for one in run_contest(asked, calibration, held_out, say))
 
 
 def run_contest(
