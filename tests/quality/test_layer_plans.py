@@ -46,12 +46,18 @@ def _store(name: str, kv: KvTensors) -> StoredCache:
 @pytest.mark.parametrize(
     ("plan", "name"),
     [
-        ("layer_plan[6*{}]", "snapkv:0.75"), ("layer_plan:relative[{}]", "pyramidkv"), ("layer_plan:relative[{}]", "quest"),
-        ("layer_plan:relative[{0};{0}]", "h2o:0.9"), ("layer_plan[6*{}]", "streaming_llm:0.75"),
-        ("layer_encodings[6*{}]", "kivi-4"), ("layer_encodings:relative[{}]", "turboquant_4bit_nc"),
-        ("layer_encodings[6*{}]", "turboquant_mse:2(value_bits=3)"), ("layer_encodings:relative[{}]", "kvquant-3"),
+        ("layer_plan[6*{}]", "snapkv:0.75"),
+        ("layer_plan:relative[{}]", "pyramidkv"),
+        ("layer_plan:relative[{}]", "quest"),
+        ("layer_plan:relative[{0};{0}]", "h2o:0.9"),
+        ("layer_plan[6*{}]", "streaming_llm:0.75"),
+        ("layer_plan[6*{}]", "expected_attention:0.75"),
+        ("layer_encodings[6*{}]", "kivi-4"),
+        ("layer_encodings:relative[{}]", "turboquant_4bit_nc"),
+        ("layer_encodings[6*{}]", "turboquant_mse:2(value_bits=3)"),
+        ("layer_encodings:relative[{}]", "kvquant-3"),
     ],
-)  # fmt: skip
+)
 def test_one_policy_everywhere_is_that_policy_byte_for_byte(
     plan: str, name: str, noise: KvTensors, samples: tuple[KvTensors, ...]
 ) -> None:
@@ -78,9 +84,7 @@ def test_each_layer_is_what_its_own_policy_leaves(noise: KvTensors) -> None:
 
 
 def test_bits_of_a_mixed_plan_are_what_pricing_says(noise: KvTensors) -> None:
-    encodings = (
-        "layer_encodings[native;fp8;kivi-2;turboquant_mse:3(value_bits=1);turboquant_mse:2.5;int4_per_token_head"
-    )
+    encodings = "native;fp8;kivi-2;turboquant_mse:3(value_bits=1);turboquant_mse:2.5;int4_per_token_head"
     plan = (
         f"layer_plan[snapkv:0.75;h2o:0.9;keep_all;streaming_llm:0.5;snapkv:100;pyramidkv]+layer_encodings[{encodings}]"
     )
