@@ -85,7 +85,8 @@ class Adaptive(Spec):
             return
         if isinstance(self.policy, StaticPolicy):
             yield "requantize: a static policy never changes its level, so there is nothing to encode again"
-        selecting = [level.name for level in self.levels if level.compression.selection.kind != "keep_all"]
+        parts = [(level.name, level.compression) for level in self.levels]
+        selecting = [name for name, one in parts if one.selection.kind != "keep_all" or one.encoding.evicts]
         if selecting:
             yield (
                 f"requantize: {selecting[0]} selects tokens, and scores for that exist at the end of a prompt only; "

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvsim.compression import Compression
-from kvsim.compression.base import KvEncoding, LayerView, TokenCurve, growing
+from kvsim.compression.base import HeadCurves, KvEncoding, LayerView, growing
+from kvsim.compression.encoding.native import Native
 from kvsim.compression.selection.base import TokenSelection
 from kvsim.parallelism import Parallelism
 from kvsim.specs.device import DeviceSpec
@@ -46,17 +47,22 @@ class LayerClass:
             return 1.0
         return self.kv_heads_per_rank / self.group.num_kv_heads
 
-    def attended_tokens(self, prompt_tokens: int, view: LayerView) -> TokenCurve:
-        """Tokens read by a decode step over generated tokens."""
-        if self.selection is not None:
-            return self.selection.attended_tokens(prompt_tokens, view)
-        return growing(prompt_tokens, _attention_cap(self.group))
+    @property
+    def prefill_encoding(self) -> KvEncoding:
+        """How tokens are stored while the prompt is processed: native where the method waits for its end."""
+        return Native() if self.encoding.stores_prompt_once else self.encoding
 
-    def resident_tokens(self, prompt_tokens: int, view: LayerView) -> TokenCurve:
-        """Tokens held over generated tokens."""
+    @property
+    def has_pages_per_head(self) -> bool:
+        """Whether each KV head has pages of its own, because heads keep different numbers of tokens."""
+        return self.selection is not None and self.selection.granularity == "ragged" and self.selection.evicts
+
+    def head_curves(self, prompt_tokens: int, view: LayerView) -> tuple[HeadCurves, ...]:
+        """Tokens held, and read by a decode step, over generated tokens, for each kind of KV head."""
         if self.selection is not None:
-            return self.selection.resident_tokens(prompt_tokens, view)
-        return growing(prompt_tokens, self.decode_cap)
+            return self.selection.head_curves(prompt_tokens, view)
+        resident = growing(prompt_tokens, self.decode_cap)
+        return (HeadCurves(1.0, resident, growing(prompt_tokens, _attention_cap(self.group))),)
 
     def prefill_resident_tokens(self, processed_tokens: int, view: LayerView) -> int:
         """Tokens held once ``processed_tokens`` of the prompt are in."""

@@ -7,9 +7,9 @@ from collections import defaultdict
 
 from kvsim.allocator import padded_layer_shares, pool_bytes_per_token
 from kvsim.compression.base import LayerView
-from kvsim.cost.layer_bytes import draft_bytes_per_token, layer_bytes_per_token, residual_bytes
+from kvsim.cost.layer_bytes import draft_bytes_per_token, prefill_bytes_per_token, residual_bytes
 from kvsim.deployment import Deployment, LayerClass
-from kvsim.specs.model import LayerKind
+from kvsim.specs.model import LayerKind, ModelSpec
 
 _PROBE_TOKENS = 2**40
 """A length no prompt reaches: whatever a layer still holds of it is its cap."""
@@ -27,8 +27,10 @@ def prefill_growths(deployment: Deployment) -> tuple[tuple[tuple[int | None, int
         share = padding.get((layer_class.group.kind, layer_class.group.window_tokens), 1.0)
         for view, layers in layer_class.bands:
             cap = _prefill_cap(layer_class, view)
-            per_token[cap] += share * layers * layer_bytes_per_token(layer_class, view, deployment.model)
-            fixed += layers * residual_bytes(layer_class, deployment.model)
+            per_token[cap] += share * layers * prefill_bytes_per_token(layer_class, view, deployment.model)
+            if not layer_class.encoding.stores_prompt_once:
+                fixed += layers * residual_bytes(layer_class, deployment.model)
+            fixed += layers * _scratch_bytes(layer_class, view, deployment.model)
     per_token[None] += draft_bytes_per_token(deployment)
     block_size = deployment.engine.block_size
     share = deployment.parallelism.stage_share(deployment.model.num_layers)
@@ -38,6 +40,14 @@ def prefill_growths(deployment: Deployment) -> tuple[tuple[tuple[int | None, int
         if size_bytes > 0
     )
     return growths, math.ceil(fixed * share)
+
+
+def _scratch_bytes(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
+    """Bytes of tokens that a selection holds beside the prompt's while it scores them, in one layer on one rank."""
+    if layer_class.selection is None:
+        return 0.0
+    tokens = layer_class.selection.prefill_scratch_tokens(view)
+    return tokens * layer_bytes_per_token(layer_class, view, model) if tokens else 0.0
 
 
 def _page_padding(deployment: Deployment) -> dict[tuple[LayerKind, int | None], float]:

@@ -11,6 +11,7 @@ from kvsim.catalog import DATASHEET, at_field, at_level, resolve
 from kvsim.cost.basis import kernel_notes
 from kvsim.cost.priors import EDGES, Edge
 from kvsim.cost.rates import build_rates
+from kvsim.cost.selection_notes import selection_notes
 from kvsim.cost.step import StepModel
 from kvsim.deployment import Deployment
 from kvsim.disaggregation import SplitDeployment, pool_scenario, resolve_split
@@ -101,6 +102,7 @@ def _prepare_pool(scenario: Scenario, deployment: Deployment, base_dir: Path | N
             f"prefix caching is off: {barred.name} {barred.bars_prefix_reuse}, so a cached prompt cannot be reused"
         )
     notes += [note for one in deployment.variants if (note := one.compression.rate_note) is not None]
+    notes += selection_notes(deployment)
     notes += tier_notes(deployment, shares_prefixes=requests.prefix_hashes is not None)
     config = scenario.engine.speculative_config
     if config is not None and config.num_speculative_tokens:

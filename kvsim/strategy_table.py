@@ -9,6 +9,7 @@ from typing import Final
 from kvsim.catalog import resolve
 from kvsim.compression import STRATEGIES, Compression, describe_strategy, parse_compression, stored_bytes
 from kvsim.compression.base import StrategyPart
+from kvsim.compression.selection.scorers import ScorerBackedSelection
 from kvsim.compression.strategy import spell
 from kvsim.cost.basis import DECODE, pricings, weakest
 from kvsim.errors import IncompatibleScenario, UnknownName
@@ -26,10 +27,12 @@ OPERATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "pyramidkv": ("score/snapkv", "select/compaction"),
     "h2o": ("score/h2o", "select/compaction"),
     "quest": ("score/quest", "decode_attention/page_sparse"),
+    "adakv": ("select/top_k", "select/compaction", "decode_attention/ragged_heads/native/"),
+    "duo_attention": ("select/compaction", "decode_attention/ragged_heads/native/"),
     "rans": ("entropy/rans",),
     "kvtc": ("transform/kvtc",),
 }
-"""Kernels of ours that are named by what they do and not by a KV format, by the part's kind."""
+"""Beginnings of variants of ours that are named by what they do and not by a KV format, by the part's kind."""
 
 
 class StrategyRow(Spec):
@@ -51,6 +54,12 @@ class StrategyRow(Spec):
     """What the price of reading the cache in a decode step rests on, on ``device``."""
     device: str
     risk: RiskLayers
+    frees_memory: bool | None
+    """Whether ``fold`` is above 1; not where tokens are merely masked, or all are held and more."""
+    masked_in: str | None = None
+    """Public code that merely masks what the strategy drops, and so frees nothing, with its files."""
+    freed_in: str | None = None
+    """Public code that frees it, where other code masks."""
     cannot_run: str | None = None
     """Why this model or device cannot run it."""
 
@@ -89,20 +98,28 @@ def _row(
     per_token = _bytes_per_token(compression, spec) if reason is None else None
     values = sum(group.kv_elements_per_token * group.num_layers for group in spec.groups)
     native, mine = (stored_bytes(one, spec, context_tokens, 0) for one in (Compression(), compression))
+    fold = native / mine if reason is None and mine else None
     return StrategyRow(
         name=name,
         family=compression.family,
         description=describe_strategy(name),
         bytes_per_token=per_token,
         bits_per_value=8 * per_token / values if per_token is not None and values else None,
-        fold=native / mine if reason is None and mine else None,
+        fold=fold,
         context_tokens=context_tokens,
         kernels=tuple(kernels_of(compression, is_latent=any(group.is_latent for group in spec.groups))),
         decode_basis=basis,
         device=device,
         risk=risk_layers(compression),
+        frees_memory=None if fold is None else fold > 1,
+        masked_in=_joined(part.masked_in for part in compression.active_parts),
+        freed_in=_joined(part.freed_in for part in compression.active_parts),
         cannot_run=reason,
     )
+
+
+def _joined(texts: Iterable[str | None]) -> str | None:
+    return "; ".join(text for text in texts if text is not None) or None
 
 
 def _bytes_per_token(compression: Compression, model: ModelSpec) -> float:
@@ -139,13 +156,20 @@ def kernels_of(compression: Compression, *, is_latent: bool = False) -> Iterator
     wanted = {_plain(name) for part in parts for name in _spellings(part)}
     if compression.stores_native:
         wanted.add("native")
-    prefixes = tuple(prefix for part in parts for prefix in OPERATIONS.get(part.kind, ()))
+    prefixes = tuple(prefix for part in parts for kind in _kinds(part) for prefix in OPERATIONS.get(kind, ()))
     for kernel in load_compiled_kernels():
         is_of_format = kernel.operation in ("append", "decode_attention") or kernel.operation.startswith("low_rank")
         is_of_model = is_of_format and is_latent == ("mla" in (kernel.kv_format or ""))
         named = {_plain(kernel.strategy or ""), _plain(kernel.kv_format or "")}
-        if kernel.operation.startswith(prefixes) or (is_of_model and named & wanted):
+        if kernel.variant.startswith(prefixes) or (is_of_model and named & wanted):
             yield kernel.variant
+
+
+def _kinds(part: StrategyPart) -> Iterator[str]:
+    """Name of a part's algorithm, and of the scorer that it puts to use."""
+    yield part.kind
+    if isinstance(part, ScorerBackedSelection):
+        yield part.scorer
 
 
 def _spellings(part: StrategyPart) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +25,7 @@ from kvsim.errors import IncompatibleScenario, InvalidSpec
 if TYPE_CHECKING:
     from kvsim.quality.capture import Captured
     from kvsim.quality.run import Continue, StrategyRisk
-    from kvsim.tensors import KvTensors
+    from kvsim.tensors import KvTensors, SignalName
 
     Samples = Callable[[], Sequence[KvTensors]]
 
@@ -86,7 +86,7 @@ def run_command(
 ) -> None:
     """Store a KV cache as each strategy would, let its queries read it, and show the harm beside what theory says."""
     from kvsim.cli.compare import parse_strategies
-    from kvsim.quality.run import run_strategies
+    from kvsim.quality.run import needed_signals, run_strategies
 
     if as_json and as_csv:
         msg = "--json and --csv exclude each other"
@@ -98,14 +98,15 @@ def run_command(
         msg = "--tokens, --queries and --prompt-queries go with --model; a file has its own, an ensemble has fields"
         raise InvalidSpec(msg)
     names = parse_strategies(strategies)
+    signals = needed_signals(names)
     continuation: Continue | None = None
     if model is not None and text is not None:
-        captured, loaded = capture_text(model, text, tokens, queries, prompt_queries)
+        captured, loaded = capture_text(model, text, tokens, queries, prompt_queries, signals)
         cache, continuation = captured.kv, _continuation(loaded, captured)
-        samples = _calibration_files(cache, calibrate or ())
+        samples = _calibration_files(cache, calibrate or (), needed_signals(names, to_fit=True))
     elif kv is not None:
-        cache = read_kv_file(kv)
-        samples = _calibration_files(cache, calibrate or ())
+        cache = read_kv_file(kv, signals)
+        samples = _calibration_files(cache, calibrate or (), needed_signals(names, to_fit=True))
     else:
         cache, samples = _drawn(str(ensemble), calibrate or ())
     with timed(f"ran {len(names)} strategies on {cache.source}"), progress_bar("storing") as progress:
@@ -124,22 +125,45 @@ def capture_command(
     tokens: TokensOption = None,
     queries: QueriesOption = None,
     prompt_queries: PromptQueriesOption = None,
+    signals: Annotated[
+        str,
+        typer.Option(metavar="NAMES", help="What else to record: hidden, repeat_queries; with commas between them."),
+    ] = "",
 ) -> None:
     """Record K, V and Q of a Hugging Face model while it reads a text (capture extra)."""
     from kvsim.documents import check_output_path
     from kvsim.tensors.files import SUFFIX, write_kv
 
     check_output_path(out, (SUFFIX,))
+    wanted = _parse_signals(signals)
     with timed(f"captured {out}"):
-        captured, _ = capture_text(model, text, tokens, queries, prompt_queries)
+        captured, _ = capture_text(model, text, tokens, queries, prompt_queries, wanted)
         write_kv(captured.kv, out)
 
 
+def _parse_signals(text: str) -> frozenset[SignalName]:
+    """Names with commas between them; raise UnknownName for what `capture` does not record."""
+    from kvsim.errors import UnknownName
+    from kvsim.quality.capture import SIGNALS
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in SIGNALS:
+            raise UnknownName(kind="signal", name=name, known=SIGNALS)
+    return frozenset(name for name in SIGNALS if name in names)
+
+
 def capture_text(
-    model: str, text: Path, tokens: int | None, queries: int | None, prompt_queries: int | None
+    model: str,
+    text: Path,
+    tokens: int | None,
+    queries: int | None,
+    prompt_queries: int | None,
+    signals: Collection[SignalName],
 ) -> tuple[Captured, Any]:
     """Let the model read the text; give what it kept, and the model."""
     from kvsim.quality.capture import capture, encode_text, load_model, read_text
+    from kvsim.quality.capture_signals import Requests
 
     cached = TOKENS if tokens is None else tokens
     later = QUERIES if queries is None else queries
@@ -148,7 +172,16 @@ def capture_text(
     loaded, tokenizer = load_model(model)
     ids = encode_text(tokenizer, text, cached + later)
     source = f"{model}, {text.name}"
-    return capture(loaded, ids, num_queries=later, num_prompt_queries=window, source=source), loaded
+    captured = capture(
+        loaded,
+        ids,
+        num_queries=later,
+        num_prompt_queries=window,
+        source=source,
+        signals=signals,
+        requests=Requests.encoded(tokenizer),
+    )
+    return captured, loaded
 
 
 def _continuation(loaded: Any, captured: Captured) -> Continue:
@@ -157,18 +190,18 @@ def _continuation(loaded: Any, captured: Captured) -> Continue:
     return partial(continue_with, loaded, captured)
 
 
-def read_kv_file(path: Path) -> KvTensors:
-    """Read KV tensors; raise InvalidSpec where a file holds none."""
+def read_kv_file(path: Path, signals: Collection[SignalName]) -> KvTensors:
+    """Read KV tensors with some signals; raise InvalidSpec where a file holds none."""
     from kvsim.tensors.files import read_kv
 
-    return read_kv(path)
+    return read_kv(path, signals)
 
 
-def _calibration_files(cache: KvTensors, paths: Sequence[Path]) -> Samples:
+def _calibration_files(cache: KvTensors, paths: Sequence[Path], signals: Collection[SignalName]) -> Samples:
     """Read calibration sequences when a method asks for them; refuse those of another model."""
 
     def read() -> list[KvTensors]:
-        samples = [read_kv_file(path) for path in paths]
+        samples = [read_kv_file(path, signals) for path in paths]
         for path, sample in zip(paths, samples, strict=True):
             if _shape(sample) != _shape(cache):
                 msg = f"--calibrate {path}: layers, heads or dimensions {_shape(sample)} are not {_shape(cache)}"

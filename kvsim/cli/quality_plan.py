@@ -20,7 +20,7 @@ from kvsim.errors import InvalidSpec
 
 if TYPE_CHECKING:
     from kvsim.quality.plan_runs import Budget, Harm, MadePlan
-    from kvsim.tensors import KvTensors
+    from kvsim.tensors import KvTensors, SignalName
 
 DEFAULT_CANDIDATES = "streaming_llm,snapkv,h2o"
 HELD_OUT = 2
@@ -69,6 +69,7 @@ def plan_command(
 ) -> None:
     """Measure what each candidate does to each layer alone, and give layers what does least harm at a fixed total."""
     from kvsim.cli.compare import split_names
+    from kvsim.quality.run import needed_signals
     from kvsim.documents import check_output_path
     from kvsim.quality.plan_runs import Budget
 
@@ -87,7 +88,7 @@ def plan_command(
             sizes = (tokens, queries, prompt_queries)
             made, source = _by_model(model, text or (), test or (), names, budget, by or "kl", sizes, progress)
         else:
-            caches, held_out, source = _caches(ensemble, kv or (), test or (), sequences)
+            caches, held_out, source = _caches(ensemble, kv or (), test or (), sequences, needed_signals(names))
             from kvsim.quality.plan_runs import plan_from_caches
 
             made = plan_from_caches(caches, names, budget, held_out=held_out, progress=progress)
@@ -97,10 +98,10 @@ def plan_command(
 
 
 def _caches(
-    ensemble: str | None, kv: Sequence[Path], test: Sequence[Path], sequences: int
+    ensemble: str | None, kv: Sequence[Path], test: Sequence[Path], sequences: int, signals: frozenset[SignalName]
 ) -> tuple[list[KvTensors], list[KvTensors], str]:
     if ensemble is None:
-        return [read_kv_file(path) for path in kv], [read_kv_file(path) for path in test], _names(kv)
+        return [read_kv_file(path, signals) for path in kv], [read_kv_file(path, signals) for path in test], _names(kv)
     from kvsim.tensors.ensemble import draw, parse_ensemble
 
     if test:
@@ -126,8 +127,9 @@ def _by_model(
     progress: Any,
 ) -> tuple[MadePlan, str]:
     from kvsim.quality.plan_runs import options_for, plan_by_kl, plan_from_caches
+    from kvsim.quality.run import needed_signals
 
-    captured = [capture_text(model, path, *sizes) for path in (*texts, *test)]
+    captured = [capture_text(model, path, *sizes, needed_signals(names)) for path in (*texts, *test)]
     calibration, held_out = captured[: len(texts)], captured[len(texts) :]
     caches = [one.kv for one, _ in calibration]
     source = f"{Path(model).name}, {_names(texts)}; by {'final-logit KL' if by == 'kl' else 'local output deviation'}"

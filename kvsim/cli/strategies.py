@@ -59,7 +59,7 @@ def _table(rows: Sequence[StrategyRow], *, is_wide: bool) -> Table:
     table.add_column("name", no_wrap=is_wide, overflow="fold", max_width=None if is_wide else NAME_WIDTH)
     for header in ("B/token", "bits", "fold"):
         table.add_column(header, justify="right", no_wrap=True)
-    for header in ("kernel", "price"):
+    for header in ("frees", "kernel", "price"):
         table.add_column(header, no_wrap=True)
     table.add_column("risk", no_wrap=not is_wide, overflow="fold")
     if is_wide:
@@ -84,11 +84,18 @@ def _cells(row: StrategyRow, *, is_wide: bool) -> list[str]:
         "-" if row.bytes_per_token is None else f"{row.bytes_per_token:,.0f}",
         "-" if row.bits_per_value is None else f"{row.bits_per_value:.2f}",
         "-" if row.fold is None else format_number(row.fold),
+        _frees(row),
         "ours" if row.kernels else "none",
         "-" if row.decode_basis is None else str(row.decode_basis),
         _risk(row.risk, spelled=is_wide),
     ]
     return [*cells, row.description] if is_wide else cells
+
+
+def _frees(row: StrategyRow) -> str:
+    if row.frees_memory is None:
+        return "-"
+    return ("yes" if row.frees_memory else "no") + ("*" if row.masked_in else "")
 
 
 def _risk(risk: RiskLayers, *, spelled: bool) -> str:
@@ -112,6 +119,8 @@ def _details(rows: Sequence[StrategyRow]) -> Table:
     for row in rows:
         table.add_row(escape(row.name), escape(row.description))
         lines = [f"kernels: {', '.join(row.kernels) or 'none yet'}"]
+        lines += [f"masked, not freed, in: {row.masked_in}"] if row.masked_in else []
+        lines += [f"freed in: {row.freed_in}"] if row.freed_in else []
         lines += [f"cannot run: {row.cannot_run}"] if row.cannot_run else []
         lines += [f"not on tensors: {row.risk.why_not_on_tensors}"] if row.risk.why_not_on_tensors else []
         table.add_row("", escape("\n".join(lines)), style="dim")
@@ -121,6 +130,7 @@ def _details(rows: Sequence[StrategyRow]) -> Table:
 def _legend(model: str, device: str, context: int, *, is_wide: bool) -> str:
     lines = [
         f"B/token, and bits per K and V value, of one kept token of {model}; fold: all held, after {context:,} tokens",
+        "frees: whether it holds less than native KV; *: some public code merely masks, and frees nothing (--verbose)",
         f"price: what reading the cache in a decode step rests on, on {device}; -: cannot run (reason: --verbose)",
     ]
     if not is_wide:

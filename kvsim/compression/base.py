@@ -58,6 +58,19 @@ def growing(start_tokens: int, cap_tokens: int | None = None) -> TokenCurve:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadCurves:
+    """KV heads of a layer that hold and read equally many tokens.
+
+    Kinds of heads have whole numbers of tokens each, where the mean over a layer would grow by less than one a step.
+    """
+
+    share: float
+    """Of the layer's KV heads; on average over the layers of a band where they differ."""
+    resident: TokenCurve
+    attended: TokenCurve
+
+
+@dataclass(frozen=True, slots=True)
 class LayerView:
     """One layer as a selection sees it."""
 
@@ -94,6 +107,10 @@ class StrategyPart(Spec):
     """Fields that ``name:value`` sets."""
     family: ClassVar[str] = ""
     """What kind of method it is, in the words of docs/methods.md."""
+    masked_in: ClassVar[str | None] = None
+    """Public code that merely masks what the method drops, so that it frees no memory, with its files; or None."""
+    freed_in: ClassVar[str | None] = None
+    """Public code that frees the memory, where other code masks."""
 
     kind: str
 
@@ -207,6 +224,19 @@ class KvEncoding(StoringPart):
     def native_tokens(self) -> int:
         """Tokens in the native dtype of a sequence that is long enough, whatever the reason."""
         return self.residual_tokens + self.sink_tokens
+
+    @property
+    def evicts(self) -> bool:
+        """Whether it gives some tokens no bits at all, so that they leave memory for good."""
+        return False
+
+    @property
+    def stores_prompt_once(self) -> bool:
+        """Whether it stores a prompt when it ends, native until then, and leaves later tokens native.
+
+        Layers with a window lose their prompt as they move on, and stay native.
+        """
+        return False
 
     @property
     def undoes_rope(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from kvsim.tensors import FloatArray, KvTensors, LayerKv, TensorName
+from kvsim.tensors import BoolArray, FloatArray, KvTensors, LayerKv, TensorName
 
 CodeArray: TypeAlias = NDArray[np.int32]
 
@@ -49,6 +49,8 @@ class StoredLayer:
         Bits that were really written: codes; scales, zero points, norms, outliers.
     symbols : tuple of Symbols
         The codes, where an entropy coder may follow.
+    is_evicted : (H, n) or None
+        Tokens that the encoding gave no bits at all, which no query may see; None: it keeps all.
     """
 
     keys: FloatArray
@@ -56,6 +58,7 @@ class StoredLayer:
     payload_bits: float
     metadata_bits: float = 0.0
     symbols: tuple[Symbols, ...] = ()
+    is_evicted: BoolArray | None = None
 
 
 class Codec(ABC):
@@ -181,6 +184,9 @@ class FixedWidth(Coder):
 
 
 def with_stored(kv: KvTensors, stored: Sequence[StoredLayer]) -> KvTensors:
-    """Put what was read back in place of a cache's K and V."""
-    layers = (replace(layer, keys=new.keys, values=new.values) for layer, new in zip(kv.layers, stored, strict=True))
+    """Put what was read back in place of a cache's K and V, and hide what was evicted."""
+    layers = []
+    for layer, new in zip(kv.layers, stored, strict=True):
+        read_back = replace(layer, keys=new.keys, values=new.values)
+        layers.append(read_back if new.is_evicted is None else read_back.hidden_where(new.is_evicted))
     return replace(kv, layers=tuple(layers))

@@ -90,6 +90,17 @@ def _keys_before_rope_keep_their_channels(parts: Parts) -> str | None:
     )
 
 
+def _one_part_evicts(parts: Parts) -> str | None:
+    """An encoding that drops tokens has chosen them among all."""
+    selection, encoding = parts.selection, parts.encoding
+    if not encoding.evicts or selection.kind == "keep_all":
+        return None
+    return (
+        f"{_name(encoding)} decides itself which tokens to keep and at how many bits, so {_name(selection)} cannot "
+        "choose before it; take one of them"
+    )
+
+
 def _codes_that_can_be_coded(parts: Parts) -> str | None:
     """An entropy coder needs codes that it knows."""
     return parts.coding.refuses(parts.encoding)
@@ -101,6 +112,7 @@ RULES: Final[tuple[Callable[[Parts], str | None], ...]] = (
     _bytes_known_before_calibration,
     _reduction_that_encoding_takes,
     _keys_before_rope_keep_their_channels,
+    _one_part_evicts,
     _codes_that_can_be_coded,
 )
 _CHANGES_KEY_CHANNELS: Final = ("low rank", "channel pruning")

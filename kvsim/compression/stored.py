@@ -35,14 +35,30 @@ def stored_bytes(
             encoding = compression.encoding_for_layer(index, model, engine_skip_layers)
             if acts_on(group):
                 selection = compression.selection.at_layer(layer)
-                tokens = selection.resident_tokens(prompt_tokens, layer)(generated_tokens)
+                held = _held_tokens(selection, layer, prompt_tokens, generated_tokens)
                 total_bytes += _scan_bytes(selection, layer, model, prompt_tokens, generated_tokens)
             else:
                 context_tokens = prompt_tokens + generated_tokens
-                tokens = min(context_tokens, group.window_tokens or context_tokens)
-            total_bytes += encoded_bytes(encoding, group, model.dtype, tokens)
-            total_bytes += encoding.fixed_bytes_per_sequence(group, model.dtype) if tokens else 0.0
+                held = [(1.0, min(context_tokens, group.window_tokens or context_tokens))]
+            total_bytes += sum(
+                share * _layer_bytes(encoding, group, model.dtype, tokens, generated_tokens) for share, tokens in held
+            )
+            total_bytes += encoding.fixed_bytes_per_sequence(group, model.dtype) if any(n for _, n in held) else 0.0
     return total_bytes
+
+
+def _layer_bytes(encoding: KvEncoding, group: LayerGroup, native: Dtype, tokens: int, generated_tokens: int) -> float:
+    """Bytes of ``tokens`` of which the last may be generated ones."""
+    later = min(tokens, generated_tokens) if encoding.stores_prompt_once else 0
+    later_bytes = later * Native().bytes_per_token(group, native).total_bytes
+    return encoded_bytes(encoding, group, native, tokens - later) + later_bytes
+
+
+def _held_tokens(
+    selection: TokenSelection, layer: LayerView, prompt_tokens: int, generated_tokens: int
+) -> list[tuple[float, int]]:
+    """(share of KV heads, tokens that each of them holds)."""
+    return [(heads.share, heads.resident(generated_tokens)) for heads in selection.head_curves(prompt_tokens, layer)]
 
 
 def encoded_bytes(encoding: KvEncoding, group: LayerGroup, native: Dtype, tokens: int) -> float:

@@ -31,6 +31,7 @@ from kvsim.compression.encoding.lossless import Lossless
 from kvsim.compression.encoding.native import Native
 from kvsim.compression.encoding.per_token_head import PerTokenHead
 from kvsim.compression.encoding.quarot import QuaRot
+from kvsim.compression.encoding.rdkv import Rdkv
 from kvsim.compression.encoding.rotatekv import RotateKv
 from kvsim.compression.encoding.turboquant import TurboQuant
 from kvsim.compression.encoding.turboquant_paper import TurboQuantPaper
@@ -44,14 +45,19 @@ from kvsim.compression.reduction.shared_layers import CrossLayerAttention, KvSha
 from kvsim.compression.reduction.think import ThinK
 from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
+from kvsim.compression.selection.adakv import AdaKV
 from kvsim.compression.selection.base import TokenSelection
 from kvsim.compression.selection.chunkkv import ChunkKV
 from kvsim.compression.selection.cur import Cur
+from kvsim.compression.selection.dms import Dms
+from kvsim.compression.selection.duo_attention import DuoAttention
 from kvsim.compression.selection.expected_attention import ExpectedAttention
 from kvsim.compression.selection.h2o import H2O
 from kvsim.compression.selection.keep_all import KeepAll
 from kvsim.compression.selection.keydiff import KeyDiff
 from kvsim.compression.selection.knorm import Knorm
+from kvsim.compression.selection.kvzap import KVzap
+from kvsim.compression.selection.kvzip import KVzip
 from kvsim.compression.selection.lagkv import LagKv
 from kvsim.compression.selection.layer_plan import LayerPlan
 from kvsim.compression.selection.pyramidkv import PyramidKV
@@ -72,11 +78,13 @@ if TYPE_CHECKING:
 
 _Eviction = StreamingLlm | SnapKV | H2O | PyramidKV | Tova | Knorm | KeyDiff | ExpectedAttention | QFilter
 _MoreEviction = ChunkKV | LagKv | Cur | RandomEviction
-_Selections = KeepAll | _Eviction | _MoreEviction | Quest
+_HeadBudgets = AdaKV | DuoAttention
+_Foreseeing = KVzip | KVzap | Dms
+_Selections = KeepAll | _Eviction | _MoreEviction | _HeadBudgets | _Foreseeing | Quest
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
 _AtRest = Lossless | CacheGen | Kvtc
-_Encodings = Native | Fp8 | PerTokenHead | Ggml | NvFp4 | MxFp4 | Kivi | KvAdaQuant | _Rotations | _AtRest
+_Encodings = Native | Fp8 | PerTokenHead | Ggml | NvFp4 | MxFp4 | Kivi | KvAdaQuant | _Rotations | Rdkv | _AtRest
 _Codings = NoCoding | Huffman | Rans | Arithmetic | Deflate | Zstd
 
 _LayerSelection = Annotated[_Selections, Field(discriminator="kind")]
@@ -180,7 +188,7 @@ class Compression(Spec):
     @property
     def bars_prefix_reuse(self) -> str | None:
         """What the strategy does that keeps another request from using a cached prefix, or None."""
-        if self.selection.evicts:
+        if self.selection.evicts or self.encoding.evicts:
             return "evicts tokens"
         by_prompt = self.reduction.depends_on_prompt or self.encoding.depends_on_prompt
         return "stores tokens by what the whole prompt holds" if by_prompt else None
@@ -225,6 +233,8 @@ class Compression(Spec):
         if set(together) & set(engine_skip_layers) or (is_sliding and "sliding_window" in engine_skip_layers):
             return Native()
         encoding, coding = self.encoding.at_layer(layer), self.coding
+        if encoding.stores_prompt_once and layer.group.window_tokens is not None:
+            return Native()
         if not is_hybrid and any(_is_boundary(encoding, index, layer.num_layers) for index in together):
             encoding, coding = Native(), NoCoding()
         return _stack(self.reduction.at_layer(layer), encoding, coding)

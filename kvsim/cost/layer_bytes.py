@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from kvsim.compression.base import LayerView
+from kvsim.compression.base import KvEncoding, LayerView
 from kvsim.deployment import Deployment, LayerClass
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import ModelSpec
+
+TABLE_ENTRY_BYTES = 4.0
+"""int32, for a page and for a head's token count (kernels/decode_attention/ragged_heads)."""
 
 
 def scan_bytes(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
@@ -18,8 +21,39 @@ def scan_bytes(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> fl
 
 def layer_bytes_per_token(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
     """Bytes of one resident token in one layer on one rank: encoded KV, page metadata, indexer key."""
-    stored = layer_class.encoding.bytes_per_token(layer_class.group, model.dtype).total_bytes
+    return _bytes_per_token(layer_class.encoding, layer_class, view, model)
+
+
+def prefill_bytes_per_token(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
+    """The same of a token of a prompt that is still being processed."""
+    return _bytes_per_token(layer_class.prefill_encoding, layer_class, view, model)
+
+
+def native_bytes_per_token(layer_class: LayerClass, model: ModelSpec) -> float:
+    """Bytes of one token in the native dtype in one layer on one rank."""
+    return layer_class.group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8 * layer_class.rank_share
+
+
+def _bytes_per_token(encoding: KvEncoding, layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
+    stored = encoding.bytes_per_token(layer_class.group, model.dtype).total_bytes
     return stored * layer_class.rank_share + scan_bytes(layer_class, view, model) + index_key_bytes(layer_class)
+
+
+def page_table_bytes(layer_class: LayerClass, block_size: int) -> float:
+    """Block-table entries per token and layer on one rank, where each KV head has pages of its own; held and read.
+
+    Tables of ordinary pages, one for all layers and heads, are the engine's bookkeeping and not counted.
+    """
+    if not layer_class.has_pages_per_head or layer_class.group.shares_kv:
+        return 0.0
+    return TABLE_ENTRY_BYTES * layer_class.kv_heads_per_rank / block_size
+
+
+def head_length_bytes(layer_class: LayerClass) -> float:
+    """Token counts per KV head of one layer and sequence on one rank, where heads have pages of their own."""
+    if not layer_class.has_pages_per_head or layer_class.group.shares_kv:
+        return 0.0
+    return TABLE_ENTRY_BYTES * layer_class.kv_heads_per_rank
 
 
 def draft_bytes_per_token(deployment: Deployment) -> float:

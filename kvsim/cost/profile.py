@@ -89,6 +89,13 @@ def clip(curve: TokenCurve, cap_tokens: int) -> TokenCurve:
     return TokenCurve(tuple(pieces))
 
 
+def split_at_start(curve: TokenCurve) -> tuple[TokenCurve, TokenCurve]:
+    """(tokens that were there from the start, those that came since), of a curve that never falls."""
+    first = curve(0)
+    since = tuple((start, value - first, slope) for start, value, slope in curve.segments)
+    return clip(curve, first), TokenCurve(since)
+
+
 def merge_priced(priced: dict[TokenCurve, list[int]]) -> tuple[Segment, ...]:
     """Sum the priced curves. Decode step j attends to the tokens after j + 1 were generated."""
     starts = {0}

@@ -12,12 +12,15 @@ from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.cost.estimator import attention_seconds_per_token, smooth_maximum, streaming_seconds
 from kvsim.cost.layer_bytes import (
     draft_bytes_per_token,
+    head_length_bytes,
     index_key_bytes,
     layer_bytes_per_token,
+    native_bytes_per_token,
+    page_table_bytes,
     residual_bytes,
     scan_bytes,
 )
-from kvsim.cost.profile import Growth, Segment, SequenceProfile, clip, merge_priced, whole_ticks
+from kvsim.cost.profile import Growth, Segment, SequenceProfile, clip, merge_priced, split_at_start, whole_ticks
 from kvsim.cost.projection import ClassKernels, attention_kernels
 from kvsim.cost.rates import Rates
 from kvsim.deployment import Deployment, LayerClass
@@ -54,6 +57,7 @@ class SequenceModel:
             layer_class.selection is not None
             and layer_class.selection.kind == "keep_all"
             and layer_class.encoding.native_tokens == 0
+            and not layer_class.encoding.stores_prompt_once
             for layer_class in self._deployment.layer_classes
         )
 
@@ -92,11 +96,13 @@ class SequenceModel:
         compress_s = 0.0
         for layer_class, prices in zip(self._deployment.layer_classes, self._prices, strict=True):
             for view, layers in layer_class.bands:
-                attended = layer_class.attended_tokens(prompt_tokens, view)
-                self._add_attended(priced, attended, layer_class, prices, layers)
-                resident = layer_class.resident_tokens(prompt_tokens, view)
-                growths[resident] += layers * layer_bytes_per_token(layer_class, view, self._deployment.model)
+                token_bytes = layer_bytes_per_token(layer_class, view, self._deployment.model)
+                token_bytes += page_table_bytes(layer_class, self._deployment.engine.block_size)
+                for heads in layer_class.head_curves(prompt_tokens, view):
+                    self._add_attended(priced, heads.attended, layer_class, prices, heads.share * layers)
+                    self._add_resident(growths, heads.resident, layer_class, heads.share * layers, token_bytes)
                 fixed_bytes += layers * residual_bytes(layer_class, self._deployment.model)
+                fixed_bytes += layers * head_length_bytes(layer_class)
                 self._add_scanned(priced, prompt_tokens, layer_class, view, layers)
                 compress_s += layers * self._compress_seconds(prompt_tokens, layer_class, view)
         growths[growing(prompt_tokens)] += draft_bytes_per_token(self._deployment)
@@ -113,15 +119,31 @@ class SequenceModel:
         ticks = price * (prompt_tokens + 1)
         return (Segment(0, ticks, price, round(ticks * self.unpack_share), round(price * self.unpack_share)),)
 
+    def _add_resident(
+        self,
+        growths: defaultdict[TokenCurve, float],
+        resident: TokenCurve,
+        layer_class: LayerClass,
+        layers: float,
+        token_bytes: float,
+    ) -> None:
+        if layer_class.encoding.stores_prompt_once:
+            resident, since = split_at_start(resident)
+            growths[since] += layers * native_bytes_per_token(layer_class, self._deployment.model)
+        growths[resident] += layers * token_bytes
+
     def _add_attended(
         self,
         priced: defaultdict[TokenCurve, list[int]],
         attended: TokenCurve,
         layer_class: LayerClass,
         prices: tuple[_TokenPrice, _TokenPrice],
-        layers: int,
+        layers: float,
     ) -> None:
         encoded, native = prices
+        if layer_class.encoding.stores_prompt_once:
+            attended, since = split_at_start(attended)
+            _add(priced, since, layers * native.whole, layers * native.unpack)
         _add(priced, attended, layers * encoded.whole, layers * encoded.unpack)
         window = layer_class.encoding.native_tokens
         if window:
@@ -167,7 +189,8 @@ class SequenceModel:
         prices = []
         for layer_class, kernels in zip(self.classes, attention_kernels(self._deployment), strict=True):
             encoded = self._token_price(layer_class, kernels, native=False)
-            has_window = layer_class.encoding.native_tokens > 0
+            encoding = layer_class.encoding
+            has_window = encoding.native_tokens > 0 or encoding.stores_prompt_once
             prices.append((encoded, self._token_price(layer_class, kernels, native=True) if has_window else encoded))
         return tuple(prices)
 
@@ -186,10 +209,11 @@ class SequenceModel:
                 # What a fitted kernel takes beyond moving its bytes is unpacking.
                 moved_s, whole_s = whole_s - unpack_s, kernels.decode.per_token_s(edge)
                 unpack_s = max(0.0, whole_s - moved_s)
-        score_s = 0.0
+        tables = page_table_bytes(layer_class, self._deployment.engine.block_size)
+        score_s = tables / self._rates.stream_bytes_per_s
         if layer_class.selection is not None:
             flops = layer_class.selection.decode_score_flops_per_token(layer_class.group, self._deployment.model)
-            score_s = flops / self._deployment.tensor_parallel_size / self._rates.vector_flops_per_s
+            score_s += flops / self._deployment.tensor_parallel_size / self._rates.vector_flops_per_s
             work = layer_class.selection.decode_score_work(layer_class.group, self._deployment.model)
             if work is not None:
                 score_s += streaming_seconds(work, self._rates) / self._deployment.tensor_parallel_size
@@ -249,7 +273,7 @@ def _femto(seconds: float) -> int:
     return round(seconds * 1e15)
 
 
-def _add(priced: defaultdict[TokenCurve, list[int]], curve: TokenCurve, whole: int, unpack: int) -> None:
+def _add(priced: defaultdict[TokenCurve, list[int]], curve: TokenCurve, whole: float, unpack: float) -> None:
     entry = priced[curve]
-    entry[0] += whole
-    entry[1] += unpack
+    entry[0] += round(whole)
+    entry[1] += round(unpack)

@@ -236,11 +236,12 @@ class StepModel:
             # Prefill runs MLA un-absorbed, on per-head keys and values.
             key_dim = model.mla.qk_nope_head_dim + model.mla.qk_rope_head_dim
             value_dim = model.mla.v_head_dim
-        stored = layer_class.encoding.read_bytes_per_token(group, model.dtype) * layer_class.rank_share
-        family = layer_class.encoding.unpack_family
+        encoding = layer_class.prefill_encoding
+        stored = encoding.read_bytes_per_token(group, model.dtype) * layer_class.rank_share
+        family = encoding.unpack_family
         unpack_s = 0.0
         if family is not None:
-            elements = layer_class.encoding.stored_elements_per_token(group) * layer_class.rank_share
+            elements = encoding.stored_elements_per_token(group) * layer_class.rank_share
             unpack_s = elements / self.rates.unpack_elements_per_s(family)
         kernel = kernels.prefill or kernels.native_prefill
         return PrefillTerm(

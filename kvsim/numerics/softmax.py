@@ -1,4 +1,4 @@
-"""Softmax in fp64."""
+"""Softmax and its denominator in fp64."""
 
 from __future__ import annotations
 
@@ -12,3 +12,10 @@ def softmax(logits: DoubleArray) -> DoubleArray:
     weights: DoubleArray = np.exp(logits - logits.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     return weights
+
+
+def log_sum_exp(logits: DoubleArray) -> DoubleArray:
+    """Log of the sum of exponentials over the last axis, (..., 1); each row needs a finite logit."""
+    top = logits.max(axis=-1, keepdims=True)
+    total: DoubleArray = top + np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
+    return total

@@ -7,19 +7,22 @@ code of a model repository is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from kvsim.errors import IncompatibleScenario, InvalidSpec
-from kvsim.tensors import FloatArray, KvTensors, LayerKv, Rope
+from kvsim.quality.capture_signals import Requests, hidden_states, second_reading
+from kvsim.tensors import FloatArray, KvTensors, LayerKv, PromptSignals, Rope, SignalName
 
 FAMILIES: Final = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 """``model_type`` of families whose RoPE has the half-split layout and whose attention is plain softmax over K and V."""
+SIGNALS: Final[tuple[SignalName, ...]] = ("hidden", "repeat_queries")
+"""What can be recorded beside K, V and Q."""
 _NAME: Final = "kvsim"
 _EXTRA: Final = 'needs torch and transformers; install them with: pip install "kvsim[capture]"'
 
@@ -106,9 +109,18 @@ def encode_text(tokenizer: Any, text: Path, tokens: int) -> list[int]:
 
 
 def capture(
-    model: Any, token_ids: Sequence[int], *, num_queries: int, num_prompt_queries: int, source: str
+    model: Any,
+    token_ids: Sequence[int],
+    *,
+    num_queries: int,
+    num_prompt_queries: int,
+    source: str,
+    signals: Collection[SignalName] = (),
+    requests: Requests | None = None,
 ) -> Captured:
     """Let the model read a text, and record the cache of all but the last ``num_queries`` tokens.
+
+    ``signals``: what else to take down of those; ``requests`` is what the model is told before it reads them again.
 
     Raises
     ------
@@ -123,7 +135,8 @@ def capture(
     _check_size(model.config, len(token_ids), prompt, num_queries, num_prompt_queries)
     recorder = _Recorder(prompt, num_prompt_queries)
     ids = torch.tensor([list(token_ids)], device=model.device)
-    with torch.no_grad(), attention_of(model, recorder.attend):
+    noting = hidden_states(model, prompt) if "hidden" in signals else nullcontext()
+    with torch.no_grad(), attention_of(model, recorder.attend), noting as hidden:
         logits = model(ids, use_cache=False).logits[0, prompt:]
     if len(recorder.layers) != model.config.num_hidden_layers:
         found = f"{len(recorder.layers)} of {model.config.num_hidden_layers} layers"
@@ -132,6 +145,10 @@ def capture(
     bits = torch.finfo(model.dtype).bits
     layers = tuple(recorder.layers[index] for index in sorted(recorder.layers))
     kv = KvTensors(layers, _rope(model), recorder.scale, source, native_bits=bits)
+    known: dict[str, Any] = {} if hidden is None else {"hidden": tuple(hidden)}
+    if "repeat_queries" in signals:
+        known |= second_reading(model, token_ids[:prompt], kv, requests or Requests())
+    kv = replace(kv, signals=PromptSignals(**known))
     probabilities = torch.log_softmax(logits.float(), dim=-1)
     return Captured(kv, tuple(token_ids[prompt:]), probabilities.cpu().numpy())
 

@@ -195,7 +195,8 @@ class _LayerPair:
         new = self.after.logits.astype(np.float64)
         if self.log_weights is not None:
             # A product of query and key has no weight in it.
-            new = new - np.repeat(self.log_weights, self.group, axis=0)[:, None, :]
+            weights = np.where(np.isfinite(self.log_weights), self.log_weights, 0.0)
+            new = new - np.repeat(weights, self.group, axis=0)[:, None, :]
         change = np.where(self.is_read, new - old, 0.0)
         count = self.is_read.sum(axis=-1, keepdims=True)
         change = np.where(self.is_read, change - change.sum(axis=-1, keepdims=True) / count, 0.0)

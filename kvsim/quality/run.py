@@ -18,7 +18,7 @@ from kvsim.quality.published import published_quality
 from kvsim.quality.store import FittedStrategy, StoredCache, is_exempt, needs_calibration
 from kvsim.quality.theory import distortion, predict_layer
 from kvsim.report import Quality
-from kvsim.tensors import KvTensors, attend
+from kvsim.tensors import KvTensors, SignalName, attend
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,13 @@ def run_strategies(
             )
         )
     return tuple(rows)
+
+
+def needed_signals(names: Iterable[str], *, to_fit: bool = False) -> frozenset[SignalName]:
+    """What the strategies want to know of a prompt beside K, V and Q, or of sequences that they calibrate on."""
+    selections = [parse_compression(name).selection for name in names]
+    wanted = (one.fits_on_signals if to_fit else one.needs_signals for one in selections)
+    return frozenset[SignalName]().union(*wanted)
 
 
 def _num_exempt(compression: Compression, kv: KvTensors) -> int:

@@ -13,6 +13,7 @@ from kvsim.compression.codec import Codec, ReductionCodec, StoredLayer, with_sto
 from kvsim.compression.encoding.native import Native
 from kvsim.compression.selector import Selector, layer_view
 from kvsim.compression.stacked import StackedEncoding
+from kvsim.specs.base import Dtype
 from kvsim.tensors import BoolArray, KvTensors, LayerKv
 
 
@@ -78,8 +79,7 @@ def store_cache(strategy: FittedStrategy, kv: KvTensors) -> StoredCache:
     """Store a cache as the strategy does after prefill, and read it back.
 
     The newest ``residual_tokens`` of what is kept, and layers that the format exempts, stay native and are counted so.
-    Where heads hold different numbers of tokens, a layer's bits are those of heads that are filled up, times the share
-    that is really held.
+    Where heads hold different numbers of tokens, they are filled up and coded; what fills them up is not counted.
     """
     kept = strategy.selector.select(kv)
     encoding = strategy.compression.encoding
@@ -89,20 +89,21 @@ def store_cache(strategy: FittedStrategy, kv: KvTensors) -> StoredCache:
     read_back, bits = _encode(strategy, old)
     sources = strategy.reduction.sources(kv.num_layers)
     selections = [strategy.compression.selection.at_layer(layer_view(kept, index)) for index in range(kv.num_layers)]
-    shares = [1.0 if one.masks else layer.seen_share for one, layer in zip(selections, kept.layers, strict=True)]
     layers, masks = [], []
     for index, (layer, coded, count) in enumerate(zip(kept.layers, read_back.layers, tokens, strict=True)):
+        is_held = np.ones(layer.keys.shape[:2], dtype=bool) if selections[index].masks else layer.is_seen
+        if not is_held.all():
+            bits[index] = _of_held(bits[index], is_held[:, :count], _fixed_bits(strategy, kv, index))
         if sources[index] == index:
-            bits[index] += _native_bits(layer, layer.num_tokens - count, kv.native_bits)
-        bits[index] *= shares[index]
+            bits[index] += _native_bits(layer, int(is_held[:, count:].sum()), kv.native_bits)
         newest = kept.layers[sources[index]]
-        layers.append(
-            replace(
-                layer,
-                keys=np.concatenate((coded.keys, newest.keys[:, count:]), axis=1),
-                values=np.concatenate((coded.values, newest.values[:, count:]), axis=1),
-            )
+        restored = replace(
+            layer,
+            keys=np.concatenate((coded.keys, newest.keys[:, count:]), axis=1),
+            values=np.concatenate((coded.values, newest.values[:, count:]), axis=1),
         )
+        is_evicted = np.pad(~coded.is_seen, ((0, 0), (0, layer.num_tokens - count)))
+        layers.append(restored.hidden_where(is_evicted) if is_evicted.any() else restored)
         # What chooses among kept tokens was made from keys as they came, before they were stored.
         bits[index] += selections[index].index_bits(layer, layer_view(kept, index), kv.native_bits)
         masks.append(selections[index].read_mask(layer, layer_view(kept, index)))
@@ -152,19 +153,32 @@ def is_exempt(compression: Compression, layer: LayerView) -> bool:
     return not compression.encoding.at_layer(layer).is_native and inner.is_native
 
 
-def _native_bits(layer: LayerKv, tokens: int, element_bits: int) -> float:
+def _of_held(bits: float, is_held: BoolArray, fixed_bits: float) -> float:
+    """Bits of the entries that are held, of those of all; what a sequence holds once is held all the same."""
+    return fixed_bits + (bits - fixed_bits) * float(is_held.mean()) if is_held.size else bits
+
+
+def _fixed_bits(strategy: FittedStrategy, kv: KvTensors, index: int) -> float:
+    layer = layer_view(kv, index)
+    native = Dtype.FP32 if kv.native_bits > 16 else Dtype.BF16
+    return 8 * strategy.compression.encoding_at(layer).fixed_bytes_per_sequence(layer.group, native)
+
+
+def _native_bits(layer: LayerKv, entries: int, element_bits: int) -> float:
+    """Bits of so many entries of one head each."""
     channels = layer.keys.shape[2] + layer.values.shape[2]
-    return float(layer.num_kv_heads * tokens * channels * element_bits)
+    return float(entries * channels * element_bits)
 
 
 def _cut(kv: KvTensors, spans: Sequence[slice]) -> KvTensors:
+    """Take a span of each layer, as what is to be stored: no code depends on log-weights."""
     layers = tuple(
         replace(
             layer,
             keys=layer.keys[:, span],
             values=layer.values[:, span],
             positions=layer.positions[:, span],
-            log_weights=None if layer.log_weights is None else layer.log_weights[:, span],
+            log_weights=None,
         )
         for layer, span in zip(kv.layers, spans, strict=True)
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from kvsim.numerics.arrays import BoolArray, FloatArray, IntArray
 from kvsim.tensors.attention import Attended, attend
-from kvsim.tensors.kv import TENSORS, KvTensors, LayerKv, PromptSignals, Rope, TensorName
+from kvsim.tensors.kv import SIGNALS, TENSORS, KvTensors, LayerKv, PromptSignals, Rope, SignalName, TensorName
 
 __all__ = [
+    "SIGNALS",
     "TENSORS",
     "Attended",
     "BoolArray",
@@ -16,6 +17,7 @@ __all__ = [
     "LayerKv",
     "PromptSignals",
     "Rope",
+    "SignalName",
     "TensorName",
     "attend",
 ]

@@ -8,6 +8,13 @@ Tensors, per layer i from 0 on:
 - ``layers.i.positions`` (H, n), I64 or I32: positions of the tokens; 0 to n - 1 where missing
 - ``rope.inverse_frequencies`` (rotary_dim / 2,), F32: radians per position, half-split layout; unknown where missing
 
+Signals (see :class:`kvsim.tensors.PromptSignals`), which a file may have or not, and which are read only where a method
+asks for them:
+
+- ``layers.i.hidden`` (n, width): what the layer's attention reads
+- ``layers.i.repeat_queries`` (Hq, n, D) and ``layers.i.repeat_keys`` (H, n, D): a second reading of the prompt
+- ``signals.entropy`` (n,) and ``signals.distance`` (L, n)
+
 Metadata, all text: ``attention_scale`` (1 / sqrt(D) where missing), ``native_bits`` (16 or 32; that of the keys where
 missing), ``source``, ``needles`` (a JSON list of positions).
 """
@@ -17,7 +24,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +33,8 @@ import numpy as np
 from kvsim.documents import check_output_path, write_output
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.arrays import FloatArray, IntArray
-from kvsim.tensors.kv import KvTensors, LayerKv, Rope
+from kvsim.tensors.kv import KvTensors, LayerKv, Rope, SignalName
+from kvsim.tensors.signal_files import LAYER_SIGNALS, PROMPT_SIGNALS, named_tensors, signal_of, signals_of
 from kvsim.units import format_bytes
 
 SUFFIX: Final = ".safetensors"
@@ -34,9 +42,9 @@ MAX_FILE_BYTES: Final = 8 * 2**30
 """Elements are held as fp32, so a file of bf16 takes twice its size in memory, and a strategy as much again."""
 _FLOATS: Final = {"BF16": 16, "F16": 16, "F32": 32}
 _INTEGERS: Final = ("I64", "I32")
-_NAME: Final = re.compile(r"layers\.(\d+)\.(keys|values|queries|prompt_queries|positions)")
 _ROPE: Final = "rope.inverse_frequencies"
 _DIMENSIONS: Final = {"keys": 3, "values": 3, "queries": 3, "prompt_queries": 3, "positions": 2}
+_NAME: Final = re.compile(rf"layers\.(\d+)\.({'|'.join((*_DIMENSIONS, *LAYER_SIGNALS))})")
 
 
 def write_kv(kv: KvTensors, path: Path) -> None:
@@ -58,6 +66,7 @@ def write_kv(kv: KvTensors, path: Path) -> None:
         for name in ("keys", "values", "queries", "prompt_queries"):
             tensors[f"layers.{index}.{name}"] = _narrowed(getattr(layer, name))
         tensors[f"layers.{index}.positions"] = np.ascontiguousarray(layer.positions, dtype=np.int64)
+    tensors |= {name: _narrowed(array) for name, array in named_tensors(kv.signals).items()}
     if kv.rope is not None:
         tensors[_ROPE] = np.ascontiguousarray(kv.rope.inverse_frequencies, dtype=np.float32)
     metadata = {
@@ -80,8 +89,8 @@ def _narrowed(array: FloatArray) -> Any:
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
-def read_kv(path: Path) -> KvTensors:
-    """Read a cache.
+def read_kv(path: Path, signals: Collection[SignalName] = ()) -> KvTensors:
+    """Read a cache, with those ``signals`` of the prompt that the file has; others it has are left alone.
 
     Raises
     ------
@@ -97,8 +106,8 @@ def read_kv(path: Path) -> KvTensors:
         with safe_open(path, framework="np") as file:
             names = list(file.keys())
             _check_names(path, names)
-            tensors = {name: _load(path, file, name) for name in names}
-            dtypes = {name: str(file.get_slice(name).get_dtype()) for name in names}
+            tensors = {name: _load(path, file, name) for name in names if signal_of(name) in (None, *signals)}
+            dtypes = {name: str(file.get_slice(name).get_dtype()) for name in tensors}
             metadata = dict(file.metadata() or {})
     except SafetensorError as error:
         msg = f"{path}: not a readable safetensors file: {error}"
@@ -126,9 +135,10 @@ def _check_file(path: Path) -> None:
 
 def _check_names(path: Path, names: list[str]) -> None:
     known = [match for match in map(_NAME.fullmatch, names) if match]
-    odd = sorted(set(names) - {match[0] for match in known} - {_ROPE})
+    odd = sorted(set(names) - {match[0] for match in known} - {_ROPE, *PROMPT_SIGNALS})
     if odd:
-        msg = f"{path}: tensor {odd[0]!r} is not one of layers.I.{{{', '.join(_DIMENSIONS)}}} or {_ROPE}"
+        parts = ", ".join((*_DIMENSIONS, *LAYER_SIGNALS))
+        msg = f"{path}: tensor {odd[0]!r} is not one of layers.I.{{{parts}}}, {_ROPE} or {' or '.join(PROMPT_SIGNALS)}"
         raise InvalidSpec(msg)
     indices = {int(match[1]) for match in known}
     if indices != set(range(len(indices))) or not indices:
@@ -151,7 +161,8 @@ def _load(path: Path, file: Any, name: str) -> Any:
     if dtype not in allowed:
         msg = f"{path}: {name} is {dtype}; allowed: {', '.join(allowed)}"
         raise InvalidSpec(msg)
-    dimensions = _DIMENSIONS.get(kind, 1)
+    # Signals are held against the cache, once all of it is known.
+    dimensions = len(shape) if signal_of(name) else _DIMENSIONS.get(kind, 1)
     if len(shape) != dimensions or (kind in ("keys", "values", "positions") and 0 in shape):
         msg = f"{path}: {name} has shape {list(shape)}; {dimensions} dimensions, none of them 0, are expected"
         raise InvalidSpec(msg)
@@ -179,7 +190,12 @@ def _assemble(
         msg = f"{path}: attention_scale must be above 0 and native_bits 16 or 32, not {scale:g} and {bits:g}"
         raise InvalidSpec(msg)
     needles = _needles(path, metadata, layers[0].positions)
-    return KvTensors(layers, rope, scale, metadata.get("source") or path.name, int(bits), needles)
+    try:
+        signals = signals_of(tensors, layers)
+    except InvalidSpec as error:
+        error.locate(str(path))
+        raise
+    return KvTensors(layers, rope, scale, metadata.get("source") or path.name, int(bits), needles, signals)
 
 
 def _layer(tensors: Mapping[str, Any], index: int) -> LayerKv:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeAlias, TypeVar
 
@@ -13,6 +14,11 @@ from kvsim.numerics.arrays import BoolArray, DoubleArray, FloatArray, IntArray
 _AnyFloat = TypeVar("_AnyFloat", FloatArray, DoubleArray)
 TensorName: TypeAlias = Literal["key", "value"]
 TENSORS: Final[tuple[TensorName, ...]] = ("key", "value")
+SignalName: TypeAlias = Literal["hidden", "repeat_queries", "entropy", "distance"]
+SIGNALS: Final[tuple[SignalName, ...]] = ("hidden", "repeat_queries", "entropy", "distance")
+"""What `PromptSignals` may hold; ``repeat_queries`` stands for the keys of the second reading as well."""
+REPEAT_CHUNK: Final = 2048
+"""Tokens that a second reading takes at a time, each chunk right after the whole prompt (kvpress's KVzip)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,8 +191,12 @@ class PromptSignals:
     ----------
     hidden : tuple of (n, width), or None
         Per layer, what its attention block reads: hidden states after the norm.
-    repeat_queries : tuple of (Hq, r, D), or None
-        Per layer, queries of a second reading of the prompt, after the first (KVzip's reconstruction).
+    repeat_queries : tuple of (Hq, n, D), or None
+        Per layer, queries of a second reading of the prompt, after the first (KVzip's reconstruction): that of each
+        token. Every `REPEAT_CHUNK` tokens are read anew, right after the prompt and, of models that follow one, a
+        request to repeat it.
+    repeat_keys : tuple of (H, n, D), or None
+        Keys of the same tokens in the second reading; with ``repeat_queries`` or not at all.
     entropy : (n,) or None
         Of the next token after each one, over the likeliest 256 candidates, in nats.
     distance : (L, n) or None
@@ -195,8 +205,21 @@ class PromptSignals:
 
     hidden: tuple[FloatArray, ...] | None = None
     repeat_queries: tuple[FloatArray, ...] | None = None
+    repeat_keys: tuple[FloatArray, ...] | None = None
     entropy: FloatArray | None = None
     distance: FloatArray | None = None
+
+    def __post_init__(self) -> None:
+        if (self.repeat_queries is None) != (self.repeat_keys is None):
+            msg = "signals repeat_queries and repeat_keys come together: both are of the second reading"
+            raise InvalidSpec(msg)
+
+    def check(self, method: str, names: Iterable[SignalName]) -> None:
+        """Raise InvalidSpec where a method needs a signal that nobody took down."""
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            msg = f"{method} needs {' and '.join(missing)} of the prompt, which these KV tensors do not have"
+            raise InvalidSpec(msg)
 
 
 @dataclass(frozen=True, eq=False)

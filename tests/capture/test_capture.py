@@ -14,9 +14,10 @@ transformers = pytest.importorskip("transformers", reason="capturing needs trans
 from kvsim.compression import parse_compression  # noqa: E402
 from kvsim.errors import IncompatibleScenario, InvalidSpec  # noqa: E402
 from kvsim.quality.capture import Captured, capture, check_family, encode_text, load_model  # noqa: E402
+from kvsim.quality.capture_signals import Requests  # noqa: E402
 from kvsim.quality.continuation import continue_with  # noqa: E402
 from kvsim.quality.store import StoredCache, fit_strategy, store_cache  # noqa: E402
-from kvsim.tensors import attend  # noqa: E402
+from kvsim.tensors import KvTensors, attend  # noqa: E402
 
 TOKENS, QUERIES, WINDOW = 48, 5, 8
 UNKNOWN = "[UNK]"
@@ -137,6 +138,45 @@ def test_real_strategies_change_it_more_the_less_they_store(case: tuple[object, 
     assert kl["pyramidkv(budget_tokens=16,window_size=8)"] > 1e-4
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_signals_are_what_the_model_did(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states give the values back; a second reading in one chunk is the second half of a doubled text."""
+    model, prompt = _model(family), _ids()[:TOKENS]
+    taken = _with_signals(model)
+    double = capture(model, [*prompt, 7, *prompt, 1], num_queries=1, num_prompt_queries=TOKENS, source="tiny").kv
+    assert taken.signals.hidden is not None
+    assert taken.signals.repeat_queries is not None
+    assert taken.signals.repeat_keys is not None
+    for index, layer in enumerate(taken.layers):
+        values = model.model.layers[index].self_attn.v_proj(torch.from_numpy(taken.signals.hidden[index]))
+        heads = values.detach().unflatten(-1, (2, -1)).transpose(0, 1).numpy()
+        assert heads == pytest.approx(layer.values, abs=1e-4)
+        twice = double.layers[index]
+        assert taken.signals.repeat_queries[index] == pytest.approx(twice.prompt_queries, abs=1e-4)
+        assert taken.signals.repeat_keys[index] == pytest.approx(twice.keys[:, TOKENS + 1 :], abs=1e-4)
+    monkeypatch.setattr("kvsim.quality.capture_signals.REPEAT_CHUNK", 20)
+    chunked = _with_signals(model).signals
+    assert chunked.repeat_queries is not None
+    for one, other in zip(chunked.repeat_queries, taken.signals.repeat_queries, strict=True):
+        assert one.shape == other.shape
+        assert one[:, :20] == pytest.approx(other[:, :20], abs=1e-4)
+        assert (one[:, 20:] != other[:, 20:]).any()
+
+
+def _with_signals(model: object) -> KvTensors:
+    return capture(
+        model, _ids(), num_queries=QUERIES, num_prompt_queries=WINDOW, source="tiny",
+        signals=("hidden", "repeat_queries"), requests=Requests((7,), (8,)),
+    ).kv  # fmt: skip
+
+
+def test_a_second_reading_must_fit_the_context() -> None:
+    with pytest.raises(InvalidSpec, match="takes 180 positions, more than the model's context of 128"):
+        capture(
+            _model("llama"), [1] * 91, num_queries=1, num_prompt_queries=0, source="tiny", signals=("repeat_queries",)
+        )
+
+
 def test_the_model_attends_as_before_afterwards(case: tuple[object, Captured, list[np.ndarray]]) -> None:
     model, captured, _ = case
     with torch.no_grad():
@@ -196,6 +236,14 @@ def test_the_command_captures_and_runs(folder: Path, tmp_path: Path) -> None:
     assert row["model"]["tokens"] == 4
     result = invoke(build_app(), ["quality", "run", "--kv", str(out), "-s", "native"])
     assert result.exit_code == 0, result.output
+    more = ["--signals", "hidden,repeat_queries", "-o", str(out)]
+    source[5] = "40"
+    result = invoke(build_app(), ["quality", "capture", *source, *more])
+    assert result.exit_code == 0, result.output
+    assert read_kv(out, ("hidden",)).signals.hidden is not None
+    result = invoke(build_app(), ["quality", "capture", *source, "--signals", "hiden", "-o", str(out)])
+    assert result.exit_code != 0
+    assert "hidden" in result.output
 
 
 def test_wrong_input_of_the_command_is_named(folder: Path, tmp_path: Path) -> None:

@@ -29,21 +29,24 @@ def noise_cache(
         )
         for _ in range(layers)
     )
-    signals = _noise_signals(seed, layers, heads * group_size, tokens, head_dim)
+    signals = _noise_signals(seed, layers, heads, group_size, tokens, head_dim)
     return KvTensors(made, Rope.plain(head_dim, 10_000.0), head_dim**-0.5, f"noise, seed {seed}", signals=signals)
 
 
-def _noise_signals(seed: int, layers: int, query_heads: int, tokens: int, head_dim: int) -> PromptSignals:
+def _noise_signals(seed: int, layers: int, heads: int, group_size: int, tokens: int, head_dim: int) -> PromptSignals:
     rng = np.random.default_rng((seed, 1))
     width = 48
     return PromptSignals(
-        hidden=tuple(rng.standard_normal((tokens, width)).astype(np.float32) for _ in range(layers)),
-        repeat_queries=tuple(
-            rng.standard_normal((query_heads, tokens, head_dim)).astype(np.float32) for _ in range(layers)
-        ),
+        hidden=_per_layer(rng, layers, tokens, width),
+        repeat_queries=_per_layer(rng, layers, heads * group_size, tokens, head_dim),
+        repeat_keys=_per_layer(rng, layers, heads, tokens, head_dim),
         entropy=rng.uniform(0, np.log(256), tokens).astype(np.float32),
         distance=rng.uniform(0, 2, (layers, tokens)).astype(np.float32),
     )
+
+
+def _per_layer(rng: np.random.Generator, layers: int, *shape: int) -> tuple[np.ndarray, ...]:
+    return tuple(rng.standard_normal(shape).astype(np.float32) for _ in range(layers))
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kvsim.errors import InvalidSpec
-from kvsim.tensors import KvTensors, LayerKv, Rope
+from kvsim.tensors import KvTensors, LayerKv, PromptSignals, Rope
 from kvsim.tensors.ensemble import draw, preset
 from kvsim.tensors.files import read_kv, write_kv
 
@@ -97,6 +98,52 @@ def test_odd_tensors_are_named(tmp_path: Path, changes: dict[str, object], messa
     with pytest.raises(InvalidSpec, match=r"odd\.safetensors") as caught:
         read_kv(path)
     assert message in str(caught.value)
+
+
+def _with_signals() -> KvTensors:
+    kv, rng = _small(), np.random.default_rng(0)
+    heads, tokens, dim = kv.layers[0].keys.shape
+    read, asked, held = (
+        tuple(rng.standard_normal(shape).astype(np.float32) for _ in kv.layers)
+        for shape in ((tokens, 24), (kv.layers[0].queries.shape[0], tokens, dim), (heads, tokens, dim))
+    )
+    entropy, distance = (rng.random(shape).astype(np.float32) for shape in ((tokens,), (kv.num_layers, tokens)))
+    return replace(kv, signals=PromptSignals(read, asked, held, entropy, distance))
+
+
+@pytest.mark.parametrize("wanted", [(), ("hidden",), ("repeat_queries",), ("entropy", "distance")])
+def test_signals_are_read_where_asked_for(tmp_path: Path, wanted: tuple[str, ...]) -> None:
+    kv, path = _with_signals(), tmp_path / "kv.safetensors"
+    write_kv(kv, path)
+    back = read_kv(path, wanted).signals  # type: ignore[arg-type]
+    asked = {*wanted, "repeat_keys"} if "repeat_queries" in wanted else {*wanted}
+    for name in ("hidden", "repeat_queries", "repeat_keys", "entropy", "distance"):
+        found, written = getattr(back, name), getattr(kv.signals, name)
+        assert (found is not None) == (name in asked)
+        assert found is None or all(np.array_equal(one, other) for one, other in zip(found, written, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": np.ones((4, 3), np.float32)}, "layers.1.hidden has shape [4, 3]; [5, any] is expected"),
+        ({"hidden": np.ones((5, 3), np.float32)}, "tensor 'layers.0.hidden' is missing, though other layers have it"),
+        ({"hidden": np.full((5, 3), np.nan, np.float32)}, "layers.1.hidden has elements that are not finite"),
+        ({"repeat_queries": np.ones((4, 5), np.float32)}, "layers.1.repeat_queries has shape"),
+    ],
+)
+def test_odd_signals_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_file(_tensors(**changes), path)
+    with pytest.raises(InvalidSpec, match=r"odd\.safetensors") as caught:
+        read_kv(path, ("hidden", "repeat_queries"))
+    assert message in str(caught.value)
+    assert read_kv(path).signals.hidden is None
+
+
+def test_a_second_reading_has_queries_and_keys() -> None:
+    with pytest.raises(InvalidSpec, match="come together"):
+        PromptSignals(repeat_queries=(np.ones((1, 1, 1), np.float32),))
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,21 @@ class LayerEncodings(KvEncoding):
     def fixed_bytes_per_sequence(self, group: LayerGroup, native: Dtype) -> float:
         return sum(one.fixed_bytes_per_sequence(group, native) for one in self.layers) / len(self.layers)
 
+    def read_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
+        return sum(one.read_bytes_per_token(group, native) for one in self.layers) / len(self.layers)
+
+    def stored_elements_per_token(self, group: LayerGroup) -> int:
+        _ask_its_layers()
+
+    def sink_bytes_per_token(self, group: LayerGroup, native: Dtype) -> float:
+        _ask_its_layers()
+
+    def attention_flops_per_token(self, group: LayerGroup, model: ModelSpec) -> float:
+        _ask_its_layers()
+
+    def attention_dtype(self, model: ModelSpec, device: DeviceSpec) -> Dtype:
+        _ask_its_layers()
+
     def append_ops(self, group: LayerGroup, model: ModelSpec) -> Iterable[OpCall]:
         _ask_its_layers()
 
@@ -94,6 +109,14 @@ class LayerEncodings(KvEncoding):
     @property
     def sink_tokens(self) -> int:
         return max(one.sink_tokens for one in self.distinct)
+
+    @property
+    def evicts(self) -> bool:
+        return any(one.evicts for one in self.distinct)
+
+    @property
+    def stores_prompt_once(self) -> bool:
+        return any(one.stores_prompt_once for one in self.distinct)
 
     @property
     def depends_on_prompt(self) -> bool:

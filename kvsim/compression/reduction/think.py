@@ -40,6 +40,7 @@ class ThinK(Reduction):
     }
     inline_fields: ClassVar = ("key_channel_compression_ratio",)
     family: ClassVar = "channel pruning"
+    masked_in: ClassVar = "NVIDIA/kvpress, kvpress/presses/think_press.py (zeroes channels)"
 
     kind: Literal["think"] = "think"
     key_channel_compression_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.4

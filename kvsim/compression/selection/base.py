@@ -6,14 +6,15 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from kvsim.compression.base import LayerView, StrategyPart, TokenCurve
+from kvsim.compression.base import HeadCurves, LayerView, StrategyPart, TokenCurve
 from kvsim.compression.selector import KeepByLayer, Selector
 from kvsim.specs.model import LayerGroup, LayerKind
+from kvsim.specs.prior import Prior
 
 if TYPE_CHECKING:
     from kvsim.ops import OpCall, Work
     from kvsim.specs.model import ModelSpec
-    from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv
+    from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv, SignalName
 
 
 class TokenSelection(StrategyPart):
@@ -31,11 +32,19 @@ class TokenSelection(StrategyPart):
 
     @abstractmethod
     def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        """Tokens held in memory in this layer after prefill, over generated tokens."""
+        """Tokens held in memory in this layer after prefill, over generated tokens: on average over its heads.
+
+        Where the heads are of several kinds (`head_curves`), those of the kind that holds most.
+        """
 
     @abstractmethod
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         """Tokens whose K and V one decode step reads in this layer."""
+
+    def head_curves(self, prompt_tokens: int, layer: LayerView) -> tuple[HeadCurves, ...]:
+        """Kinds of KV heads with what each holds and reads; shares add up to 1. One kind unless the method has more."""
+        resident = self.resident_tokens(prompt_tokens, layer)
+        return (HeadCurves(1.0, resident, self.attended_tokens(prompt_tokens, layer)),)
 
     def layer_band(self, layer: LayerView) -> int:
         """Band of a layer: layers of one group and band have equal curves and equal work."""
@@ -95,6 +104,25 @@ class TokenSelection(StrategyPart):
     def masks(self) -> bool:
         """Whether tokens that are not kept are merely hidden, so that nothing is freed and everything is read."""
         return False
+
+    @property
+    def needs_signals(self) -> frozenset[SignalName]:
+        """What its algorithm wants to know of a prompt beside K, V and Q; taken down only where some method asks."""
+        return frozenset()
+
+    @property
+    def fits_on_signals(self) -> frozenset[SignalName]:
+        """What it wants to know of the sequences that it calibrates on."""
+        return self.needs_signals
+
+    @property
+    def expected_share(self) -> Prior | None:
+        """Share of tokens kept that pricing expects, where the data decide how many stay; None where they do not."""
+        return None
+
+    def prefill_scratch_tokens(self, layer: LayerView) -> int:
+        """Tokens held in this layer beside the prompt's own while it is scored (a second reading's chunk), at most."""
+        return 0
 
     @property
     def keeps_newest(self) -> bool:

@@ -16,10 +16,12 @@ from kvsim.compression.selector import Selector, layer_view
 from kvsim.compression.spelling import spell_list, spell_part
 
 if TYPE_CHECKING:
-    from kvsim.ops import OpCall
+    from kvsim.compression.base import HeadCurves
+    from kvsim.ops import OpCall, Work
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import LayerGroup, ModelSpec
-    from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv
+    from kvsim.specs.prior import Prior
+    from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv, SignalName
 
 _GRANULARITIES = ("none", "layer", "head", "ragged")
 
@@ -76,6 +78,9 @@ class LayerPlan(TokenSelection):
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return self.at_layer(layer).attended_tokens(prompt_tokens, layer)
 
+    def head_curves(self, prompt_tokens: int, layer: LayerView) -> tuple[HeadCurves, ...]:
+        return self.at_layer(layer).head_curves(prompt_tokens, layer)
+
     def layer_band(self, layer: LayerView) -> int:
         mine = self.at_layer(layer)
         return self.distinct.index(mine) * layer.num_layers + mine.layer_band(layer)
@@ -94,6 +99,12 @@ class LayerPlan(TokenSelection):
 
     def decode_score_flops_per_token(self, group: LayerGroup, model: ModelSpec) -> float:
         _ask_its_layers()
+
+    def decode_score_work(self, group: LayerGroup, model: ModelSpec) -> Work | None:
+        _ask_its_layers()
+
+    def prefill_scratch_tokens(self, layer: LayerView) -> int:
+        return self.at_layer(layer).prefill_scratch_tokens(layer)
 
     def prefill_ops(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
         return self.at_layer(layer).prefill_ops(prompt_tokens, layer, model)
@@ -117,6 +128,31 @@ class LayerPlan(TokenSelection):
     @property
     def masks(self) -> bool:
         return all(one.masks for one in self.distinct)
+
+    @property
+    def needs_signals(self) -> frozenset[SignalName]:
+        return frozenset().union(*(one.needs_signals for one in self.distinct))
+
+    @property
+    def fits_on_signals(self) -> frozenset[SignalName]:
+        return frozenset().union(*(one.fits_on_signals for one in self.distinct))
+
+    @property
+    def expected_share(self) -> Prior | None:
+        # Each entry has its own, which notes and pricing ask of the layers.
+        return None
+
+    @property
+    def keeps_newest(self) -> bool:
+        return all(one.keeps_newest for one in self.distinct)
+
+    @property
+    def unit_tokens(self) -> int:
+        return max(one.unit_tokens for one in self.distinct)
+
+    @property
+    def merges(self) -> bool:
+        return any(one.merges for one in self.distinct)
 
     def keep(self, kv: KvTensors, layer: LayerView) -> IntArray | None:
         return self.at_layer(layer).keep(kv, layer)

@@ -121,11 +121,17 @@ class PastKv:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Logits, (B, T, vocabulary), and what each layer asked and cached."""
+    """Logits, (B, T, vocabulary), and what each layer asked and cached.
+
+    ``read``, what each layer's attention reads, and ``written``, what the layer puts out, (B, T, width), are empty
+    unless they were asked for.
+    """
 
     logits: Tensor
     queries: tuple[Tensor, ...]
     caches: tuple[NewKv, ...]
+    read: tuple[Tensor, ...] = ()
+    written: tuple[Tensor, ...] = ()
 
 
 class RmsNorm(nn.Module):  # type: ignore[misc]  # torch is not installed where types are checked
@@ -272,11 +278,12 @@ class SmallTransformer(nn.Module):  # type: ignore[misc]  # torch is not install
         token_before: Tensor | None = None,
         *,
         round_kv: bool = False,
+        keep_hidden: bool = False,
     ) -> ForwardPass:
         """Read tokens, (B, T), at positions from ``start``.
 
         ``past`` holds one entry per cache; ``token_before``, (B, 1), is the one just before ``start``.
-        ``round_kv``: hold K and V in bf16, as a server does.
+        ``round_kv``: hold K and V in bf16, as a server does. ``keep_hidden``: give hidden states of all layers.
         """
         span = slice(start, start + tokens.shape[1])
         # Training runs under autocast, and single-precision angles would drag queries and keys up with them.
@@ -284,6 +291,8 @@ class SmallTransformer(nn.Module):  # type: ignore[misc]  # torch is not install
         hidden = self._embed(tokens, token_before)
         asked: list[Tensor] = []
         caches: list[NewKv] = []
+        read: list[Tensor] = []
+        written: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             before = None if past is None else past[index // self.shape.layers_per_cache]
             normed = block.attention_norm(hidden)
@@ -294,9 +303,12 @@ class SmallTransformer(nn.Module):  # type: ignore[misc]  # torch is not install
             mixed = block.attention.attend(queries, caches[-1], before)
             hidden = block.mlp(hidden + mixed)
             asked.append(queries)
+            if keep_hidden:
+                read.append(normed)
+                written.append(hidden)
         # A mixture of a few symbols needs large logits, or it leaks into all others; the gain must learn fast.
         logits = nnf.linear(self.norm(hidden), self.embedding.weight) * (SHARPNESS_RATE * self.sharpness).exp()
-        return ForwardPass(logits, tuple(asked), tuple(caches))
+        return ForwardPass(logits, tuple(asked), tuple(caches), tuple(read), tuple(written))
 
 
 def _rounded(new: NewKv) -> NewKv:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from kvsim.compression.selection.base import TokenSelection
 from kvsim.compression.selector import layer_view
-from kvsim.quality.small_model.architecture import ForwardPass, PastKv, Shape, SmallTransformer
+from kvsim.quality.small_model.architecture import PastKv, Shape, SmallTransformer
+from kvsim.quality.small_model.signals import by_cache, take_signals
 from kvsim.quality.small_model.tasks import TaskBatch
 from kvsim.quality.store import StoredCache
-from kvsim.tensors import FloatArray, KvTensors, LayerKv, Rope
+from kvsim.tensors import FloatArray, KvTensors, LayerKv, PromptSignals, Rope, SignalName
 
 _Element = TypeVar("_Element", bound=np.generic)
 
@@ -40,6 +41,8 @@ class Prompts:
         Per cache; queries are of all layers that read it, grouped by KV head.
     raw_keys : tuple of (B, H, 1, D) or None
         What the first token read smears its key with: one vector per sequence and layer, held uncompressed.
+    signals : tuple of PromptSignals
+        Per sequence, where a method has asked for some; else empty.
     """
 
     batch: TaskBatch
@@ -51,6 +54,7 @@ class Prompts:
     queries: tuple[Tensor, ...]
     raw_keys: tuple[Tensor | None, ...]
     shape: Shape
+    signals: tuple[PromptSignals, ...] = ()
 
     @property
     def count(self) -> int:
@@ -74,7 +78,8 @@ class Prompts:
             )
         dim = self.shape.head_dim
         source = f"small model {self.shape.architecture}, {self.batch.task}"
-        return KvTensors(tuple(layers), Rope.plain(dim, self.shape.rope_theta), dim**-0.5, source)
+        signals = self.signals[row] if self.signals else PromptSignals()
+        return KvTensors(tuple(layers), Rope.plain(dim, self.shape.rope_theta), dim**-0.5, source, signals=signals)
 
     def uncompressed(self) -> tuple[PastKv, ...]:
         """All caches as they are."""
@@ -103,21 +108,18 @@ def prefill(model: SmallTransformer, batch: TaskBatch, *, sees_question: bool = 
         start=start,
         keys=tuple(new.keys.bfloat16() for new in found.caches),
         values=tuple(new.values.bfloat16() for new in found.caches),
-        queries=tuple(queries.bfloat16() for queries in _by_cache(found, model.shape)),
+        queries=tuple(queries.bfloat16() for queries in by_cache(found, model.shape)),
         raw_keys=tuple(new.last_raw_key for new in before.caches),
         shape=model.shape,
     )
 
 
-def _by_cache(found: ForwardPass, shape: Shape) -> tuple[Tensor, ...]:
-    """Queries of the layers that share a cache, so that those of one KV head stay together."""
-    every = shape.layers_per_cache
-    joined = []
-    for index in range(shape.num_caches):
-        layers = found.queries[index * every : (index + 1) * every]
-        grouped = [queries.unflatten(1, (shape.num_kv_heads, -1)) for queries in layers]
-        joined.append(torch.cat(grouped, dim=2).flatten(1, 2))
-    return tuple(joined)
+def with_signals(model: SmallTransformer, prompts: Prompts, names: Collection[SignalName]) -> Prompts:
+    """Give the prompts with the signals that a method asks for; none asked, none taken."""
+    if not names:
+        return prompts
+    tokens = torch.from_numpy(prompts.batch.tokens[:, : prompts.prompt_tokens])
+    return replace(prompts, signals=take_signals(model, tokens, names))
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -126,15 +128,17 @@ def answer(model: SmallTransformer, prompts: Prompts, past: Sequence[PastKv]) ->
     tokens = torch.from_numpy(prompts.batch.tokens[:, prompts.start : -1])
     before = torch.from_numpy(prompts.batch.tokens[:, prompts.start - 1 : prompts.start])
     found = model(tokens, past, prompts.start, before, round_kv=True)
-    return found.logits, _by_cache(found, prompts.shape)
+    return found.logits, by_cache(found, prompts.shape)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def calibration_caches(model: SmallTransformer, batches: Sequence[TaskBatch]) -> list[KvTensors]:
+def calibration_caches(
+    model: SmallTransformer, batches: Sequence[TaskBatch], signals: Collection[SignalName] = ()
+) -> list[KvTensors]:
     """Whole caches with the queries that read them, for codecs that learn from samples."""
     samples = []
     for batch in batches:
-        prompts = prefill(model, batch)
+        prompts = with_signals(model, prefill(model, batch), signals)
         _, later = answer(model, prompts, prompts.uncompressed())
         samples += [prompts.sequence(row, later_queries=later) for row in range(prompts.count)]
     return samples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from kvsim.quality.small_model.architecture import PastKv, SmallTransformer
-from kvsim.quality.small_model.caches import Prompts, answer, as_past, calibration_caches, prefill
+from kvsim.quality.small_model.caches import Prompts, answer, as_past, calibration_caches, prefill, with_signals
 from kvsim.quality.small_model.outcomes import Outcome
 from kvsim.quality.small_model.tasks import TASKS, TaskBatch, generate
 from kvsim.quality.store import FittedStrategy, store_cache
-from kvsim.tensors import FloatArray, KvTensors
+from kvsim.tensors import FloatArray, KvTensors, SignalName
 
 TEST_SEED: Final = 20_000
 CALIBRATION_SEED: Final = 30_000
@@ -31,18 +31,21 @@ def measured_batch(task: str, count: int, context_tokens: int = CONTEXT_TOKENS, 
     return generate(task, rng, count, context_tokens, 1 if task == "language" else NUM_QUESTIONS)
 
 
-def calibration_samples(model: SmallTransformer, context_tokens: int = CONTEXT_TOKENS) -> list[KvTensors]:
-    """Caches of other sequences of all tasks, for codecs that must learn."""
+def calibration_samples(
+    model: SmallTransformer, context_tokens: int = CONTEXT_TOKENS, signals: Collection[SignalName] = ()
+) -> list[KvTensors]:
+    """Caches of other sequences of all tasks, for methods that must learn, with the signals that they ask for."""
     rng = np.random.default_rng(CALIBRATION_SEED)
     count = CALIBRATION_SEQUENCES_PER_TASK
     batches = [generate(task, rng, count, context_tokens, 1) for task in TASKS]
-    samples: list[KvTensors] = calibration_caches(model, batches)
+    samples: list[KvTensors] = calibration_caches(model, batches, signals)
     return samples
 
 
 def evaluate(model: SmallTransformer, prompts: Prompts, reference: Tensor, strategy: FittedStrategy) -> Outcome:
     """Compress every sequence's cache, answer with what is read back, and compare."""
-    stored = [store_cache(strategy, prompts.sequence(row)) for row in range(prompts.count)]
+    known = with_signals(model, prompts, strategy.compression.selection.needs_signals)
+    stored = [store_cache(strategy, known.sequence(row)) for row in range(prompts.count)]
     past = as_past(prompts, stored, strategy.compression.selection)
     logits, _ = answer(model, prompts, past)
     bits = float(np.mean([cache.total_bits for cache in stored])) / _elements(prompts)

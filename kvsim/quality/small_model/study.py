@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvsim.compression import parse_compression
 from kvsim.errors import KvsimError, NotRunnable
+from kvsim.quality.run import needed_signals
 from kvsim.quality.small_model.caches import Prompts, prefill
 from kvsim.quality.small_model.evaluation import (
     calibration_samples,
@@ -125,7 +126,8 @@ def _measure(
 
 def _fit_all(trained: TrainedModel, names: Sequence[str]) -> dict[str, FittedStrategy | str]:
     """Fit every strategy, or say why it does not run on this model."""
-    samples = calibration_samples(trained.model) if names else []
+    signals = needed_signals(names, to_fit=True)
+    samples = calibration_samples(trained.model, signals=signals) if names else []
     fitted: dict[str, FittedStrategy | str] = {}
     for name in names:
         try:
