@@ -7,7 +7,12 @@ from collections import defaultdict
 
 from kvsim.allocator import padded_layer_shares, pool_bytes_per_token
 from kvsim.compression.base import LayerView
-from kvsim.cost.layer_bytes import draft_bytes_per_token, prefill_bytes_per_token, residual_bytes
+from kvsim.cost.layer_bytes import (
+    draft_bytes_per_token,
+    layer_bytes_per_token,
+    prefill_bytes_per_token,
+    residual_bytes,
+)
 from kvsim.deployment import Deployment, LayerClass
 from kvsim.specs.model import LayerKind, ModelSpec
 

@@ -21,7 +21,7 @@ def spell_part(part: StrategyPart) -> str:
     changed = {field: value for field, value in values.items() if value != defaults[field]}
     inline = part.inline_text() if any(field in changed for field in part.inline_fields) else None
     named = [
-        f"{field}={value}"
+        f"{field}={str(value).lower() if isinstance(value, bool) else value}"
         for field, value in changed.items()
         if value is not None and not (inline is not None and field in part.inline_fields)
     ]
