@@ -29,7 +29,14 @@ from kvsim.quality.plan_ensembles import (
     ensemble_harms,
 )
 from kvsim.quality.small_model.grid import MODELS
-from kvsim.quality.small_model.plan_questions import CANDIDATES, FEW_TASKS, SHARES, UNIFORM_ONLY, questions
+from kvsim.quality.small_model.plan_questions import (
+    CANDIDATES,
+    ENSEMBLE_CANDIDATES,
+    FEW_TASKS,
+    SHARES,
+    UNIFORM_ONLY,
+    questions,
+)
 from kvsim.quality.small_model.plan_results import (
     Contest,
     load_plan_results,
@@ -76,7 +83,7 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _ensemble(name: str, seed: int) -> list[EnsembleContest]:
-    asked = questions(window_size=None)
+    asked = questions(ENSEMBLE_CANDIDATES, window_size=None)
     every = [option for one in asked for option in (*one.options, *one.extra)]
     found = ensemble_harms(name, seed, every)
     print(f"{name}, seed {seed}: measured", flush=True)
@@ -99,6 +106,7 @@ def _provenance(weights: Path) -> dict[str, Any]:
         "shares_in_64ths": list(SHARES),
         "totals": [asked.name for asked in questions()],
         "transfer_from": list(FEW_TASKS),
+        "ensemble_candidates": list(ENSEMBLE_CANDIDATES),
         "ensemble_seeds": list(ENSEMBLE_SEEDS),
         "ensemble_calibration_sequences": CALIBRATION_SEQUENCES,
         "ensemble_test_sequences": TEST_SEQUENCES,

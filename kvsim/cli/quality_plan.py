@@ -69,9 +69,9 @@ def plan_command(
 ) -> None:
     """Measure what each candidate does to each layer alone, and give layers what does least harm at a fixed total."""
     from kvsim.cli.compare import split_names
-    from kvsim.quality.run import needed_signals
     from kvsim.documents import check_output_path
     from kvsim.quality.plan_runs import Budget
+    from kvsim.quality.run import needed_signals
 
     if [bool(one) for one in (ensemble, kv, model)].count(True) != 1 or bool(model) != bool(text):
         msg = "give one of --ensemble NAME[:SEED], --kv FILE.safetensors, and --model PATH_OR_ID with --text FILE"

@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsim.compression import Compression, parse_compression, stored_bytes
-from kvsim.compression.base import LayerView
+from kvsim.compression.base import KvEncoding, LayerView
+from kvsim.compression.encoding.layer_encodings import LayerEncodings
 from kvsim.compression.plan_file import PlanFile, load_plan, named_strategy, plan_of, write_plan
+from kvsim.compression.selection.base import TokenSelection
+from kvsim.compression.selection.layer_plan import LayerPlan
 from kvsim.compression.strategy import spell
 from kvsim.errors import InvalidSpec, UnknownName
 from kvsim.scenario import Scenario
@@ -179,3 +182,26 @@ def test_a_scenario_of_before_keeps_its_fingerprint() -> None:
     }
     assert "value_bits" not in parse_compression("turboquant_mse").encoding.model_dump()
     assert spell(parse_compression("turboquant_mse:3(value_bits=1)").encoding) == "turboquant_mse:3(value_bits=1.0)"
+
+
+# --- nothing is forgotten -------------------------------------------------------------------------------------------
+
+WITHOUT_LAYERS = {
+    "at_layer", "bare_name", "inline_parameters", "inline_text", "joins_layers", "is_replicated", "rate", "masked_in",
+    "residual_share", "unpriced_coder", "is_storage_only", "unpack_family", "native_tokens",
+}  # fmt: skip
+"""What is the same for every entry (plans refuse those that differ), or follows from what is overridden."""
+
+
+@pytest.mark.parametrize(("plan", "base"), [(LayerPlan, TokenSelection), (LayerEncodings, KvEncoding)])
+def test_a_plan_answers_every_hook_itself(plan: type, base: type) -> None:
+    """A hook that a plan inherits would say 'nothing special' of entries that have something special."""
+    hooks = {
+        name
+        for one in base.__mro__
+        if one.__module__.startswith("kvsim.compression")
+        for name, value in vars(one).items()
+        if not name.startswith("_") and (isinstance(value, property) or callable(value))
+    }
+    forgotten = hooks - set(vars(plan)) - WITHOUT_LAYERS
+    assert not forgotten
