@@ -239,12 +239,13 @@ def _check_drafts(scenario: Scenario, model: ModelSpec) -> None:
 
 def _layer_classes(scenario: Scenario, model: ModelSpec) -> tuple[LayerClass, ...]:
     classes = []
-    num_layers = model.num_layers
+    num_layers, skipped = model.num_layers, scenario.engine.kv_cache_dtype_skip_layers
+    is_hybrid = any(group.kind is LayerKind.LINEAR for group in model.groups)
     for group in model.kv_groups:
         alike: defaultdict[tuple[KvEncoding, TokenSelection | None], list[LayerView]] = defaultdict(list)
         for index in group.layers:
-            encoding = scenario.compression.encoding_for_layer(index, model, scenario.engine.kv_cache_dtype_skip_layers)
             view = LayerView(index, num_layers, group)
+            encoding = scenario.compression.encoding_at(view, skipped, is_hybrid=is_hybrid)
             selection = scenario.compression.selection.at_layer(view) if group.kind is LayerKind.FULL else None
             alike[encoding, selection].append(view)
         classes += [_layer_class(scenario, group, parts, views) for parts, views in alike.items()]

@@ -30,7 +30,7 @@ PAGES = {
     "cross-layer": ("cross-layer.md",),
     "transform coding": ("entropy-coding.md",),
     "entropy coding": ("entropy-coding.md",),
-    "eviction": ("selections.md",),
+    "eviction": ("selections.md", "learned-eviction.md"),
     "sparse reading": ("selections.md",),
     "layer plan": ("../layer-plans.md",),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 from kvsim.compression import Compression
-from kvsim.compression.selection.base import TokenSelection
 from kvsim.errors import NotRunnable
 from kvsim.quality.published import published_quality
 from kvsim.specs.base import Spec
@@ -41,11 +40,9 @@ def risk_layers(compression: Compression) -> RiskLayers:
 
 def _why_not_on_tensors(compression: Compression) -> str | None:
     try:
+        compression.selection.selector()
         compression.reduction.codec()
         compression.encoding.codec()
     except NotRunnable as error:
         return str(error)
-    selection = type(compression.selection)
-    if selection.keep is TokenSelection.keep and selection.read_mask is TokenSelection.read_mask:
-        return str(NotRunnable(compression.selection.kind))
     return None

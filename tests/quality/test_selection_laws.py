@@ -32,6 +32,8 @@ SIZES = ("0", "0.3", "0.7", "0.95", "100", "1", "100000")
 ODD = (
     "streaming_llm:64", "streaming_llm(num_sink_tokens=0,window_length=10)", "snapkv:0.9(window_size=16)",
     "pyramidkv:100(beta=5)", "quest:64", "quest:128(num_dense_layers=0)",
+    "kvzip:0.7(budget_over=layer)", "kvzip:0.7(budget_over=head)", "kvzip:0.7(n_sink=0)",
+    "kvzap_linear:0.3(window_size=32)", "kvzap_linear:0", "kvzap_linear:0.9(masked=true)",
 )  # fmt: skip
 PROMPTS = (0, 1, 2, 5, 63, 64, 65, 200, 1000, 4097)
 
