@@ -31,7 +31,7 @@ NOTE = (
 )
 
 
-def plan_command(
+def plan_layers_command(
     *,
     ensemble: Annotated[
         str | None, typer.Option(metavar="NAME[:SEED]", help="Draw caches, such as retrieval; see quality run.")
