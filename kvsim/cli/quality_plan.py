@@ -13,12 +13,13 @@ from kvsim.cli.quality import (
     PromptQueriesOption,
     QueriesOption,
     TokensOption,
-    capture_text,
+    capture_texts,
     read_kv_file,
 )
 from kvsim.errors import InvalidSpec
 
 if TYPE_CHECKING:
+    from kvsim.quality.capture import Captured
     from kvsim.quality.plan_runs import Budget, Harm, MadePlan
     from kvsim.tensors import KvTensors, SignalName
 
@@ -129,30 +130,27 @@ def _by_model(
     from kvsim.quality.plan_runs import options_for, plan_by_kl, plan_from_caches
     from kvsim.quality.run import needed_signals
 
-    captured = [capture_text(model, path, *sizes, needed_signals(names)) for path in (*texts, *test)]
+    captured, loaded = capture_texts(model, (*texts, *test), *sizes, needed_signals(names))
     calibration, held_out = captured[: len(texts)], captured[len(texts) :]
-    caches = [one.kv for one, _ in calibration]
+    caches = [one.kv for one in calibration]
     source = f"{Path(model).name}, {_names(texts)}; by {'final-logit KL' if by == 'kl' else 'local output deviation'}"
     if by == "local":
-        tested = [one.kv for one, _ in held_out]
+        tested = [one.kv for one in held_out]
         return plan_from_caches(caches, names, budget, held_out=tested, progress=progress), source
     options = options_for(names, budget, caches[0])
-    unseen = _mean_kl(held_out, caches) if held_out else None
-    made = plan_by_kl(
-        _mean_kl(calibration, caches), options, caches[0].num_layers, budget, held_out=unseen, progress=progress
-    )
+    unseen = _mean_kl(loaded, held_out, caches) if held_out else None
+    seen = _mean_kl(loaded, calibration, caches)
+    made = plan_by_kl(seen, options, caches[0].num_layers, budget, held_out=unseen, progress=progress)
     return made, source
 
 
-def _mean_kl(captured: Sequence[tuple[Any, Any]], samples: Sequence[KvTensors]) -> Harm:
+def _mean_kl(loaded: Any, captured: Sequence[Captured], samples: Sequence[KvTensors]) -> Harm:
     from kvsim.quality.continuation import continue_with
     from kvsim.quality.store import fit_strategy, needs_calibration, store_cache
 
     def harm(compression: Any) -> float:
         fitted = fit_strategy(compression, samples if needs_calibration(compression) else ())
-        found = [
-            continue_with(loaded, one, compression, store_cache(fitted, one.kv)).mean_kl for one, loaded in captured
-        ]
+        found = [continue_with(loaded, one, compression, store_cache(fitted, one.kv)).mean_kl for one in captured]
         return sum(found) / len(found)
 
     return harm
