@@ -7,11 +7,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvsim.documents import write_atomic
-from kvsim.quality.small_model.plan_results import ALL, EnsembleRow, PlanResults, PlanRow, load_plan_results
+from kvsim.quality.small_model.plan_results import (
+    ALL,
+    CALIBRATED,
+    ORACLE,
+    EnsembleRow,
+    PlanResults,
+    PlanRow,
+    load_plan_results,
+)
 
 TABLES = re.compile(r"(<!-- tables: begin.*? -->\n).*?(<!-- tables: end -->)", re.DOTALL)
-CALIBRATED = "best on calibration data"
-ORACLE = "best on the test itself"
 
 
 def write_page(page: Path) -> None:
@@ -102,8 +108,9 @@ def _ensembles(results: PlanResults) -> Iterator[str]:
     for ensemble, total in dict.fromkeys((row.ensemble, row.question) for row in results.ensembles):
         rows = [row for row in results.ensembles if (row.ensemble, row.question) == (ensemble, total)]
         plans = {row.name: row for row in rows if row.kind == "plan"}
-        alike = [row for row in rows if row.is_chosen]
-        name, error = (alike[0].name, _percent(alike[0].output_error)) if alike else ("one per cache", "")
+        best = next(row for row in rows if row.name == CALIBRATED)
+        same = [row.name for row in rows if row.is_chosen and row.name != CALIBRATED]
+        name, error = same[0] if same else "one per cache", _percent(best.output_error)
         gains = " | ".join(
             _ensemble_gain(plans[plan]) for plan in ("local", "local, policy only", "local, budget only")
         )

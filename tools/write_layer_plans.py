@@ -32,6 +32,7 @@ from kvsim.quality.small_model.grid import MODELS
 from kvsim.quality.small_model.plan_questions import (
     CANDIDATES,
     ENSEMBLE_CANDIDATES,
+    ENSEMBLE_SHARES,
     FEW_TASKS,
     SHARES,
     UNIFORM_ONLY,
@@ -83,7 +84,7 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _ensemble(name: str, seed: int) -> list[EnsembleContest]:
-    asked = questions(ENSEMBLE_CANDIDATES, window_size=None)
+    asked = questions(ENSEMBLE_CANDIDATES, ENSEMBLE_SHARES, window_size=None)
     every = [option for one in asked for option in (*one.options, *one.extra)]
     found = ensemble_harms(name, seed, every)
     print(f"{name}, seed {seed}: measured", flush=True)
@@ -107,6 +108,7 @@ def _provenance(weights: Path) -> dict[str, Any]:
         "totals": [asked.name for asked in questions()],
         "transfer_from": list(FEW_TASKS),
         "ensemble_candidates": list(ENSEMBLE_CANDIDATES),
+        "ensemble_shares_in_64ths": list(ENSEMBLE_SHARES),
         "ensemble_seeds": list(ENSEMBLE_SEEDS),
         "ensemble_calibration_sequences": CALIBRATION_SEQUENCES,
         "ensemble_test_sequences": TEST_SEQUENCES,

@@ -9,7 +9,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SIMULATED = {"adaptive-bursts.yaml"}
 """What no closed form answers."""
 SCENARIOS = sorted(
-    {path.name for path in EXAMPLES.glob("*.yaml") if not path.name.startswith(("sweep", "plan", "layer-plan"))} - SIMULATED
+    {path.name for path in EXAMPLES.glob("*.yaml") if not path.name.startswith(("sweep", "plan", "layer-plan"))}
+    - SIMULATED
 )
 
 

@@ -9,11 +9,13 @@ from typing import Final
 
 from kvsim.quality.layer_plans import SHARE_UNITS, Option, encoding_options, selection_options, uniform
 
-SHARES: Final = tuple(4 * sixteenths for sixteenths in (1, 2, 3, 4, 6, 8, 10, 12, 16))
-"""64ths of the prompt; the smallest holds SnapKV's window of 16 of 256 tokens."""
+SHARES: Final = tuple(4 * sixteenths for sixteenths in range(1, 17))
+"""64ths of the prompt; the smallest holds SnapKV's window of 16 of 256 tokens. A coarser grid holds no such budgets as
+PyramidKV's, and then a plan for few layers loses to it."""
 CANDIDATES: Final = ("streaming_llm", "snapkv", "h2o", "tova", "knorm", "keydiff", "expected_attention")
 ENSEMBLE_CANDIDATES: Final = ("streaming_llm", "snapkv", "h2o", "keydiff")
-"""Fewer: ensembles are longer."""
+"""Fewer, and at fewer sizes: ensembles are longer."""
+ENSEMBLE_SHARES: Final = (4, 8, 12, 16, 24, 32, 40, 48, 64)
 UNIFORM_ONLY: Final = ("pyramidkv", "random")
 """PyramidKV moves budget between layers itself and is SnapKV within one; random eviction is there to be beaten."""
 TURBOQUANT_BITS: Final = (1, 2, 3, 4)
@@ -47,12 +49,14 @@ class Question:
         return {option.policy: uniform(option).name for option in (*alike, *self.extra)}
 
 
-def questions(candidates: Sequence[str] = CANDIDATES, *, window_size: int | None = 16) -> tuple[Question, ...]:
+def questions(
+    candidates: Sequence[str] = CANDIDATES, shares: Sequence[int] = SHARES, *, window_size: int | None = 16
+) -> tuple[Question, ...]:
     """Totals that are asked about; ``window_size`` is SnapKV's and PyramidKV's, None for their default."""
     window = "" if window_size is None else f"(window_size={window_size})"
     sized = [f"snapkv{window}" if name == "snapkv" else name for name in candidates]
     others = [f"pyramidkv{window}" if name == "pyramidkv" else name for name in UNIFORM_ONLY]
-    options = selection_options(sized, SHARES)
+    options = selection_options(sized, shares)
     keep = [
         Question(f"keep {100 * units // SHARE_UNITS} %", options, units, selection_options(others, (units,)))
         for units in (SHARE_UNITS // 4, SHARE_UNITS // 2)

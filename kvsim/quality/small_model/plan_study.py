@@ -73,6 +73,8 @@ def _plans(
         "KL, from copy and language": _name(question, by_task, few),
         "local, from copy and language": _name(question, local, few),
     }
+    as_wholes = (made["KL"], made["KL, budget only"], *question.uniforms.values())
+    made["KL, checked as a whole"] = min(as_wholes, key=calibration.mean_kl)
     plans = {name: dict.fromkeys(TASKS, strategy) for name, strategy in made.items()}
     for name, found in (("KL", by_task), ("local", local)):
         plans[f"{name}, task left out"] = {
