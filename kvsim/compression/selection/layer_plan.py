@@ -54,6 +54,10 @@ class LayerPlan(TokenSelection):
         if any(isinstance(one, LayerPlan) for one in self.layers):
             msg = "an entry of a layer plan cannot be a plan itself; name a selection"
             raise ValueError(msg)
+        trained = [one for one in self.layers if type(one).trained_group is not TokenSelection.trained_group]
+        if trained:
+            msg = f"{trained[0].kind} is trained into a whole model, so it cannot be an entry of a layer plan"
+            raise ValueError(msg)
         return self
 
     def at_layer(self, layer: LayerView) -> TokenSelection:
@@ -129,6 +133,18 @@ class LayerPlan(TokenSelection):
     def masks(self) -> bool:
         return all(one.masks for one in self.distinct)
 
+    def decode_cuts(self, prompt_tokens: int, layer: LayerView) -> TokenCurve | None:
+        return self.at_layer(layer).decode_cuts(prompt_tokens, layer)
+
+    def cut_ops(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
+        return self.at_layer(layer).cut_ops(prompt_tokens, layer, model)
+
+    def held_bytes_per_token(self, layer: LayerView) -> float:
+        return self.at_layer(layer).held_bytes_per_token(layer)
+
+    def buffer_bytes(self, layer: LayerView, model: ModelSpec) -> float:
+        return self.at_layer(layer).buffer_bytes(layer, model)
+
     @property
     def needs_signals(self) -> frozenset[SignalName]:
         return frozenset().union(*(one.needs_signals for one in self.distinct))
@@ -147,6 +163,10 @@ class LayerPlan(TokenSelection):
         return all(one.keeps_newest for one in self.distinct)
 
     @property
+    def moves_budgets(self) -> bool:
+        return any(one.moves_budgets for one in self.distinct)
+
+    @property
     def unit_tokens(self) -> int:
         return max(one.unit_tokens for one in self.distinct)
 
@@ -159,6 +179,9 @@ class LayerPlan(TokenSelection):
 
     def selector(self) -> Selector:
         return SelectByPlan(self, {one: one.selector() for one in self.distinct})
+
+    def cut_selector(self, prompt_tokens: int) -> Selector:
+        return SelectByPlan(self, {one: one.cut_selector(prompt_tokens) for one in self.distinct})
 
     def read_mask(self, layer_kv: LayerKv, layer: LayerView) -> BoolArray | None:
         return self.at_layer(layer).read_mask(layer_kv, layer)

@@ -16,6 +16,13 @@ from kvsim.documents import write_atomic
 from kvsim.numerics.arrays import DoubleArray
 from kvsim.quality.layer_plans import local_harms
 from kvsim.quality.small_model.caches import Prompts, calibration_caches, prefill
+from kvsim.quality.small_model.decode_phase import (
+    DecodeRun,
+    Schedule,
+    decode_with,
+    decode_without_cuts,
+    outcome_of,
+)
 from kvsim.quality.small_model.evaluation import (
     CONTEXT_TOKENS,
     NUM_QUESTIONS,
@@ -30,6 +37,8 @@ from kvsim.quality.store import fit_strategy
 
 PLAN_SEED: Final = 40_000
 """Of calibration sequences; neither the test's nor those that codecs learn from."""
+SCHEDULE: Final = Schedule(prompt_tokens=64, interval=32)
+"""Of the decode phase: 64 tokens are read, the other 192 of a context and the answers are generated."""
 
 
 def plan_batch(task: str, count: int, model: str) -> TaskBatch:
@@ -52,21 +61,24 @@ class Bench:
         self._batch, self._report = batch, report or (lambda _line: None)
         self._prompts: dict[str, Prompts] = {}
         self._references: dict[str, torch.Tensor] = {}
+        self._runs: dict[str, DecodeRun] = {}
 
     def outcome(self, strategy: str, task: str) -> Outcome:
         """What a strategy does to the answers of a task, measured if it was not yet."""
         setting = Setting(task)
         if not self.outcomes.has(setting, strategy):
-            prompts = self._prompted(task)
-            fitted = fit_strategy(parse_compression(strategy))
-            self.outcomes.write(
-                setting, strategy, evaluate(self.trained.model, prompts, self._references[task], fitted)
-            )
+            self.outcomes.write(setting, strategy, self.measured(strategy, task))
         found = self.outcomes.read(setting, strategy)
         if not isinstance(found, Outcome):
             msg = f"{strategy} did not run on {task}: {found}"
             raise TypeError(msg)
         return found
+
+    def measured(self, strategy: str, task: str) -> Outcome:
+        """Measure a strategy on a task now."""
+        prompts = self._prompted(task)
+        fitted = fit_strategy(parse_compression(strategy))
+        return evaluate(self.trained.model, prompts, self._references[task], fitted)
 
     def mean_kl(self, strategy: str, tasks: Iterable[str] = tuple(TASKS)) -> float:
         """Mean over tasks of the mean divergence from the full cache, in nats."""
@@ -94,6 +106,19 @@ class Bench:
             self._references[task] = uncompressed_logits(self.trained.model, self._prompts[task])
             self._report(f"{self.trained.name}: read {task}")
         return self._prompts[task]
+
+
+class DecodeBench(Bench):
+    """The same while decoding: nearly all of a text is generated, and its cache is cut every so many tokens."""
+
+    def measured(self, strategy: str, task: str) -> Outcome:
+        """Measure a strategy on a task now."""
+        if task not in self._runs:
+            batch = self._batch(task)
+            self._runs[task] = decode_without_cuts(self.trained.model, batch, SCHEDULE)
+        reference = self._runs[task]
+        selection = parse_compression(strategy).selection
+        return outcome_of(decode_with(self.trained.model, reference.batch, SCHEDULE, selection), reference)
 
 
 def calibration_bench(
