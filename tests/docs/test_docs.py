@@ -18,7 +18,7 @@ from kvsim.adaptive import Adaptive, AdaptiveLevel
 from kvsim.batch import SweepSpec
 from kvsim.cli import build_app
 from kvsim.cli.compare import parse_strategies
-from kvsim.compression import ENCODINGS, REDUCTIONS, SELECTIONS, STRATEGIES, parse_compression
+from kvsim.compression import ENCODINGS, PLANS, REDUCTIONS, SELECTIONS, STRATEGIES, parse_compression
 from kvsim.documents import parse_yaml, validate
 from kvsim.metrics import METRICS
 from kvsim.planner import Budget, PlanRequest, Search
@@ -216,7 +216,7 @@ SECTIONS = [
     ("docs/plan.md", "Request", PlanRequest),
     ("docs/plan.md", "Budget", Budget),
     ("docs/plan.md", "Search", Search),
-    *(("docs/scenarios.md", kind_of(part), part) for part in (*SELECTIONS, *REDUCTIONS, *ENCODINGS)),
+    *(("docs/scenarios.md", kind_of(part), part) for part in (*SELECTIONS, *REDUCTIONS, *ENCODINGS, *PLANS)),
     *(("docs/serving-tiers.md", kind_of(part), part) for part in (HostTier, NvmeTier, RemoteTier, RecomputeTier)),
     ("docs/workloads.md", "Traces", workload.TraceWorkload),
     ("docs/workloads.md", "Columns", workload.TraceColumns),
