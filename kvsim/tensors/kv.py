@@ -218,7 +218,10 @@ class PromptSignals:
         """Raise InvalidSpec where a method needs a signal that nobody took down."""
         missing = [name for name in names if getattr(self, name) is None]
         if missing:
-            msg = f"{method} needs {' and '.join(missing)} of the prompt, which these KV tensors do not have"
+            msg = (
+                f"{method} needs {' and '.join(missing)} of the prompt, which these KV tensors do not have; a model's "
+                f"can be recorded with `kvsim quality capture --signals {','.join(missing)}`"
+            )
             raise InvalidSpec(msg)
 
 

@@ -241,6 +241,12 @@ def test_the_command_captures_and_runs(folder: Path, tmp_path: Path) -> None:
     result = invoke(build_app(), ["quality", "capture", *source, *more])
     assert result.exit_code == 0, result.output
     assert read_kv(out, ("hidden",)).signals.hidden is not None
+    learned = ["-s", "kvzip:0.5,kvzap_linear:0.5(window_size=8)", "--calibrate", str(out), "--json"]
+    for tensors in (source, ["--kv", str(out)]):
+        result = invoke(build_app(), ["quality", "run", *tensors, *learned])
+        assert result.exit_code == 0, result.output
+        rows = json.loads(result.stdout)["strategies"]
+        assert all(row["bits_per_element"] < 15 for row in rows), rows
     result = invoke(build_app(), ["quality", "capture", *source, "--signals", "hiden", "-o", str(out)])
     assert result.exit_code != 0
     assert "hidden" in result.output
