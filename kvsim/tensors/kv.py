@@ -17,6 +17,8 @@ TENSORS: Final[tuple[TensorName, ...]] = ("key", "value")
 SignalName: TypeAlias = Literal["hidden", "repeat_queries", "entropy", "distance"]
 SIGNALS: Final[tuple[SignalName, ...]] = ("hidden", "repeat_queries", "entropy", "distance")
 """What `PromptSignals` may hold; ``repeat_queries`` stands for the keys of the second reading as well."""
+ENTROPY_CANDIDATES: Final = 256
+"""Likeliest next tokens over which the signal ``entropy`` is taken (InfoKV, arXiv 2606.26875)."""
 REPEAT_CHUNK: Final = 2048
 """Tokens that a second reading takes at a time, each chunk right after the whole prompt (kvpress's KVzip)."""
 

@@ -28,7 +28,8 @@ from tests.quality.conftest import noise_cache
 
 SIZED = {
     "streaming_llm": "streaming_llm:192", "snapkv": "snapkv:160", "h2o": "h2o:160", "pyramidkv": "pyramidkv:160",
-    "quest": "quest:64", "adakv": "adakv:160", "duo_attention": "duo_attention(sink_size=8,recent_size=56)",
+    "merging": "merging:160", "cam": "cam:160", "d2o": "d2o:160", "quest": "quest:64",
+    "adakv": "adakv:160", "duo_attention": "duo_attention(sink_size=8,recent_size=56)",
     "mla": "mla(kv_lora_rank=48,qk_rope_head_dim=16)",
     "minicache": "minicache(retained_fraction=0.0625)",
 }  # fmt: skip
