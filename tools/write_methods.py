@@ -28,9 +28,10 @@ PAGES = {
     "cross-layer": ("cross-layer.md",),
     "transform coding": ("entropy-coding.md",),
     "entropy coding": ("entropy-coding.md",),
-    "eviction": ("selections.md", "head-budgets.md", "learned-eviction.md"),
+    "eviction": ("eviction.md", "head-budgets.md", "learned-eviction.md", "decode-eviction.md"),
     "joint bits and eviction": ("head-budgets.md#rdkv",),
-    "sparse reading": ("selections.md",),
+    "merging": ("merging.md",),
+    "sparse reading": ("sparse-reading.md",),
 }
 """Family -> where below docs/methods its methods are explained."""
 

@@ -241,9 +241,9 @@ def test_every_layer_is_charged_by_its_own_curve(strategy: str) -> None:
     for layer_class in deployment.layer_classes:
         view = layer_class.bands[0][0]
         layers = [replace(view, index=index) for index in layer_class.group.layers]
-        by_layer = [layer_class.head_curves(4096, layer)[0].attended(0) for layer in layers]
-        by_band = [n * layer_class.head_curves(4096, view)[0].attended(0) for view, n in layer_class.bands]
-        assert sum(by_band) == sum(by_layer)
+        assert sum(n * layer_class.head_curves(4096, v)[0].attended(0) for v, n in layer_class.bands) == sum(
+            layer_class.head_curves(4096, layer)[0].attended(0) for layer in layers
+        )
 
 
 def test_pyramidkv_keeps_as_much_as_snapkv_in_all() -> None:
