@@ -28,8 +28,9 @@ PAGES = {
     "cross-layer": ("cross-layer.md",),
     "transform coding": ("entropy-coding.md",),
     "entropy coding": ("entropy-coding.md",),
-    "eviction": ("selections.md", "learned-eviction.md"),
-    "sparse reading": ("selections.md",),
+    "eviction": ("eviction.md", "head-budgets.md", "learned-eviction.md"),
+    "joint bits and eviction": ("head-budgets.md#rdkv",),
+    "sparse reading": ("eviction.md#quest",),
 }
 """Family -> where below docs/methods its methods are explained."""
 

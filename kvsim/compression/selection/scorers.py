@@ -29,6 +29,7 @@ from kvsim.errors import UnknownName
 if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
+    from kvsim.tensors import SignalName
 
 SCORERS: Final[Mapping[str, type[ScoredSelection]]] = {
     "cur": Cur,
@@ -94,6 +95,10 @@ class ScorerBackedSelection(BudgetedSelection):
     @property
     def query_aware(self) -> bool:
         return self.scored.query_aware
+
+    @property
+    def needs_signals(self) -> frozenset[SignalName]:
+        return self.scored.needs_signals
 
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         return super().check(model, device) or self.scored.check(model, device)
