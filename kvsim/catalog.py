@@ -238,13 +238,14 @@ def _check_drafts(scenario: Scenario, model: ModelSpec) -> None:
 
 def _layer_classes(scenario: Scenario, model: ModelSpec) -> tuple[LayerClass, ...]:
     classes = []
-    num_layers = model.num_layers
+    num_layers, skipped = model.num_layers, scenario.engine.kv_cache_dtype_skip_layers
+    is_hybrid = any(group.kind is LayerKind.LINEAR for group in model.groups)
     for own in model.kv_groups:
         group = scenario.compression.selection.trained_group(own)
         by_encoding: defaultdict[KvEncoding, list[LayerView]] = defaultdict(list)
         for index in group.layers:
-            encoding = scenario.compression.encoding_for_layer(index, model, scenario.engine.kv_cache_dtype_skip_layers)
-            by_encoding[encoding].append(LayerView(index, num_layers, group))
+            view = LayerView(index, num_layers, group)
+            by_encoding[scenario.compression.encoding_at(view, skipped, is_hybrid=is_hybrid)].append(view)
         classes += [_layer_class(scenario, group, encoding, views) for encoding, views in by_encoding.items()]
     return tuple(classes)
 

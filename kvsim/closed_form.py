@@ -112,14 +112,16 @@ def steady_state(
     output_tokens: int,
     request_rate: float | None,
     max_batch: float,
+    table: StepTimes | None = None,
 ) -> SteadyState:
     """Balance a replica at ``request_rate`` (None: always ``max_batch`` requests, a closed loop).
 
     With n sequences decoding, a step takes t(n); requests leave at rate n / (output · t(n) / (1 - r·prefill)).
     Open loop: n grows until that equals the arrival rate r; beyond ``max_batch`` the replica is saturated.
+    ``table`` saves pricing the same steps again where several loads are balanced.
     """
     steps = max(output_tokens - 1, 0)
-    table = _StepTimes(step, prompt_tokens, steps // 2)
+    table = table or StepTimes(step, prompt_tokens, steps // 2)
     capacity_rate = _completion_rate(table, max_batch, steps, prefill_s)
     if request_rate is None or request_rate >= capacity_rate:
         return _balance(table, max_batch, steps, prefill_s, capacity_rate)
@@ -127,7 +129,7 @@ def steady_state(
     return _balance(table, batch, steps, prefill_s, request_rate)
 
 
-def _matching_batch(table: _StepTimes, request_rate: float, steps: int, prefill_s: float, max_batch: float) -> float:
+def _matching_batch(table: StepTimes, request_rate: float, steps: int, prefill_s: float, max_batch: float) -> float:
     """Batch whose completions match ``request_rate``, which ``max_batch`` exceeds: steps · t(n) = n · (1/r - prefill).
 
     t is linear between whole batches, so the whole ones are bisected and the rest is solved.
@@ -146,34 +148,42 @@ def _matching_batch(table: _StepTimes, request_rate: float, steps: int, prefill_
     return steps * (table(low) - low * slope_s) / (spare_s - steps * slope_s)
 
 
-class _StepTimes:
+class StepTimes:
     """Decode step time over batch size, linear between two priced batches (the padded sizes beside it)."""
 
     def __init__(self, step: StepModel, prompt_tokens: int, generated_tokens: int) -> None:
         self._step = step
         self._lengths = (prompt_tokens, generated_tokens)
-        self._memo: dict[int, float] = {}
+        self._memo: dict[int, Split] = {}
+        self._totals: dict[int, float] = {}
 
     def __call__(self, batch: float) -> float:
+        """Seconds of a step of ``batch``, which need not be whole."""
         whole = max(1, int(batch))
         part = batch - whole
         first = self._at(whole)
         return first if part <= 0 else first + part * (self._at(whole + 1) - first)
 
-    def _at(self, batch: int) -> float:
+    def split(self, batch: int) -> Split:
+        """Seconds by component of a step of a whole ``batch``; not to be changed."""
         if batch not in self._memo:
-            self._memo[batch] = total_seconds(decode_split(self._step, batch, *self._lengths))
+            self._memo[batch] = decode_split(self._step, batch, *self._lengths)
         return self._memo[batch]
 
+    def _at(self, batch: int) -> float:
+        if batch not in self._totals:
+            self._totals[batch] = total_seconds(self.split(batch))
+        return self._totals[batch]
 
-def _completion_rate(table: _StepTimes, batch: float, steps: int, prefill_s: float) -> float:
+
+def _completion_rate(table: StepTimes, batch: float, steps: int, prefill_s: float) -> float:
     """Requests per second that ``batch`` slots complete: each request takes its prefill and its share of steps."""
     if batch <= 0:
         return 0.0
     return 1.0 / (prefill_s + steps * table(batch) / batch)
 
 
-def _balance(table: _StepTimes, batch: float, steps: int, prefill_s: float, rate: float) -> SteadyState:
+def _balance(table: StepTimes, batch: float, steps: int, prefill_s: float, rate: float) -> SteadyState:
     step_s = table(batch)
     prefill_share = min(rate * prefill_s, 0.999)
     utilization = (

@@ -83,6 +83,10 @@ class LogMismatch(KvsimError):
     exit_code = 3
 
 
+class Cancelled(KvsimError):
+    """Work that its caller stopped before it was done."""
+
+
 class CalibrationError(KvsimError):
     """Someone must measure first, or a calibration file is not to be trusted."""
 

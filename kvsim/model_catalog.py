@@ -106,6 +106,14 @@ def preset_hub_ids() -> Mapping[str, str]:
     return {str(_preset_document(folder / f"{name}.json")["hub_id"]).lower(): name for name in list_models()}
 
 
+def hub_id(name: str) -> str:
+    """Name under which the Hugging Face hub has a model: a preset's own, and any other name as it is."""
+    key = name.strip().lower()
+    if key not in list_models():
+        return name
+    return str(_preset_document(preset_dir("models") / f"{key}.json")["hub_id"])
+
+
 def _preset_document(path: Path) -> dict[str, Any]:
     document = load_json(path)
     expected = {"hub_id", "retrieved", "source", "config"}

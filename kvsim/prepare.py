@@ -85,10 +85,8 @@ def _prepare_split(scenario: Scenario, split: SplitDeployment, base_dir: Path | 
 def _prepare_pool(scenario: Scenario, deployment: Deployment, base_dir: Path | None) -> Prepared:
     requests = load_requests(scenario, base_dir)
     plan = plan_memory(deployment, block_bytes(deployment))
-    limit = scenario.engine.max_model_len or deployment.model.max_position_embeddings
-    limit = min(limit, slot_tokens(deployment) or limit)
-    fits = longest_sequence(deployment, plan.num_blocks * plan.block_bytes, limit)
     _check_classes(scenario, requests)
+    limit, fits = sequence_limits(deployment, plan)
     notes = [*deployment.notes, *kernel_notes(deployment), *requests.notes]
     if scenario.routing == "prefix_aware" and (requests.prefix_hashes is None or not deployment.prefix_caching):
         notes.append("prefix_aware routing goes by load alone: no prefix can be cached here")
@@ -110,21 +108,51 @@ def _prepare_pool(scenario: Scenario, deployment: Deployment, base_dir: Path | N
             f"{config.num_speculative_tokens} drafts a step by {config.method}, {config.mean_length:.3g} tokens "
             "expected of each; capacity counts the drafter's KV; effects against native compare steps without drafts"
         )
-    if scenario.engine.max_model_len is not None and fits < scenario.engine.max_model_len:
-        msg = (
-            f"engine.max_model_len: one sequence of {scenario.engine.max_model_len} tokens does not fit the KV pool; "
-            f"the longest that fits is {fits}"
-        )
-        raise RequestDoesNotFit(msg)
     if fits < limit:
         notes.append(f"the KV pool holds one sequence of {fits} tokens, less than the model's {limit}")
-    if not scenario.engine.enable_chunked_prefill:
-        fits = min(fits, scenario.engine.max_num_batched_tokens)
+    fits = longest_request(deployment, fits)
     notes += _level_notes(deployment, requests)
     longest = int((requests.prompt_tokens + requests.output_tokens).max())
     if longest > fits:
         notes.append(f"requests longer than {fits} tokens (the longest has {longest}) are rejected, and counted")
     return Prepared(scenario, deployment, requests, plan, fits, tuple(notes))
+
+
+def sequence_limits(deployment: Deployment, plan: MemoryPlan) -> tuple[int, int]:
+    """(tokens that a sequence may have by model and options, tokens of the longest that the pool holds).
+
+    Raises
+    ------
+    RequestDoesNotFit
+        The pool does not hold one sequence of ``max_model_len``.
+    """
+    asked = deployment.engine.max_model_len
+    limit = asked or deployment.model.max_position_embeddings
+    limit = min(limit, slot_tokens(deployment) or limit)
+    fits = longest_sequence(deployment, plan.num_blocks * plan.block_bytes, limit)
+    if asked is not None and fits < asked:
+        msg = (
+            f"engine.max_model_len: one sequence of {asked} tokens does not fit the KV pool; "
+            f"the longest that fits is {fits}"
+        )
+        raise RequestDoesNotFit(msg)
+    return limit, fits
+
+
+def longest_request(deployment: Deployment, fits: int) -> int:
+    """Tokens of the longest request that is taken: of one step, where prompts are not cut."""
+    engine = deployment.engine
+    return fits if engine.enable_chunked_prefill else min(fits, engine.max_num_batched_tokens)
+
+
+def check_mean_request(load: LoadShape, longest_tokens: int) -> None:
+    """Raise RequestDoesNotFit where even a request of mean lengths is longer than ``longest_tokens``."""
+    if longest_tokens < load.prompt_tokens + load.output_tokens:
+        msg = (
+            f"the mean request of {load.prompt_tokens} + {load.output_tokens} tokens exceeds the "
+            f"{longest_tokens} tokens that one sequence may hold here"
+        )
+        raise RequestDoesNotFit(msg)
 
 
 def _check_classes(scenario: Scenario, requests: RequestTable) -> None:

@@ -15,7 +15,7 @@ from kvsim.cost.priors import EDGES, Edge
 from kvsim.errors import IncompatibleScenario, KvsimError, RequestDoesNotFit
 from kvsim.explain import Explanation, explain_deployment
 from kvsim.explain_split import explain_split
-from kvsim.prepare import Prepared, load_requests, plan_at, prepare
+from kvsim.prepare import Prepared, check_mean_request, load_requests, plan_at, prepare
 from kvsim.report import Figure, PolicyOutcome, Report
 from kvsim.scenario import ADAPTIVE, STATIC, Scenario
 from kvsim.sim.run import RunResult
@@ -162,12 +162,7 @@ def estimate(scenario: Scenario, *, base_dir: Path | None = None) -> Report:
         raise IncompatibleScenario(msg)
     prepared = prepare(scenario, base_dir=base_dir)
     _refuse_adaptive(prepared)
-    if prepared.max_model_len < prepared.load.prompt_tokens + prepared.load.output_tokens:
-        msg = (
-            f"the mean request of {prepared.load.prompt_tokens} + {prepared.load.output_tokens} tokens exceeds the "
-            f"{prepared.max_model_len} tokens that one sequence may hold here"
-        )
-        raise RequestDoesNotFit(msg)
+    check_mean_request(prepared.load, prepared.max_model_len)
     models = price_edges(prepared.deployment, prepared.edges)
     plans = {edge: plan_at(prepared, edge) for edge in models.mine}
     split = prepared.split

@@ -28,7 +28,7 @@ PAGES = {
     "cross-layer": ("cross-layer.md",),
     "transform coding": ("entropy-coding.md",),
     "entropy coding": ("entropy-coding.md",),
-    "eviction": ("selections.md",),
+    "eviction": ("eviction.md", "learned-eviction.md"),
     "merging": ("merging.md",),
     "sparse reading": ("sparse-reading.md",),
 }

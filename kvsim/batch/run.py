@@ -159,7 +159,7 @@ def _evaluate_in_processes(
 ) -> None:
     """Hand chunks out while they are still being built; a worker's death becomes rows of its chunk."""
     pending: dict[Future[list[tuple[int, Row]]], list[Point]] = {}
-    with _worker_pool(workers) as pool:
+    with worker_pool(workers) as pool:
         for chunk in chunks:
             try:
                 pending[pool.submit(_evaluate, chunk, method, base_dir)] = chunk
@@ -175,7 +175,7 @@ def _lost(chunk: Sequence[Point], error: BaseException, method: Method) -> list[
 
 
 @contextmanager
-def _worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Spawned workers (polars' threads do not survive a fork) that are gone when the block ends, however it ends."""
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")

@@ -20,6 +20,7 @@ from kvsim.cli.explain import explain_command
 from kvsim.cli.flags import ScenarioCommand
 from kvsim.cli.limit import limit_command
 from kvsim.cli.listing import list_app
+from kvsim.cli.plan import plan_command
 from kvsim.cli.quality import quality_app
 from kvsim.cli.quality_compare import compare_command as compare_quality_command
 from kvsim.cli.quality_compare import train_command
@@ -64,6 +65,7 @@ def build_app() -> typer.Typer:
     app.command("explain", cls=ScenarioCommand)(explain_command)
     app.command("edge")(edge_command)
     app.command("limit")(limit_command)
+    app.command("plan")(plan_command)
     app.command("check", cls=ScenarioCommand)(check_command)
     app.command("validate")(validate_command)
     app.command("calibrate")(calibrate_command)

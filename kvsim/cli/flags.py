@@ -106,19 +106,24 @@ class ScenarioCommand(TyperCommand):
 
 def takes_scenario(command: Callable[..., None]) -> Callable[..., None]:
     """Replace a command's first parameter, ScenarioFlags, by one command-line parameter per field."""
-    hints = get_type_hints(ScenarioFlags, include_extras=True)
+    return takes_flags(ScenarioFlags, command)
+
+
+def takes_flags(kind: type[Any], command: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's first parameter, a dataclass of flags, by one command-line parameter per field."""
+    hints = get_type_hints(kind, include_extras=True)
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-    names = [field.name for field in fields(ScenarioFlags)]
+    names = [field.name for field in fields(kind)]
 
     @wraps(command)
     def wrapper(**given: Any) -> None:
-        flags = ScenarioFlags(**{name: given.pop(name) for name in names})
+        flags = kind(**{name: given.pop(name) for name in names})
         command(flags, **given)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     shared = [
         inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
-        for field in fields(ScenarioFlags)
+        for field in fields(kind)
     ]
     own = [parameter.replace(kind=keyword) for parameter in own]
     wrapper.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]

@@ -41,14 +41,14 @@ def sweep_command(
         frame = sweep(
             plan,
             method="estimate" if use_estimate else "simulation",
-            workers=workers or _available_cores(),
+            workers=workers or available_cores(),
             on_progress=None if progress is None else lambda done, total: progress(done / total),
         )
     write_results(frame, out)
     _report_outcome(frame, out)
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use, which in a container can be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -40,6 +40,7 @@ def risk_layers(compression: Compression) -> RiskLayers:
 
 def _why_not_on_tensors(compression: Compression) -> str | None:
     try:
+        compression.selection.selector()
         compression.reduction.codec()
         compression.encoding.codec()
         compression.selection.selector()

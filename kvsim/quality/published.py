@@ -84,7 +84,7 @@ def published_notes() -> tuple[tuple[Compression, QualityNote], ...]:
     return tuple(notes)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=8192)
 def published_quality(compression: Compression) -> Quality:
     """Collect what is published of ``compression``.
 
@@ -96,12 +96,18 @@ def published_quality(compression: Compression) -> Quality:
     read_back = without_coding(compression)
     if read_back == Compression():
         return Quality(status="baseline")
-    rows = tuple((without_coding(one), note) for one, note in published_notes())
+    alike = ((one, note) for one, note in published_notes() if _kinds(one) == _kinds(read_back))
+    rows = tuple((without_coding(one), note) for one, note in alike)
     exact = tuple(note for one, note in rows if one == read_back)
     notes = (*exact, *between(read_back, rows, exact))
     if not notes:
         return Quality()
     return Quality(status="published" if exact else "interpolated", notes=notes, warnings=_warnings(notes))
+
+
+def _kinds(compression: Compression) -> tuple[str, str, str]:
+    """Kinds of the parts that decide what is read back; no two scores of one curve differ in them."""
+    return compression.selection.kind, compression.reduction.kind, compression.encoding.kind
 
 
 def without_coding(compression: Compression) -> Compression:

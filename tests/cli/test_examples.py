@@ -8,7 +8,9 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SIMULATED = {"adaptive-bursts.yaml"}
 """What no closed form answers."""
-SCENARIOS = sorted({path.name for path in EXAMPLES.glob("*.yaml") if not path.name.startswith("sweep")} - SIMULATED)
+SCENARIOS = sorted(
+    {path.name for path in EXAMPLES.glob("*.yaml") if not path.name.startswith(("sweep", "plan"))} - SIMULATED
+)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

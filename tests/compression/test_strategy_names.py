@@ -36,7 +36,7 @@ def test_at_least_twenty_named_strategies_each_described_and_canonical() -> None
         ("streaming_llm(num_sink_tokens=8,window_length=100)", "streaming_llm(num_sink_tokens=8,window_length=100)"),
         ("kivi-2(residual_length=64)", "kivi-2(residual_length=64)"), ("Q8_0", "q8_0"), ("q4-0", "q4_0"),
         ("q8_0(value_type=q4_0)", "q8_0/q4_0"), ("q4_0(value_type=q8_0)", "q8_0(key_type=q4_0)"),
-        ("q4_0(hadamard=false)", "q4_0(hadamard=False)"), ("fp8_attn_head", "fp8_per_head"),
+        ("q4_0(hadamard=false)", "q4_0(hadamard=false)"), ("fp8_attn_head", "fp8_per_head"),
         ("fp8(scale=calibrated,granularity=head)", "fp8_per_head"), ("fp8(scale=calibrated)", "fp8(scale=calibrated)"),
         ("kv_adaquant:4/2", "kv_adaquant"), ("kv_adaquant:8/4", "kv_adaquant:8/4"),
         ("kv_adaquant(key_bits=8)", "kv_adaquant:8/2"), ("kv-adaquant:2 / 4", "kv_adaquant:2/4"),

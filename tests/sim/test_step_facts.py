@@ -224,6 +224,16 @@ def test_windowed_layers_stop_growing() -> None:
     assert full == sliding == 12 * 2 * 8 * 64 * 2 * HASH_TOKENS
 
 
+def test_a_second_reading_needs_room_for_its_chunk() -> None:
+    """KVzip holds 2,048 tokens beside the prompt's while it scores them, whatever the prompt."""
+    growths, fixed = prefill_growths(deploy())
+    scored, held = prefill_growths(deploy(strategy="kvzip:0.5"))
+    ((_, block),) = growths
+    assert [cap for cap, _ in scored] == [None]
+    assert held - fixed >= 2048 / HASH_TOKENS * block
+    assert prefill_growths(deploy(strategy="kvzip:0"))[1] == fixed
+
+
 @pytest.mark.parametrize("strategy", ["pyramidkv:0.5", "quest:256"])
 def test_every_layer_is_charged_by_its_own_curve(strategy: str) -> None:
     """Attended tokens summed over bands equal the sum over layers."""

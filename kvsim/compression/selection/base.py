@@ -84,7 +84,8 @@ class TokenSelection(StrategyPart):
     def decode_score_work(self, group: LayerGroup, model: ModelSpec) -> Work | None:
         """Work per attended token, sequence and layer in each decode step to score it anew (TOVA), or None.
 
-        Beside `decode_score_flops_per_token`, where a step does more than add up what attention hands out.
+        Beside `decode_score_flops_per_token`, where a step does more than add up what attention hands out. Keys are
+        read again as the model made them: an upper bound where they are stored smaller.
         """
         return None
 

@@ -47,7 +47,6 @@ class KVzap(DelayedEviction):
         "kvzap": {"compression_ratio": 0.66, "surrogate": "mlp"},
         "kvzap_linear": {"compression_ratio": 0.66, "surrogate": "linear"},
     }
-    spellings: ClassVar = ("kvzap_linear:0.3(window_size=32)", "kvzap_linear(masked=true)")
     summaries: ClassVar = {
         "kvzap": "an MLP guesses KVzip's scores, threshold behind a window of 128; KVzap, arXiv 2601.07891",
         "kvzap_linear": "a linear map guesses KVzip's scores, threshold behind a window; KVzap, arXiv 2601.07891",

@@ -40,7 +40,6 @@ class KVzip(RaggedSelection):
     """
 
     names: ClassVar = {"kvzip": {"compression_ratio": DEFAULT_COMPRESSION_RATIO}}
-    spellings: ClassVar = ("kvzip:0.7(budget_over=layer)", "kvzip:0.7(budget_over=head)")
     summaries: ClassVar = {
         "kvzip": "half of the prompt removed unless set, scored by reading it again; KVzip, arXiv 2505.23416"
     }

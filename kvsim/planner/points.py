@@ -1,0 +1,229 @@
+"""Candidates that were chosen, described: figures, reasons, what is unknown, and how to run them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from kvsim.compression import Compression, parse_compression
+from kvsim.device_catalog import load_device
+from kvsim.model_catalog import hub_id
+from kvsim.planner.answer import DevicePlan, Estimated, PlanPoint, RefusalCount, Simulated
+from kvsim.planner.crossovers import Crossover, crossovers
+from kvsim.planner.feasible import Refusal
+from kvsim.planner.flags import commands, not_shipped, shipped_by
+from kvsim.planner.front import Standing, pareto
+from kvsim.planner.quality import retained, risk
+from kvsim.planner.reasons import compare_with, device_facts, limit_of, probe
+from kvsim.planner.request import PlanRequest
+from kvsim.planner.screen import Candidate, Screened, Screener
+from kvsim.planner.search import DeviceSearch, rounded, standing
+from kvsim.planner.settings import AXES
+from kvsim.planner.strategies import BASELINES
+from kvsim.report import Report
+
+PROBES: Final[Mapping[str, tuple[str, ...]]] = {
+    "vllm": ("fp8", "int4_per_token_head"),
+    "sglang": ("fp8", "nvfp4"),
+    "tensorrt_llm": ("fp8", "nvfp4"),
+    "llamacpp": ("q8_0", "q4_0"),
+}
+"""An 8-bit and a 4-bit format of the engine, to tell devices apart by."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the search ended with."""
+
+    left: list[Screened]
+    """Feasible candidates, less those that missed a limit when simulated."""
+    heads: list[Screened]
+    """Pareto set of these by the closed form, equal ones once."""
+    others: dict[int, tuple[Screened, ...]]
+    """Equal ones, by the head's id."""
+    reports: dict[int, Report]
+    """Simulations, by the candidate's id."""
+    missed: list[tuple[Screened, Refusal]]
+
+    def final(self) -> list[Screened]:
+        """The plan's points: of those simulated the ones that no other dominates there, then the unsimulated."""
+        played = [one for one in self.heads if id(one) in self.reports]
+        kept = [played[index] for index in pareto([simulated_standing(one, self.reports[id(one)]) for one in played])]
+        return [*sorted(kept, key=cheapness), *(one for one in self.heads if id(one) not in self.reports)]
+
+
+def simulated_standing(one: Screened, report: Report) -> Standing:
+    """A point on the axes of the simulation: throughput, p99 TTFT, dollars, joules, risk."""
+    closed = standing(one)
+    ttft = report.latency.ttft.p99_s.value
+    rates, dollars, joules = report.throughput, report.cost, report.energy
+    usd, energy = dollars.usd_per_million_total_tokens.value, joules.joules_per_total_token.value
+    costs = (
+        -rounded(rates.output_throughput.value or 0.0),
+        float("inf") if ttft is None else rounded(ttft),
+        closed.costs[2] if usd is None else rounded(usd),
+        closed.costs[3] if energy is None else rounded(energy),
+    )
+    return Standing(costs, closed.risk, closed.strategy, closed.world)
+
+
+def cheapness(one: Screened) -> tuple[float, float, float]:
+    """What a device's pick is chosen by, in this order.
+
+    Dollars per token to a percent, or device time where no price is known; risk, an unknown one last; time to first
+    token.
+    """
+    known = risk(one.candidate.strategy)
+    price = one.usd_per_million if one.usd_per_million is not None else one.device_s_per_token
+    return round(100 * math.log(price)), float("inf") if known is None else rounded(known.kl_nats), rounded(one.ttft_s)
+
+
+def plan_point(
+    name: str | None,
+    one: Screened,
+    request: PlanRequest,
+    screener: Screener,
+    search: DeviceSearch,
+    described: Described,
+) -> PlanPoint:
+    """Describe one point; ``name`` is None for one that is not in the set."""
+    candidate, strategy = one.candidate, one.candidate.strategy
+    known, quality = risk(strategy), tuple(retained(strategy, task) for task in request.floors)
+    report = described.reports.get(id(one))
+    marks = [f"quality unknown on {held.task_class}" for held in quality if held.share is None]
+    marks += ["risk not measured on the small model"] if known is None else []
+    marks += ["price unknown"] if one.usd_per_million is None else []
+    marks += ["energy unknown"] if one.joules_per_token is None else []
+    marks += ["not simulated"] if report is None else []
+    return PlanPoint(
+        name=name or f"{candidate.device} alone",
+        in_set=name is not None,
+        device=candidate.device,
+        strategy=strategy.name,
+        tensor_parallel_size=candidate.layout.tensor_parallel_size,
+        replicas=candidate.layout.replicas,
+        num_devices=candidate.layout.tensor_parallel_size * candidate.layout.replicas,
+        settings=_settings(candidate),
+        estimated=_estimated(one),
+        simulated=None if report is None else _simulated(report),
+        risk=known,
+        quality=quality,
+        marks=tuple(marks),
+        also=tuple(_spoken(other.candidate) for other in described.others.get(id(one), ())),
+        limit=limit_of(one, search.device, screener),
+        compared=tuple(compare_with(one, baseline, screener) for baseline in BASELINES),
+        commands=commands(candidate, search.device, hub_id(request.model), one.longest_tokens),
+        runs_on=shipped_by(candidate, search.device.vendor),
+        not_shipped=not_shipped(candidate),
+        scenario=screener.scenario(candidate),
+    )
+
+
+def _settings(candidate: Candidate) -> dict[str, float | int | bool]:
+    return {name: getattr(candidate.engine, name) for name in AXES}
+
+
+def _spoken(candidate: Candidate) -> str:
+    layout = candidate.layout
+    settings = ", ".join(f"{name} {value}" for name, value in _settings(candidate).items())
+    return f"tensor_parallel_size {layout.tensor_parallel_size}, replicas {layout.replicas}, {settings}"
+
+
+def _estimated(one: Screened) -> Estimated:
+    return Estimated(
+        output_throughput=one.output_throughput,
+        mean_ttft_s=one.ttft_s,
+        mean_tpot_s=one.tpot_s,
+        mean_e2el_s=one.e2el_s,
+        usd_per_hour=one.usd_per_hour,
+        usd_per_million_total_tokens=one.usd_per_million,
+        joules_per_total_token=one.joules_per_token,
+        tdp_w=one.watts_tdp,
+        engine_utilization=one.utilization,
+        mean_batch=one.batch,
+        sequences_that_fit=one.sequences_that_fit,
+        sequence_kv_bytes=one.sequence_kv_bytes,
+        device_memory_bytes=one.device_memory_bytes,
+    )
+
+
+def _simulated(report: Report) -> Simulated:
+    latency = report.latency
+    return Simulated(
+        output_throughput=report.throughput.output_throughput.value,
+        p99_ttft_s=latency.ttft.p99_s.value,
+        p99_tpot_s=latency.tpot.p99_s.value,
+        p99_e2el_s=latency.e2el.p99_s.value,
+        mean_ttft_s=latency.ttft.mean_s.value,
+        usd_per_million_total_tokens=report.cost.usd_per_million_total_tokens.value,
+        joules_per_total_token=report.energy.joules_per_total_token.value,
+        preemptions=report.counts.preemptions,
+    )
+
+
+def device_plan(
+    search: DeviceSearch,
+    refused: tuple[RefusalCount, ...],
+    request: PlanRequest,
+    screener: Screener,
+    described: Described,
+    chosen: Sequence[Screened],
+    points: Sequence[PlanPoint],
+) -> DevicePlan:
+    """Describe what one device offers."""
+    mine = [one for one in described.left if one.candidate.device == search.name]
+    common = {
+        "device": search.name, "title": search.device.title, "screened": search.answered, "feasible": len(mine),
+        "refused": refused,
+    }  # fmt: skip
+    if not mine:
+        most = max(refused, key=lambda one: one.count, default=None)
+        why = f"nothing holds every limit; most miss {most.limit!r}: {most.example}" if most else "nothing can run"
+        return DevicePlan(why=why, **common)
+    today, cheapest = picks(mine, search.name)
+    named = {id(one): point for one, point in zip(chosen, points, strict=True)}
+
+    def described_pick(one: Screened) -> PlanPoint:
+        return named.get(id(one)) or plan_point(None, one, request, screener, search, described)
+
+    best = today or cheapest or mine[0]
+    point = described_pick(best)
+    return DevicePlan(
+        runs_today=None if today is None else point,
+        cheapest=None if cheapest is None else described_pick(cheapest),
+        why=f"{point.limit}; {point.compared[0].decides}",
+        facts=_facts(best, search, screener),
+        crossovers=tuple(_crossovers(best, cheapest, search, screener)),
+        **common,
+    )
+
+
+def picks(points: Sequence[Screened], device: str) -> tuple[Screened | None, Screened | None]:
+    """(cheapest that its engine ships for the device's vendor, cheapest of all) of one device's points."""
+    mine = [one for one in points if one.candidate.device == device]
+    vendor = load_device(device).spec.vendor
+    shipped = [one for one in mine if shipped_by(one.candidate, vendor)]
+    return min(shipped, key=cheapness, default=None), min(mine, key=cheapness, default=None)
+
+
+def _facts(best: Screened, search: DeviceSearch, screener: Screener) -> tuple[str, ...]:
+    found = probe(screener, best.candidate, PROBES[best.candidate.engine.kind], max(1, round(best.batch)))
+    return device_facts(search.device, found)
+
+
+def _crossovers(
+    today: Screened, cheapest: Screened | None, search: DeviceSearch, screener: Screener
+) -> Iterator[Crossover]:
+    """What runs today and what would be cheapest, each against the baselines."""
+    baselines = tuple(parse_compression(name) for name in BASELINES)
+    candidate, others = today.candidate, baselines
+    if candidate.strategy == Compression():
+        # Where nothing is best, the question is when 8 bits would be.
+        candidate = candidate._replace(strategy=parse_compression(PROBES[candidate.engine.kind][0]))
+        others = baselines[:1]
+    yield from crossovers(screener, candidate, others, max(1, round(today.batch)), search.model)
+    if cheapest is not None and cheapest.candidate.strategy not in (today.candidate.strategy, *baselines):
+        pair = (today.candidate.strategy,)
+        yield from crossovers(screener, cheapest.candidate, pair, max(1, round(cheapest.batch)), search.model)

@@ -1,0 +1,116 @@
+"""The strategies that a plan tries: built from the parts that kvsim has, with no list of its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Final
+
+from kvsim.compression import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS, STRATEGIES, Compression, parse_compression
+from kvsim.compression.base import StrategyPart
+from kvsim.compression.parse import parse_part
+from kvsim.compression.rules import Parts, conflicts
+from kvsim.errors import InvalidSpec, NotRunnable
+
+SIZES: Final = ("0.25", "0.5", "0.75", "0.9", "512", "1024", "2048", "4096")
+"""What is tried behind a selection's name, as a share removed or a budget in tokens; what it refuses is left out."""
+PAIRED_SIZES: Final = ("0.5", "0.75", "1024")
+"""The same beside another part, where every size would be tried with every part."""
+SLOTS: Final = ("selection", "reduction", "encoding", "coding")
+PAIRS: Final = (
+    ("selection", "encoding"),
+    ("reduction", "encoding"),
+    ("selection", "reduction"),
+    ("encoding", "coding"),
+)
+BASELINES: Final = ("native", "fp8")
+"""What every answer is compared with, at equal settings."""
+
+
+@dataclass(frozen=True)
+class StrategySpace:
+    """Strategies to try, and why others that the parts could make are not among them."""
+
+    strategies: tuple[Compression, ...]
+    refused: tuple[tuple[str, int], ...]
+    """(reason, how many pairs)"""
+
+
+@cache
+def strategy_space() -> StrategySpace:
+    """Every part alone and every pair of parts, the baselines first, then the named strategies."""
+    refused: Counter[str] = Counter()
+    found = dict.fromkeys(parse_compression(name) for name in (*BASELINES, *STRATEGIES))
+    found.update(dict.fromkeys(_singles()))
+    found.update(dict.fromkeys(_pairs(refused)))
+    kept = tuple(one for one in found if _can_serve(one, refused))
+    return StrategySpace(kept, tuple(refused.most_common()))
+
+
+def named_space(names: Iterable[str]) -> StrategySpace:
+    """The strategies that a person names, as they are."""
+    return StrategySpace(tuple(dict.fromkeys(map(parse_compression, names))), ())
+
+
+@cache
+def parts(slot: str, sizes: tuple[str, ...] = SIZES) -> tuple[StrategyPart, ...]:
+    """Parts of one kind that do something, in the order of their union; selections with each of ``sizes``."""
+    union = dict(zip(SLOTS, (SELECTIONS, REDUCTIONS, ENCODINGS, CODINGS), strict=True))[slot]
+    found: dict[StrategyPart, None] = {}
+    for kind in union:
+        for name in (*kind.names, *kind.spellings, *(_sized(kind, sizes) if slot == "selection" else ())):
+            part = _parsed(name)
+            if part is not None and part.family != "baseline":
+                found[part] = None
+    return tuple(found)
+
+
+def _sized(kind: type[StrategyPart], sizes: tuple[str, ...]) -> Iterator[str]:
+    if kind.inline_fields:
+        yield from (f"{name}:{size}" for name in kind.names for size in sizes)
+
+
+def _parsed(name: str) -> StrategyPart | None:
+    try:
+        return parse_part(name)
+    except InvalidSpec:
+        return None
+
+
+def _singles() -> Iterator[Compression]:
+    for slot in ("selection", "reduction", "encoding"):
+        yield from (Compression(**{slot: part}) for part in parts(slot))
+
+
+def _pairs(refused: Counter[str]) -> Iterator[Compression]:
+    plain = Compression()
+    for first, second in PAIRS:
+        for one, other in product(parts(first, PAIRED_SIZES), parts(second, PAIRED_SIZES)):
+            chosen = {slot: getattr(plain, slot) for slot in SLOTS} | {first: one, second: other}
+            reason = next(conflicts(Parts(**chosen)), None)
+            if reason is None:
+                yield Compression(**chosen)
+            else:
+                refused[reason] += 1
+
+
+def _can_serve(compression: Compression, refused: Counter[str]) -> bool:
+    """Whether attention can read it and a model that is there already can have it."""
+    reason = compression.refused_in_pool or must_be_trained(compression)
+    if reason is not None:
+        refused[reason] += 1
+    return reason is None
+
+
+def must_be_trained(compression: Compression) -> str | None:
+    """Why only a model that was trained so has this strategy, or None."""
+    if compression.reduction.is_architecture:
+        return f"{compression.reduction.kind} is a model's architecture; a model that has it needs no strategy for it"
+    try:
+        compression.selection.selector()
+    except NotRunnable as error:
+        return str(error)
+    return None
