@@ -122,7 +122,7 @@ def capacity(models: EdgeModels, plan: MemoryPlan, load: LoadShape, peak_kv_util
 def resident_bytes(step: StepModel, load: LoadShape) -> int:
     """Bytes on one rank of the mean sequence at its end."""
     profile = step.sequences.profile(load.prompt_tokens)
-    return profile.resident_bytes(max(0, load.output_tokens - 1), step.deployment.engine.block_size)
+    return profile.peak_bytes(max(0, load.output_tokens - 1), step.deployment.engine.block_size)
 
 
 def effects(models: EdgeModels, load: LoadShape, batch: int) -> Effects:

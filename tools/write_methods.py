@@ -28,7 +28,8 @@ PAGES = {
     "cross-layer": ("cross-layer.md",),
     "transform coding": ("entropy-coding.md",),
     "entropy coding": ("entropy-coding.md",),
-    "eviction": ("eviction.md", "learned-eviction.md"),
+    "eviction": ("eviction.md", "head-budgets.md", "learned-eviction.md", "decode-eviction.md"),
+    "joint bits and eviction": ("head-budgets.md#rdkv",),
     "merging": ("merging.md",),
     "sparse reading": ("sparse-reading.md",),
 }

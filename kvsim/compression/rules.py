@@ -70,8 +70,8 @@ def _bytes_known_before_calibration(parts: Parts) -> str | None:
     if selection.moves_budgets:
         return (
             f"{_name(selection)} finds in each prompt how much a layer keeps, and {_name(encoding)} keeps the first "
-            f"and last {encoding.skips_boundary_layers} layers native, so bytes would depend on the data; take an encoding "
-            "of equal layers, such as fp8, or h2o"
+            f"and last {encoding.skips_boundary_layers} layers native, so bytes would depend on the data; take an "
+            "encoding of equal layers, such as fp8, or h2o"
         )
     if not reduction.prices_mean_layer:
         return None

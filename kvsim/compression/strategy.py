@@ -55,6 +55,7 @@ from kvsim.compression.selection.dsa import Dsa
 from kvsim.compression.selection.duo_attention import DuoAttention
 from kvsim.compression.selection.expected_attention import ExpectedAttention
 from kvsim.compression.selection.h2o import H2O
+from kvsim.compression.selection.infokv import InfoKV
 from kvsim.compression.selection.keep_all import KeepAll
 from kvsim.compression.selection.keydiff import KeyDiff
 from kvsim.compression.selection.knorm import Knorm
@@ -63,10 +64,12 @@ from kvsim.compression.selection.kvzip import KVzip
 from kvsim.compression.selection.lagkv import LagKv
 from kvsim.compression.selection.merging import Merging
 from kvsim.compression.selection.nsa import Nsa
+from kvsim.compression.selection.prefill_decoding import PrefillDecoding
 from kvsim.compression.selection.pyramidkv import PyramidKV
 from kvsim.compression.selection.qfilter import QFilter
 from kvsim.compression.selection.quest import Quest
 from kvsim.compression.selection.random import RandomEviction
+from kvsim.compression.selection.rkv import RKV
 from kvsim.compression.selection.snapkv import SnapKV
 from kvsim.compression.selection.streaming_llm import StreamingLlm
 from kvsim.compression.selection.tova import Tova
@@ -83,9 +86,10 @@ _Eviction = StreamingLlm | SnapKV | H2O | PyramidKV | Tova | Knorm | KeyDiff | E
 _MoreEviction = ChunkKV | LagKv | Cur | RandomEviction
 _HeadBudgets = AdaKV | DuoAttention
 _Foreseeing = KVzip | KVzap | Dms
+_Decoding = PrefillDecoding | RKV | InfoKV
 _Merging = Merging | Cam | D2O
 _SparseReading = Quest | Nsa | Dsa
-_Selections = KeepAll | _Eviction | _MoreEviction | _HeadBudgets | _Foreseeing | _Merging | _SparseReading
+_Selections = KeepAll | _Eviction | _MoreEviction | _HeadBudgets | _Foreseeing | _Decoding | _Merging | _SparseReading
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
 _AtRest = Lossless | CacheGen | Kvtc

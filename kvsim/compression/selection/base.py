@@ -89,6 +89,22 @@ class TokenSelection(StrategyPart):
         """
         return None
 
+    def decode_cuts(self, prompt_tokens: int, layer: LayerView) -> TokenCurve | None:
+        """1 after each number of generated tokens at which the cache is cut back, else 0; None where it never is."""
+        return None
+
+    def cut_ops(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
+        """Work of one such cut of one sequence in one layer: scoring, top-k, compaction. Part of the step it ends."""
+        return ()
+
+    def held_bytes_per_token(self, layer: LayerView) -> float:
+        """Bytes held beside a kept token in one layer that no step reads: what a later cut scores it by."""
+        return 0.0
+
+    def buffer_bytes(self, layer: LayerView, model: ModelSpec) -> float:
+        """Bytes per sequence and layer whatever its length: the newest queries, where a later cut scores with them."""
+        return 0.0
+
     @property
     def evicts(self) -> bool:
         """Whether tokens leave memory for good, so that a cached prefix cannot be reused by another request."""
