@@ -26,17 +26,8 @@ Engine = EngineKind
 NATIVE_ELEMENT_BYTES = 2.0
 LLAMACPP_PAD_TOKENS = 256
 LLAMACPP_UBATCH_TOKENS = 512
-INDEXER_VALUES_PER_SCALE = 128
-INDEXER_SCALE_BYTES = 4
 GROUP_SIZE_TOLERANCE = 1.5
 """vLLM pads the smaller layer kind up to the larger one while they differ by less than this factor (issue 54104)."""
-
-
-def index_bytes_per_token(group: LayerGroup) -> int:
-    """Bytes of one token's indexer key in one layer: fp8 values, an fp32 scale per 128 (DeepSeek-V3.2: 132)."""
-    if group.shares_kv or not group.index_head_dim:
-        return 0
-    return group.index_head_dim + INDEXER_SCALE_BYTES * math.ceil(group.index_head_dim / INDEXER_VALUES_PER_SCALE)
 
 
 def kv_heads_per_rank(group: LayerGroup, tensor_parallel_size: int) -> int:
@@ -71,7 +62,7 @@ def layer_bytes_per_token(
     if group.kv_elements_per_token == 0:
         return 0.0
     heads = kv_heads_per_rank(group, tensor_parallel_size)
-    return heads * (group.k_head_dim + group.v_head_dim) * element_bytes + index_bytes_per_token(group)
+    return heads * (group.k_head_dim + group.v_head_dim) * element_bytes + group.index_key_bytes
 
 
 def layer_token_cap(

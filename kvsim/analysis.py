@@ -77,11 +77,11 @@ def uncompressed(deployment: Deployment) -> Deployment:
     classes = []
     num_layers = deployment.model.num_layers
     for group in deployment.model.kv_groups:
-        like = next(c for c in deployment.layer_classes if c.group is group)
+        like = next(c for c in deployment.layer_classes if c.group.layers == group.layers)
         selection = native.selection if group.kind is LayerKind.FULL else None
         views = tuple(LayerView(index, num_layers, group) for index in group.layers)
         bands = layer_bands(views, selection)
-        classes.append(replace(like, encoding=native.encoding, bands=bands, selection=selection))
+        classes.append(replace(like, group=group, encoding=native.encoding, bands=bands, selection=selection))
     return replace(deployment, compression=native, layer_classes=tuple(classes))
 
 
@@ -122,7 +122,7 @@ def capacity(models: EdgeModels, plan: MemoryPlan, load: LoadShape, peak_kv_util
 def resident_bytes(step: StepModel, load: LoadShape) -> int:
     """Bytes on one rank of the mean sequence at its end."""
     profile = step.sequences.profile(load.prompt_tokens)
-    return profile.resident_bytes(max(0, load.output_tokens - 1), step.deployment.engine.block_size)
+    return profile.peak_bytes(max(0, load.output_tokens - 1), step.deployment.engine.block_size)
 
 
 def effects(models: EdgeModels, load: LoadShape, batch: int) -> Effects:

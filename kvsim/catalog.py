@@ -240,7 +240,8 @@ def _layer_classes(scenario: Scenario, model: ModelSpec) -> tuple[LayerClass, ..
     classes = []
     num_layers, skipped = model.num_layers, scenario.engine.kv_cache_dtype_skip_layers
     is_hybrid = any(group.kind is LayerKind.LINEAR for group in model.groups)
-    for group in model.kv_groups:
+    for own in model.kv_groups:
+        group = scenario.compression.selection.trained_group(own)
         by_encoding: defaultdict[KvEncoding, list[LayerView]] = defaultdict(list)
         for index in group.layers:
             view = LayerView(index, num_layers, group)

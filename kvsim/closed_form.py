@@ -65,17 +65,10 @@ def decode_split(step: StepModel, batch: int, prompt_tokens: int, generated_toke
 def variable_ticks(step: StepModel, prompt_tokens: int, generated_tokens: int) -> tuple[int, int]:
     """Ticks that one sequence adds to a decode step: (whole, part due to the compression).
 
-    Where there are several lanes, times the batch's ``lane_factor``.
+    Where the cache is cut back every so many steps, the mean over them, cut included. Where there are several lanes,
+    times the batch's ``lane_factor``.
     """
-    found = None
-    for segment in step.sequences.profile(prompt_tokens).segments:
-        if segment.start_step > generated_tokens:
-            break
-        found = segment
-    if found is None:
-        return 0, 0
-    steps = generated_tokens - found.start_step
-    return found.ticks + steps * found.slope_ticks, found.unpack_ticks + steps * found.unpack_slope_ticks
+    return step.sequences.profile(prompt_tokens).typical_ticks(generated_tokens)
 
 
 def _add_tokens(split: Split, step: StepModel, tokens: int) -> None:

@@ -345,6 +345,68 @@ def merge_directions(tokens: float, num_kv_heads: int, channels: int, element_by
     )
 
 
+def nearest_survivors(evicted: float, kept: float, num_kv_heads: int, head_dim: int, element_bytes: float) -> Work:
+    """Find the kept key of largest cosine for each evicted one (kernels/select/merge): all pairs, per KV head.
+
+    A product per pair on the tensor units; 3 vector FLOPs to scale, compare and keep it, 2 per channel for norms.
+    Written are a place and a cosine per evicted token.
+    """
+    pairs = evicted * kept * num_kv_heads
+    vectors = (evicted + kept) * num_kv_heads
+    return Work(
+        flops=2.0 * pairs * head_dim,
+        bytes_read=vectors * head_dim * element_bytes,
+        bytes_written=8.0 * evicted * num_kv_heads,
+        vector_flops=3.0 * pairs + 2.0 * vectors * head_dim,
+        launches=2.0,
+    )
+
+
+def fold_tokens(evicted: float, kept: float, num_kv_heads: int, channels: int, element_bytes: float) -> Work:
+    """Sum evicted vectors of ``channels`` at their survivors, as a product with a matrix of weights, and divide.
+
+    So kernels/select/merge does it: no atomics, the same bits each time, as many products as pairs.
+    """
+    heads = num_kv_heads
+    return Work(
+        flops=2.0 * evicted * kept * heads * channels,
+        bytes_read=((evicted + kept) * channels * element_bytes + 8.0 * evicted) * heads,
+        bytes_written=kept * heads * channels * element_bytes,
+        vector_flops=2.0 * kept * heads * channels,
+        launches=2.0,
+    )
+
+
+def spread_values(
+    evicted: float, kept: float, window: int, num_kv_heads: int, value_dim: int, element_bytes: float
+) -> Work:
+    """Add each evicted value to the ``window`` kept ones after it (CaM, ICML 2024); scores are read as fp32.
+
+    A banded sum: every value is read once, kept ones are written.
+    """
+    heads = num_kv_heads
+    return Work(
+        bytes_read=(evicted + kept) * heads * (value_dim * element_bytes + 4.0),
+        bytes_written=kept * heads * value_dim * element_bytes,
+        vector_flops=evicted * heads * window * (2.0 * value_dim + 1.0),
+    )
+
+
+def compress_blocks(
+    tokens: float, block_size: int, stride: int, num_kv_heads: int, channels: int, element_bytes: float
+) -> Work:
+    """Make one vector of ``channels`` of each block of ``block_size`` tokens, one per ``stride`` (NSA, 2502.11089).
+
+    The paper's map is an MLP of unstated width; one matrix of block_size x channels to channels is counted.
+    """
+    made = tokens / stride * num_kv_heads
+    return Work(
+        flops=2.0 * made * block_size * channels * channels,
+        bytes_read=tokens * num_kv_heads * channels * element_bytes,
+        bytes_written=made * channels * element_bytes,
+    )
+
+
 def response_profiles(
     entries: float,
     num_queries: float,

@@ -34,7 +34,7 @@ def prefill_growths(deployment: Deployment) -> tuple[tuple[tuple[int | None, int
             cap = _prefill_cap(layer_class, view)
             per_token[cap] += share * layers * prefill_bytes_per_token(layer_class, view, deployment.model)
             if not layer_class.encoding.stores_prompt_once:
-                fixed += layers * residual_bytes(layer_class, deployment.model)
+                fixed += layers * residual_bytes(layer_class, view, deployment.model)
             fixed += layers * _scratch_bytes(layer_class, view, deployment.model)
     per_token[None] += draft_bytes_per_token(deployment)
     block_size = deployment.engine.block_size

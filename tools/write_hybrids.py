@@ -66,6 +66,7 @@ def _cell(names: dict[str, str]) -> str:
     if compression.check(load_model(MODEL), load_device(DEVICE).spec):
         return "shape"
     try:
+        compression.selection.selector()
         compression.reduction.codec()
         compression.encoding.codec()
         compression.coding.coder()

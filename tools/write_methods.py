@@ -28,8 +28,10 @@ PAGES = {
     "cross-layer": ("cross-layer.md",),
     "transform coding": ("entropy-coding.md",),
     "entropy coding": ("entropy-coding.md",),
-    "eviction": ("selections.md", "learned-eviction.md"),
-    "sparse reading": ("selections.md",),
+    "eviction": ("eviction.md", "head-budgets.md", "learned-eviction.md", "decode-eviction.md"),
+    "joint bits and eviction": ("head-budgets.md#rdkv",),
+    "merging": ("merging.md",),
+    "sparse reading": ("sparse-reading.md",),
     "weighted atoms": ("minimax.md",),
 }
 """Family -> where below docs/methods its methods are explained."""

@@ -27,25 +27,40 @@ if TYPE_CHECKING:
 class TokenCurve:
     """Tokens as a piecewise linear function of generated tokens ``g``: segments (start_g, value, slope).
 
-    Segments start at g = 0 and ascend; each holds until the next one starts. Values and slopes are integers >= 0
-    in value; a slope may be negative only where a chunk boundary drops tokens.
+    Segments start at g = 0 and ascend; each holds until the next one starts. Values are integers >= 0. With a
+    ``period`` what lies in [``repeats_from``, ``repeats_from`` + ``period``) comes again and again, so that a cache
+    that is cut back every so many tokens is exact for ever; ``repeats_from`` is the start of a segment.
     """
 
     segments: tuple[tuple[int, int, int], ...]
+    repeats_from: int = 0
+    period: int = 0
 
     def __call__(self, generated_tokens: int) -> int:
         """Tokens after ``generated_tokens`` decode steps."""
-        start, value, slope = self.segments[0]
-        for segment in self.segments[1:]:
-            if segment[0] > generated_tokens:
-                break
-            start, value, slope = segment
+        start, value, slope = self.segment_at(generated_tokens)
         return value + slope * (generated_tokens - start)
 
-    @property
-    def breakpoints(self) -> tuple[int, ...]:
-        """Generated-token counts where the slope changes."""
-        return tuple(segment[0] for segment in self.segments[1:])
+    def segment_at(self, generated_tokens: int) -> tuple[int, int, int]:
+        """Give the segment that holds after ``generated_tokens``."""
+        shift = self._shift(generated_tokens)
+        found = self.segments[0]
+        for segment in self.segments[1:]:
+            if segment[0] > generated_tokens - shift:
+                break
+            found = segment
+        return found[0] + shift, found[1], found[2]
+
+    def next_breakpoint(self, after: int) -> int | None:
+        """Next number of generated tokens at which another segment starts, or None."""
+        shift = self._shift(after)
+        later = (start + shift for start, _, _ in self.segments if start + shift > after)
+        return next(later, self.repeats_from + self.period + shift if self.period else None)
+
+    def _shift(self, generated_tokens: int) -> int:
+        """Whole periods before ``generated_tokens``."""
+        since = generated_tokens - self.repeats_from
+        return since - since % self.period if self.period and since > 0 else 0
 
 
 def growing(start_tokens: int, cap_tokens: int | None = None) -> TokenCurve:

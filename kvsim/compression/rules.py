@@ -63,9 +63,17 @@ def _same_tokens_in_joined_layers(parts: Parts) -> str | None:
 
 
 def _bytes_known_before_calibration(parts: Parts) -> str | None:
-    """Where calibration decides which layers store, each layer must store alike."""
-    reduction, encoding = parts.reduction, parts.encoding
-    if not reduction.prices_mean_layer or not encoding.skips_boundary_layers:
+    """Where data decides which layers store, or how much each of them keeps, each layer must store alike."""
+    selection, reduction, encoding = parts.selection, parts.reduction, parts.encoding
+    if not encoding.skips_boundary_layers:
+        return None
+    if selection.moves_budgets:
+        return (
+            f"{_name(selection)} finds in each prompt how much a layer keeps, and {_name(encoding)} keeps the first "
+            f"and last {encoding.skips_boundary_layers} layers native, so bytes would depend on the data; take an "
+            "encoding of equal layers, such as fp8, or h2o"
+        )
+    if not reduction.prices_mean_layer:
         return None
     return (
         f"{_name(reduction)} finds on calibration sequences which layers store, and {_name(encoding)} keeps the first "

@@ -25,20 +25,26 @@ def stored_bytes(
 ) -> float:
     """Resident KV bytes of one sequence over all layers, metadata included, before pages round them up.
 
-    Sliding and chunked layers hold at most their window. Linear-attention state and a sparse-attention indexer's
-    keys are not KV and not counted.
+    Sliding and chunked layers hold at most their window. Linear-attention state and the keys of a model's own
+    sparse-attention indexer are not KV and not counted.
     """
     total_bytes = 0.0
-    for group in model.kv_groups:
+    for own in model.kv_groups:
+        group = compression.selection.trained_group(own)
         for index in group.layers:
             layer = LayerView(index, model.num_layers, group)
             encoding = compression.encoding_for_layer(index, model, engine_skip_layers)
             if acts_on(group):
                 held = _held_tokens(compression.selection, layer, prompt_tokens, generated_tokens)
+                beside = compression.selection.held_bytes_per_token(layer)
+                total_bytes += beside * sum(share * tokens for share, tokens in held)
                 total_bytes += _scan_bytes(compression.selection, layer, model, prompt_tokens, generated_tokens)
             else:
                 context_tokens = prompt_tokens + generated_tokens
-                held = [(1.0, min(context_tokens, group.window_tokens or context_tokens))]
+                tokens = min(context_tokens, group.window_tokens or context_tokens)
+                held = [(1.0, tokens)]
+                # An indexer that the strategy brings is its metadata; a model's own is no KV.
+                total_bytes += tokens * (group.index_key_bytes - own.index_key_bytes)
             total_bytes += sum(
                 share * _layer_bytes(encoding, group, model.dtype, tokens, generated_tokens) for share, tokens in held
             )

@@ -46,22 +46,30 @@ from kvsim.compression.reduction.xkv import Xkv
 from kvsim.compression.rules import conflict
 from kvsim.compression.selection.adakv import AdaKV
 from kvsim.compression.selection.base import TokenSelection
+from kvsim.compression.selection.cam import Cam
 from kvsim.compression.selection.chunkkv import ChunkKV
 from kvsim.compression.selection.cur import Cur
+from kvsim.compression.selection.d2o import D2O
 from kvsim.compression.selection.dms import Dms
+from kvsim.compression.selection.dsa import Dsa
 from kvsim.compression.selection.duo_attention import DuoAttention
 from kvsim.compression.selection.expected_attention import ExpectedAttention
 from kvsim.compression.selection.h2o import H2O
+from kvsim.compression.selection.infokv import InfoKV
 from kvsim.compression.selection.keep_all import KeepAll
 from kvsim.compression.selection.keydiff import KeyDiff
 from kvsim.compression.selection.knorm import Knorm
 from kvsim.compression.selection.kvzap import KVzap
 from kvsim.compression.selection.kvzip import KVzip
 from kvsim.compression.selection.lagkv import LagKv
+from kvsim.compression.selection.merging import Merging
+from kvsim.compression.selection.nsa import Nsa
+from kvsim.compression.selection.prefill_decoding import PrefillDecoding
 from kvsim.compression.selection.pyramidkv import PyramidKV
 from kvsim.compression.selection.qfilter import QFilter
 from kvsim.compression.selection.quest import Quest
 from kvsim.compression.selection.random import RandomEviction
+from kvsim.compression.selection.rkv import RKV
 from kvsim.compression.selection.snapkv import SnapKV
 from kvsim.compression.selection.streaming_llm import StreamingLlm
 from kvsim.compression.selection.tova import Tova
@@ -79,7 +87,10 @@ _Eviction = StreamingLlm | SnapKV | H2O | PyramidKV | Tova | Knorm | KeyDiff | E
 _MoreEviction = ChunkKV | LagKv | Cur | RandomEviction
 _HeadBudgets = AdaKV | DuoAttention
 _Foreseeing = KVzip | KVzap | Dms
-_Selections = KeepAll | _Eviction | _MoreEviction | _HeadBudgets | _Foreseeing | Quest | WeightedAtoms
+_Decoding = PrefillDecoding | RKV | InfoKV
+_Merging = Merging | Cam | D2O | WeightedAtoms
+_SparseReading = Quest | Nsa | Dsa
+_Selections = KeepAll | _Eviction | _MoreEviction | _HeadBudgets | _Foreseeing | _Decoding | _Merging | _SparseReading
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
 _Rotations = TurboQuant | TurboQuantPaper | QuaRot | RotateKv | KvQuant
 _AtRest = Lossless | CacheGen | Kvtc
@@ -187,9 +198,8 @@ class Compression(Spec):
 
     def _reduced(self, model: ModelSpec) -> ModelSpec:
         """Give the model with the shapes that the encoding sees."""
-        if self.reduction.is_none:
-            return model
-        return model.model_copy(update={"groups": tuple(self.reduction.reduced_group(group) for group in model.groups)})
+        trained = tuple(self.selection.trained_group(group) for group in model.groups)
+        return model.model_copy(update={"groups": tuple(self.reduction.reduced_group(group) for group in trained)})
 
     def encoding_for_layer(
         self, index: int, model: ModelSpec, engine_skip_layers: Sequence[int | str] = ()

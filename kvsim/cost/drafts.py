@@ -62,12 +62,7 @@ class DraftContext:
         if self._sequences is None:
             shared: IntArray = self._passes * np.rint(self._share * verified_ticks).astype(np.int64)
             return shared
-        profile = self._sequences.profile(target)
-        starts = np.array([segment.start_step for segment in profile.segments], dtype=np.int64)
-        first = np.array([segment.ticks for segment in profile.segments], dtype=np.int64)
-        slope = np.array([segment.slope_ticks for segment in profile.segments], dtype=np.int64)
-        at = np.searchsorted(starts, gained, side="right") - 1
-        own: IntArray = self._passes * (first[at] + slope[at] * (gained - starts[at]))
+        own: IntArray = self._passes * self._sequences.profile(target).ticks_at(gained)[0]
         return own
 
 

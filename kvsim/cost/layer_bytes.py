@@ -20,7 +20,7 @@ def scan_bytes(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> fl
 
 
 def layer_bytes_per_token(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
-    """Bytes of one resident token in one layer on one rank: encoded KV, page metadata, indexer key."""
+    """Bytes of one resident token in one layer on one rank: encoded KV, metadata of the selection, indexer key."""
     return _bytes_per_token(layer_class.encoding, layer_class, view, model)
 
 
@@ -36,7 +36,9 @@ def native_bytes_per_token(layer_class: LayerClass, model: ModelSpec) -> float:
 
 def _bytes_per_token(encoding: KvEncoding, layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
     stored = encoding.bytes_per_token(layer_class.group, model.dtype).total_bytes
-    return stored * layer_class.rank_share + scan_bytes(layer_class, view, model) + index_key_bytes(layer_class)
+    # What a later cut scores tokens by belongs to no head: every rank holds it.
+    held = 0.0 if layer_class.selection is None else layer_class.selection.held_bytes_per_token(view)
+    return stored * layer_class.rank_share + scan_bytes(layer_class, view, model) + held + index_key_bytes(layer_class)
 
 
 def page_table_bytes(layer_class: LayerClass, block_size: int) -> float:
@@ -77,12 +79,14 @@ def draft_weight_bytes(deployment: Deployment) -> float:
     return deployment.model.layer_weight_bytes / deployment.tensor_parallel_size
 
 
-def residual_bytes(layer_class: LayerClass, model: ModelSpec) -> float:
-    """Bytes beside the encoded tokens, one layer of one sequence on one rank: a native window, a basis."""
+def residual_bytes(layer_class: LayerClass, view: LayerView, model: ModelSpec) -> float:
+    """Bytes beside the encoded tokens, one layer of one sequence on one rank: a native window, a basis, queries."""
     group, encoding = layer_class.group, layer_class.encoding
     window = encoding.residual_tokens * encoding.residual_share
     native = window * group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
     native += encoding.sink_tokens * encoding.sink_bytes_per_token(group, model.dtype)
+    if layer_class.selection is not None:
+        native += layer_class.selection.buffer_bytes(view, model)
     return (native + encoding.fixed_bytes_per_sequence(group, model.dtype)) * layer_class.rank_share
 
 

@@ -20,7 +20,16 @@ from kvsim.cost.layer_bytes import (
     residual_bytes,
     scan_bytes,
 )
-from kvsim.cost.profile import Growth, Segment, SequenceProfile, clip, merge_priced, split_at_start, whole_ticks
+from kvsim.cost.profile import (
+    Growth,
+    Segment,
+    SequenceProfile,
+    after_cuts,
+    clip,
+    merge_priced,
+    split_at_start,
+    whole_ticks,
+)
 from kvsim.cost.projection import ClassKernels, attention_kernels
 from kvsim.cost.rates import Rates
 from kvsim.deployment import Deployment, LayerClass
@@ -101,16 +110,20 @@ class SequenceModel:
                 for heads in layer_class.head_curves(prompt_tokens, view):
                     self._add_attended(priced, heads.attended, layer_class, prices, heads.share * layers)
                     self._add_resident(growths, heads.resident, layer_class, heads.share * layers, token_bytes)
-                fixed_bytes += layers * residual_bytes(layer_class, self._deployment.model)
+                fixed_bytes += layers * residual_bytes(layer_class, view, self._deployment.model)
                 fixed_bytes += layers * head_length_bytes(layer_class)
                 self._add_scanned(priced, prompt_tokens, layer_class, view, layers)
+                self._add_cuts(priced, prompt_tokens, layer_class, view, layers)
                 compress_s += layers * self._compress_seconds(prompt_tokens, layer_class, view)
         growths[growing(prompt_tokens)] += draft_bytes_per_token(self._deployment)
+        affine = (self._affine_segments(prompt_tokens), None) if self.is_affine else None
+        segments, repeat = affine or merge_priced(priced)
         return SequenceProfile(
-            segments=self._affine_segments(prompt_tokens) if self.is_affine else merge_priced(priced),
+            segments=segments,
             growths=self._blocks(growths),
             fixed_bytes=math.ceil(fixed_bytes * self._stage_share),
             compress_ticks=seconds_to_ticks(compress_s * self._stretch),
+            repeat=repeat,
         )
 
     def _affine_segments(self, prompt_tokens: int) -> tuple[Segment, ...]:
@@ -168,6 +181,24 @@ class SequenceModel:
             scan = layers * self._scan_price(layer_class, view)
             _add(priced, scanned, scan, scan)
 
+    def _add_cuts(
+        self,
+        priced: defaultdict[TokenCurve, list[int]],
+        prompt_tokens: int,
+        layer_class: LayerClass,
+        view: LayerView,
+        layers: int,
+    ) -> None:
+        """Charge each cut of the cache to the step that it ends. Every sequence launches its own."""
+        selection = layer_class.selection
+        cuts = None if selection is None else selection.decode_cuts(prompt_tokens, view)
+        if selection is None or cuts is None:
+            return
+        ops = selection.cut_ops(prompt_tokens, view, self._deployment.model)
+        seconds = ops_seconds(ops, self._deployment.tensor_parallel_size, self._rates)
+        price = layers * _femto(seconds * self._stretch)
+        _add(priced, cuts, price, price)
+
     def _compress_seconds(self, prompt_tokens: int, layer_class: LayerClass, view: LayerView) -> float:
         model = self._deployment.model
         ops = list(layer_class.encoding.prefill_ops(prompt_tokens, layer_class.group, model))
@@ -178,7 +209,7 @@ class SequenceModel:
     def _blocks(self, growths: dict[TokenCurve, float]) -> tuple[Growth, ...]:
         block_size = self._deployment.engine.block_size
         return tuple(
-            Growth(curve, math.ceil(bytes_per_token * self._stage_share * block_size))
+            Growth(after_cuts(curve), math.ceil(bytes_per_token * self._stage_share * block_size))
             for curve, bytes_per_token in growths.items()
             if bytes_per_token > 0
         )

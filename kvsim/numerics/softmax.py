@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 
-from kvsim.numerics.arrays import DoubleArray
+from kvsim.numerics.arrays import DoubleArray, FloatArray
+
+RealArray = TypeVar("RealArray", FloatArray, DoubleArray)
 
 
 def softmax(logits: DoubleArray) -> DoubleArray:
@@ -14,8 +18,8 @@ def softmax(logits: DoubleArray) -> DoubleArray:
     return weights
 
 
-def log_sum_exp(logits: DoubleArray) -> DoubleArray:
-    """Log of the sum of exponentials over the last axis, (..., 1); each row needs a finite logit."""
+def log_sum_exp(logits: RealArray) -> RealArray:
+    """Log of the sum of exponentials over the last axis, (..., 1), in their dtype; each row needs a finite one."""
     top = logits.max(axis=-1, keepdims=True)
-    total: DoubleArray = top + np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
+    total: RealArray = top + np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
     return total

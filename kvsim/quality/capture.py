@@ -16,12 +16,19 @@ from typing import Any, Final
 import numpy as np
 
 from kvsim.errors import IncompatibleScenario, InvalidSpec
-from kvsim.quality.capture_signals import Requests, hidden_states, second_reading
+from kvsim.quality.capture_signals import (
+    Requests,
+    distance_from_last,
+    hidden_states,
+    layer_outputs,
+    next_token_entropy,
+    second_reading,
+)
 from kvsim.tensors import FloatArray, KvTensors, LayerKv, PromptSignals, Rope, SignalName
 
 FAMILIES: Final = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 """``model_type`` of families whose RoPE has the half-split layout and whose attention is plain softmax over K and V."""
-SIGNALS: Final[tuple[SignalName, ...]] = ("hidden", "repeat_queries")
+SIGNALS: Final[tuple[SignalName, ...]] = ("hidden", "repeat_queries", "entropy", "distance")
 """What can be recorded beside K, V and Q."""
 _NAME: Final = "kvsim"
 _EXTRA: Final = 'needs torch and transformers; install them with: pip install "kvsim[capture]"'
@@ -136,8 +143,9 @@ def capture(
     recorder = _Recorder(prompt, num_prompt_queries)
     ids = torch.tensor([list(token_ids)], device=model.device)
     noting = hidden_states(model, prompt) if "hidden" in signals else nullcontext()
-    with torch.no_grad(), attention_of(model, recorder.attend), noting as hidden:
-        logits = model(ids, use_cache=False).logits[0, prompt:]
+    outputs = layer_outputs(model, prompt) if "distance" in signals else nullcontext()
+    with torch.no_grad(), attention_of(model, recorder.attend), noting as hidden, outputs as written:
+        logits = model(ids, use_cache=False).logits[0]
     if len(recorder.layers) != model.config.num_hidden_layers:
         found = f"{len(recorder.layers)} of {model.config.num_hidden_layers} layers"
         msg = f"{source}: only {found} call the attention that can be recorded"
@@ -148,8 +156,12 @@ def capture(
     known: dict[str, Any] = {} if hidden is None else {"hidden": tuple(hidden)}
     if "repeat_queries" in signals:
         known |= second_reading(model, token_ids[:prompt], kv, requests or Requests())
+    if "entropy" in signals:
+        known["entropy"] = next_token_entropy(logits[:prompt])
+    if written is not None:
+        known["distance"] = distance_from_last(written)
     kv = replace(kv, signals=PromptSignals(**known))
-    probabilities = torch.log_softmax(logits.float(), dim=-1)
+    probabilities = torch.log_softmax(logits[prompt:].float(), dim=-1)
     return Captured(kv, tuple(token_ids[prompt:]), probabilities.cpu().numpy())
 
 

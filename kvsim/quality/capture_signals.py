@@ -11,7 +11,7 @@ import numpy as np
 
 from kvsim.errors import InvalidSpec
 from kvsim.tensors import FloatArray, KvTensors, LayerKv
-from kvsim.tensors.kv import REPEAT_CHUNK
+from kvsim.tensors.kv import ENTROPY_CANDIDATES, REPEAT_CHUNK
 
 FIRST_REQUEST: Final = "\n\nRepeat the previous context exactly."
 LATER_REQUEST: Final = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -51,6 +51,37 @@ def hidden_states(model: Any, prompt: int) -> Iterator[list[FloatArray]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def layer_outputs(model: Any, prompt: int) -> Iterator[list[Any]]:
+    """Take down what each layer puts out of the first ``prompt`` tokens, (n, width) tensors in order."""
+    found: list[Any] = []
+
+    def note(_module: Any, _given: Any, output: Any) -> None:
+        written = output[0] if isinstance(output, tuple) else output
+        found.append(written[0, :prompt].cpu())
+
+    hooks = [layer.register_forward_hook(note) for layer in model.base_model.layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def distance_from_last(written: Sequence[Any]) -> FloatArray:
+    """Cosine distance of each layer's output from the last layer's, (L, n); before the model's final norm."""
+    from torch import cosine_similarity
+
+    last = written[-1].float()
+    return np.stack([_array(1 - cosine_similarity(one.float(), last, dim=-1)) for one in written])
+
+
+def next_token_entropy(logits: Any) -> FloatArray:
+    """Entropy in nats over the likeliest `ENTROPY_CANDIDATES` tokens, (n,) of logits (n, vocabulary)."""
+    likeliest = logits.topk(min(ENTROPY_CANDIDATES, logits.shape[-1]), dim=-1).values.float().log_softmax(dim=-1)
+    return _array(-(likeliest.exp() * likeliest).sum(dim=-1))
 
 
 def second_reading(

@@ -49,6 +49,23 @@ def evict(weights: NDArray[Any], values: NDArray[Any], is_kept: NDArray[np.bool_
     return EvictionTheory(lost, change, 2.0 * lost * largest)
 
 
+def merge_values(
+    weights: NDArray[Any], values: NDArray[Any], is_kept: NDArray[np.bool_], merged: NDArray[Any]
+) -> tuple[DoubleArray, DoubleArray]:
+    """||o - o'|| where dropped values were folded into kept ones whose keys stay, and without it; (Hq, m) each.
+
+    With m the lost mass, means by weight, and D_s what the fold adds to a kept value: o - o' = m (mean v of dropped -
+    mean v of kept) - mean D of kept, an identity. Folding helps where the second term points along the first and is no
+    longer than twice it. ``weights``, ``is_kept``: (Hq, m, n); ``values``, ``merged``: (Hq, n, D).
+    """
+    exact, wide = weights.astype(np.float64), values.astype(np.float64)
+    of_kept = np.where(is_kept, exact, 0.0)
+    kept = of_kept.sum(axis=-1, keepdims=True)
+    evicted = exact @ wide - (of_kept @ wide) / kept
+    folded = (of_kept @ (merged.astype(np.float64) - wide)) / kept
+    return np.linalg.norm(evicted - folded, axis=-1), np.linalg.norm(evicted, axis=-1)
+
+
 def random_eviction_error(weights: NDArray[Any], values: NDArray[Any], kept: int) -> tuple[DoubleArray, DoubleArray]:
     """E||o - o'||^2 where ``kept`` of n tokens stay at random: by variance over K, and by finite influence; (Hq, m).
 

@@ -43,6 +43,7 @@ def _why_not_on_tensors(compression: Compression) -> str | None:
         compression.selection.selector()
         compression.reduction.codec()
         compression.encoding.codec()
+        compression.selection.selector()
     except NotRunnable as error:
         return str(error)
     return None

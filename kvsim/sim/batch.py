@@ -54,6 +54,7 @@ class DecodeBatch:
         "block_bytes",
         "block_size",
         "counter",
+        "cut_bytes",
         "finishing",
         "growth_total",
         "size",
@@ -76,6 +77,8 @@ class DecodeBatch:
         """Growth of ``variable`` per step."""
         self.unpack_total = 0
         """Ticks due to compression, of sequences that left (profiles only)."""
+        self.cut_bytes = 0
+        """Bytes of blocks that cuts of caches left empty since somebody took them back."""
         self.active: dict[int, SequenceState] = {}
         """Sequences by request, oldest admission first."""
         self.finishing: list[tuple[int, int, SequenceState]] = []
@@ -102,7 +105,7 @@ class DecodeBatch:
                 _, value, rising = growth.curve.segments[0]
                 if rising:
                     self._grow((counter - value) % self.block_size, growth.block_bytes)
-            self._plan_bends(sequence, profile)
+            self._plan_bend(sequence, profile, 0)
         sequence.ticks = ticks
         sequence.slope = slope
         sequence.order = self.next_order()
@@ -133,7 +136,7 @@ class DecodeBatch:
         held = sequence.held
         for growth in profile.growths:
             held += -(-growth.curve(steps) // size) * growth.block_bytes
-            start, value, rising = segment_at(growth.curve.segments, steps)
+            start, value, rising = growth.curve.segment_at(steps)
             if rising:
                 self._grow((sequence.joined + start - value) % size, -growth.block_bytes)
         return held
@@ -197,11 +200,12 @@ class DecodeBatch:
         self._growth[phase + self.block_size] += block_bytes
         self.growth_total += block_bytes
 
-    def _plan_bends(self, sequence: SequenceState, profile: SequenceProfile) -> None:
-        for point in profile.bends:
-            if sequence.joined + point <= sequence.finish:
-                self._order += 1
-                heapq.heappush(self._bends, (sequence.joined + point, self._order, sequence, point))
+    def _plan_bend(self, sequence: SequenceState, profile: SequenceProfile, after: int) -> None:
+        """Note the next bend only: a cache that is cut back again and again has no last one."""
+        point = profile.next_bend(after)
+        if point is not None and sequence.joined + point <= sequence.finish:
+            self._order += 1
+            heapq.heappush(self._bends, (sequence.joined + point, self._order, sequence, point))
 
     def _bend(self) -> None:
         """Take over the next segment of every curve that bends at this counter."""
@@ -212,29 +216,25 @@ class DecodeBatch:
             if not sequence.alive or profile is None:
                 continue
             now_ticks = sequence.ticks + sequence.slope * (counter - sequence.joined)
-            for segment in profile.segments:
-                if segment.start_step == point:
-                    self.variable += segment.ticks - now_ticks
-                    self.slope += segment.slope_ticks - sequence.slope
-                    sequence.slope = segment.slope_ticks
-                    sequence.ticks = segment.ticks - segment.slope_ticks * point
+            segment = profile.segment_at(point)
+            if segment.start_step == point:
+                self.variable += segment.ticks - now_ticks
+                self.slope += segment.slope_ticks - sequence.slope
+                sequence.slope = segment.slope_ticks
+                sequence.ticks = segment.ticks - segment.slope_ticks * point
             self._bend_growth(sequence, profile, point)
+            self._plan_bend(sequence, profile, point)
 
     def _bend_growth(self, sequence: SequenceState, profile: SequenceProfile, point: int) -> None:
+        """Let blocks come due in the new rhythm, and note those that a cut has emptied."""
+        size, joined = self.block_size, sequence.joined
         for growth in profile.growths:
-            before = 0
-            for start, value, rising in growth.curve.segments:
-                if start == point and rising != before:
-                    phase = (sequence.joined + start - value) % self.block_size
-                    self._grow(phase, (rising - before) * growth.block_bytes)
-                before = rising
-
-
-def segment_at(segments: Sequence[tuple[int, int, int]], steps: int) -> tuple[int, int, int]:
-    """Segment of a piecewise linear curve that holds after ``steps`` steps."""
-    found = segments[0]
-    for segment in segments[1:]:
-        if segment[0] > steps:
-            break
-        found = segment
-    return found
+            start, value, rising = growth.curve.segment_at(point)
+            if start != point:
+                continue
+            before, held, rose = growth.curve.segment_at(point - 1)
+            reached = held + rose * (point - before)
+            if rose != rising or reached != value:
+                self._grow((joined + before - held) % size, -rose * growth.block_bytes)
+                self._grow((joined + point - value) % size, rising * growth.block_bytes)
+                self.cut_bytes += (-(-reached // size) - -(-value // size)) * growth.block_bytes

@@ -200,6 +200,8 @@ class Replica:
             scheduler.free -= due
             if scheduler.sharing is not None:
                 scheduler.sharing.cache.evict_until(scheduler.free)
+        if batch.cut_bytes:
+            self.scheduler.take_back_cuts()
         if batch.finishing[0][0] <= batch.counter:
             self._finish_due()
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvsim.compression.base import TokenCurve
 from kvsim.cost.drafts import DraftContext
-from kvsim.cost.profile import Segment, SequenceProfile
+from kvsim.cost.profile import SequenceProfile
 from kvsim.sim.acceptance import Acceptance, IntArray
 from kvsim.sim.batch import DecodeBatch, SequenceState
 
@@ -149,8 +149,7 @@ class SpeculativeBatch(DecodeBatch):
             ticks = self.token_ticks * (target + 1 + plan.draft_tokens + before)
             unpack = np.zeros_like(ticks)
         else:
-            whole, unpack = _priced(profile.segments, before + plan.draft_tokens)
-            ticks = whole
+            ticks, unpack = profile.ticks_at(before + plan.draft_tokens)
         draft = np.zeros_like(ticks) if plan.context is None else plan.context.ticks(target, before, ticks)
         return _Life(first, gained, ticks + draft, draft, unpack, self._held(profile, target, before))
 
@@ -165,6 +164,7 @@ class SpeculativeBatch(DecodeBatch):
         held = np.zeros_like(needed)
         for growth in profile.growths:
             held += -(-_tokens(growth.curve, needed) // size) * growth.block_bytes
+        # Blocks that a cut empties stay with the sequence: drafts may still need them in the same step.
         rising: IntArray = np.maximum.accumulate(held)
         return rising
 
@@ -194,18 +194,13 @@ class SpeculativeBatch(DecodeBatch):
         self._base = self.counter
 
 
-def _priced(segments: tuple[Segment, ...], steps: IntArray) -> tuple[IntArray, IntArray]:
-    """(ticks, part due to the compression) of decode steps of a sequence that gains one token each."""
-    starts = np.array([segment.start_step for segment in segments], dtype=np.int64)
-    table = np.array([(s.ticks, s.slope_ticks, s.unpack_ticks, s.unpack_slope_ticks) for s in segments], dtype=np.int64)
-    at = np.searchsorted(starts, steps, side="right") - 1
-    since = steps - starts[at]
-    return table[at, 0] + table[at, 1] * since, table[at, 2] + table[at, 3] * since
-
-
 def _tokens(curve: TokenCurve, generated: IntArray) -> IntArray:
     """A curve at many points."""
     table = np.array(curve.segments, dtype=np.int64)
-    at = np.searchsorted(table[:, 0], generated, side="right") - 1
-    tokens: IntArray = table[at, 1] + table[at, 2] * (generated - table[at, 0])
+    local = generated
+    if curve.period:
+        since = np.maximum(generated - curve.repeats_from, 0)
+        local = generated - since // curve.period * curve.period
+    at = np.searchsorted(table[:, 0], local, side="right") - 1
+    tokens: IntArray = table[at, 1] + table[at, 2] * (local - table[at, 0])
     return tokens

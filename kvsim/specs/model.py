@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated, Final, Self
 
 from pydantic import Field, model_validator
 
@@ -12,6 +13,8 @@ from kvsim.specs.engine import SamplingSpec
 
 Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
+INDEXER_VALUES_PER_SCALE: Final = 128
+INDEXER_SCALE_BYTES: Final = 4
 
 
 class LayerKind(StrEnum):
@@ -64,6 +67,13 @@ class LayerGroup(Spec):
         if self.shares_kv:
             return 0
         return self.num_kv_heads * (self.k_head_dim + self.v_head_dim)
+
+    @property
+    def index_key_bytes(self) -> int:
+        """Bytes of one token's indexer key in one layer: fp8 values, an fp32 scale per 128 (DeepSeek-V3.2: 132)."""
+        if self.shares_kv or not self.index_head_dim:
+            return 0
+        return self.index_head_dim + INDEXER_SCALE_BYTES * math.ceil(self.index_head_dim / INDEXER_VALUES_PER_SCALE)
 
 
 class MlaShape(Spec):

@@ -17,6 +17,8 @@ TENSORS: Final[tuple[TensorName, ...]] = ("key", "value")
 SignalName: TypeAlias = Literal["hidden", "repeat_queries", "entropy", "distance"]
 SIGNALS: Final[tuple[SignalName, ...]] = ("hidden", "repeat_queries", "entropy", "distance")
 """What `PromptSignals` may hold; ``repeat_queries`` stands for the keys of the second reading as well."""
+ENTROPY_CANDIDATES: Final = 256
+"""Likeliest next tokens over which the signal ``entropy`` is taken (InfoKV, arXiv 2606.26875)."""
 REPEAT_CHUNK: Final = 2048
 """Tokens that a second reading takes at a time, each chunk right after the whole prompt (kvpress's KVzip)."""
 
@@ -218,7 +220,10 @@ class PromptSignals:
         """Raise InvalidSpec where a method needs a signal that nobody took down."""
         missing = [name for name in names if getattr(self, name) is None]
         if missing:
-            msg = f"{method} needs {' and '.join(missing)} of the prompt, which these KV tensors do not have"
+            msg = (
+                f"{method} needs {' and '.join(missing)} of the prompt, which these KV tensors do not have; a model's "
+                f"can be recorded with `kvsim quality capture --signals {','.join(missing)}`"
+            )
             raise InvalidSpec(msg)
 
 

@@ -18,6 +18,7 @@ from kvsim.quality.capture_signals import Requests  # noqa: E402
 from kvsim.quality.continuation import continue_with  # noqa: E402
 from kvsim.quality.store import StoredCache, fit_strategy, store_cache  # noqa: E402
 from kvsim.tensors import KvTensors, attend  # noqa: E402
+from kvsim.tensors.files import read_kv, write_kv  # noqa: E402
 
 TOKENS, QUERIES, WINDOW = 48, 5, 8
 UNKNOWN = "[UNK]"
@@ -170,6 +171,36 @@ def _with_signals(model: object) -> KvTensors:
     ).kv  # fmt: skip
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_entropy_and_distance_follow_from_what_the_model_puts_out(family: str, tmp_path: Path) -> None:
+    """The model's own list of hidden states has every layer's output but the last one's, which comes normed."""
+    model = _model(family)
+    kv = capture(
+        model, _ids(), num_queries=QUERIES, num_prompt_queries=WINDOW, source="tiny", signals=("entropy", "distance")
+    ).kv
+    with torch.no_grad():
+        out = model(torch.tensor([_ids()]), output_hidden_states=True)
+    probabilities = torch.softmax(out.logits[0, :TOKENS].double(), dim=-1)
+    # Fewer than 256 symbols: all are candidates.
+    assert kv.signals.entropy == pytest.approx(-(probabilities * probabilities.log()).sum(dim=-1).numpy(), abs=1e-4)
+    assert kv.signals.distance is not None
+    assert kv.signals.distance.shape == (3, TOKENS)
+    first, second = (state[0, :TOKENS].double() for state in out.hidden_states[1:3])
+    assert kv.signals.distance[2] == pytest.approx(np.zeros(TOKENS), abs=1e-6)
+    norm, last = model.model.norm, out.hidden_states[3][0, :TOKENS].double()
+    bare = last / norm.weight.detach().double()
+    for found, state in zip(kv.signals.distance, (first, second), strict=False):
+        cosine = torch.cosine_similarity(state, bare, dim=-1).numpy()
+        assert found == pytest.approx(1 - cosine, abs=1e-4)
+    path = tmp_path / "kv.safetensors"
+    write_kv(kv, path)
+    again = read_kv(path, ("entropy", "distance")).signals
+    assert np.array_equal(again.entropy, kv.signals.entropy)
+    assert np.array_equal(again.distance, kv.signals.distance)
+    kept = store_cache(fit_strategy(parse_compression("infokv(budget_tokens=16,window_size=8)")), kv).kv
+    assert [layer.num_tokens for layer in kept.layers] == [16] * 3
+
+
 def test_a_second_reading_must_fit_the_context() -> None:
     with pytest.raises(InvalidSpec, match="takes 180 positions, more than the model's context of 128"):
         capture(
@@ -218,7 +249,6 @@ def test_the_command_captures_and_runs(folder: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from kvsim.cli import build_app
-    from kvsim.tensors.files import read_kv
 
     out, invoke = tmp_path / "kv.safetensors", CliRunner().invoke
     source = ["--model", str(folder), "--text", str(folder / "text.txt"), "--tokens", "64", "--queries", "4"]
@@ -241,6 +271,12 @@ def test_the_command_captures_and_runs(folder: Path, tmp_path: Path) -> None:
     result = invoke(build_app(), ["quality", "capture", *source, *more])
     assert result.exit_code == 0, result.output
     assert read_kv(out, ("hidden",)).signals.hidden is not None
+    learned = ["-s", "kvzip:0.5,kvzap_linear:0.5(window_size=8)", "--calibrate", str(out), "--json"]
+    for tensors in (source, ["--kv", str(out)]):
+        result = invoke(build_app(), ["quality", "run", *tensors, *learned])
+        assert result.exit_code == 0, result.output
+        rows = json.loads(result.stdout)["strategies"]
+        assert all(row["bits_per_element"] < 15 for row in rows), rows
     result = invoke(build_app(), ["quality", "capture", *source, "--signals", "hiden", "-o", str(out)])
     assert result.exit_code != 0
     assert "hidden" in result.output

@@ -103,6 +103,58 @@ def test_h2o_pays_for_the_whole_attention_matrix_and_every_step(layer: LayerView
     assert [call.name for call in selection.decode_ops(layer, llama)] == ["replace_lightest_token"]
 
 
+def test_tova_takes_the_newest_query_to_all_keys_in_every_step(layer: LayerView, llama: ModelSpec) -> None:
+    work = _prefill("tova:1024", 8192, layer, llama)
+    assert list(work) == ["score_with_newest_query", "select_top_k", "compact_kv"]
+    assert work["score_with_newest_query"].flops == 2 * 8192 * 128 * 32
+    selection = parse_compression("tova:1024").selection
+    step = selection.decode_score_work(layer.group, llama)
+    assert step is not None
+    # Per attended token: the methods' 2 D Hq, and the keys of its KV heads once more.
+    assert (step.flops, step.bytes_read) == (2 * 128 * 32, 8 * 128 * 2)
+    assert [call.name for call in selection.decode_ops(layer, llama)] == ["replace_lightest_token"]
+
+
+@pytest.mark.parametrize("name", ["knorm", "keydiff", "qfilter", "lagkv", "cur", "random", "expected_attention"])
+def test_scores_of_the_prompt_cost_nothing_in_decode(name: str, layer: LayerView, llama: ModelSpec) -> None:
+    selection = parse_compression(name).selection
+    assert list(_prefill(name, 8192, layer, llama))[-2:] == ["select_top_k", "compact_kv"]
+    assert tuple(selection.decode_ops(layer, llama)) == ()
+    assert selection.decode_score_flops_per_token(layer.group, llama) == 0.0
+    assert selection.decode_score_work(layer.group, llama) is None
+
+
+def test_scores_of_keys_alone_read_the_keys(layer: LayerView, llama: ModelSpec) -> None:
+    keys_bytes = 8192 * 8 * 128 * 2
+    for name, operation, passes, flops in (
+        ("knorm", "score_keys", 1, 2), ("qfilter", "score_keys", 1, 2), ("keydiff", "score_key_directions", 2, 8),
+    ):  # fmt: skip
+        work = _prefill(name, 8192, layer, llama)[operation]
+        assert work.bytes_read == passes * keys_bytes
+        assert work.vector_flops == flops * 8192 * 8 * 128
+        assert work.flops == 0.0
+
+
+def test_expected_attention_pays_per_query_head(layer: LayerView, llama: ModelSpec) -> None:
+    work = _prefill("expected_attention", 8192, layer, llama)
+    assert work["query_statistics"].flops == 2 * 8192 * 128**2 * 32
+    # A covariance per query head: products with it and with the mean, and the row-wise product with the key.
+    assert work["score_expected_attention"].flops == 2 * 8192 * 128 * (128 + 2) * 32
+    plain = _prefill("expected_attention(use_covariance=false)", 8192, layer, llama)
+    assert plain["query_statistics"].flops == 0.0
+    assert plain["score_expected_attention"].flops == 2 * 8192 * 128 * 32
+
+
+def test_chunkkv_pays_its_scorer_and_ranks_chunks(layer: LayerView, llama: ModelSpec) -> None:
+    work, alone = _prefill("chunkkv:0.5", 8000, layer, llama), _prefill("snapkv:0.5", 8000, layer, llama)
+    assert list(work) == ["score_with_window", "pool_scores", "average_chunks", "select_top_k", "compact_kv"]
+    assert work["score_with_window"] == alone["score_with_window"]
+    assert work["compact_kv"] == alone["compact_kv"]
+    assert 160 * work["select_top_k"].bytes_read == alone["select_top_k"].bytes_read
+    other = _prefill("chunkkv:0.5(scorer=knorm)", 8000, layer, llama)
+    assert other["score_keys"] == _prefill("knorm", 8000, layer, llama)["score_keys"]
+
+
 def test_streaming_llm_scores_nothing(layer: LayerView, llama: ModelSpec) -> None:
     selection = parse_compression("streaming_llm").selection
     assert tuple(selection.prefill_ops(8192, layer, llama)) == ()

@@ -44,17 +44,19 @@ def test_snapkv_compresses_once_and_then_grows(prompt: int) -> None:
     assert [curve(generated) for generated in range(STEPS)] == [kept + generated for generated in range(STEPS)]
 
 
+@pytest.mark.parametrize("name", ["h2o:90", "tova:90"])
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_h2o_evicts_in_decode(prompt: int) -> None:
-    curve = parse_compression("h2o:90").selection.resident_tokens(prompt, LAYER)
+def test_bounded_methods_evict_in_decode(prompt: int, name: str) -> None:
+    curve = parse_compression(name).selection.resident_tokens(prompt, LAYER)
     held = min(prompt, 90)
     for generated in range(STEPS):
         assert curve(generated) == held
         held = min(held + 1, 90)
 
 
-def test_h2o_share_of_the_prompt_holds_through_decode() -> None:
-    curve = parse_compression("h2o:0.75").selection.resident_tokens(1000, LAYER)
+@pytest.mark.parametrize("name", ["h2o:0.75", "tova:0.75"])
+def test_a_share_of_the_prompt_holds_through_decode(name: str) -> None:
+    curve = parse_compression(name).selection.resident_tokens(1000, LAYER)
     assert {curve(generated) for generated in range(STEPS)} == {250}
 
 
@@ -112,3 +114,8 @@ def test_flags() -> None:
     assert flags("pyramidkv") == (True, True, "head")
     assert flags("h2o") == (True, False, "head")
     assert flags("quest") == (False, False, "none")
+    assert flags("tova") == (True, True, "layer")
+    assert flags("chunkkv") == (True, True, "layer")
+    assert flags("chunkkv(scorer=keydiff)") == (True, False, "layer")
+    for name in ("knorm", "keydiff", "expected_attention", "qfilter", "lagkv", "cur", "random"):
+        assert flags(name) == (True, False, "head")

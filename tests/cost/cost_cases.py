@@ -117,7 +117,7 @@ def kv_bytes_read(deployment: Deployment, context_tokens: int) -> float:
         group, native = layer_class.group, deployment.model.dtype
         stored = min(layer_class.encoding.bytes_per_token(group, native).total_bytes, group.kv_elements_per_token * 2.0)
         for view, layers in layer_class.bands:
-            tokens = layer_class.attended_tokens(context_tokens, view)(1)
+            tokens = sum(one.share * one.attended(1) for one in layer_class.head_curves(context_tokens, view))
             total += layers * tokens * stored * layer_class.rank_share
     return total
 

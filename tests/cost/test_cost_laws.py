@@ -198,6 +198,15 @@ def test_a_faster_device_is_never_slower(device, model, strategy, bandwidth, flo
         assert prefill_s(other, context) * EXACT <= prefill_s(base, context)
 
 
+def test_a_step_that_scores_anew_reads_keys_again():
+    """TOVA multiplies its query with all keys once more: a third to two thirds of what attention itself takes."""
+    bounded, scored = (deploy("llama-3.1-8b", "h100-sxm", name) for name in ("streaming_llm:8192", "tova:8192"))
+    plain_s, again_s = (
+        decode_s(step_model(one), 64, 8192) - decode_s(step_model(one), 64, 1) for one in (bounded, scored)
+    )
+    assert 0.33 < (again_s - plain_s) / plain_s < 0.67
+
+
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "llama-3.3-70b", "gemma-3-12b"])
 def test_tensor_parallel_ranks_share_weights_cache_and_time(model):
     one, two = deploy(model, "h200-sxm", "native", 1), deploy(model, "h200-sxm", "native", 2)

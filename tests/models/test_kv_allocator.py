@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsim.allocator import (
-    index_bytes_per_token,
     kv_bytes_per_token,
     kv_heads_per_rank,
     layer_token_cap,
@@ -153,7 +152,7 @@ def test_naive_formula_errs_as_reported(name: str, stated: tuple[int, float]):
     )
     # Attention values only, as there: DeepSeek's indexer key is left out.
     assert naive / windows - 1 == pytest.approx(reported_error, abs=0.006)
-    growth = kv_bytes_per_token(model, "llamacpp") - sum(g.num_layers * index_bytes_per_token(g) for g in model.groups)
+    growth = kv_bytes_per_token(model, "llamacpp") - sum(g.num_layers * g.index_key_bytes for g in model.groups)
     sliding = sum(g.num_layers * g.kv_elements_per_token * 2 * g.window_tokens for g in model.groups if g.window_tokens)
     assert growth * tokens + sliding == windows
 
@@ -190,7 +189,7 @@ def test_latent_cache_is_whole_on_every_rank():
 
 
 def test_indexer_key_of_deepseek_v32():
-    assert index_bytes_per_token(load_model("deepseek-v3.2").groups[0]) == 132
+    assert load_model("deepseek-v3.2").groups[0].index_key_bytes == 132
 
 
 @pytest.mark.parametrize("name", list_models())

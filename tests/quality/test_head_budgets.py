@@ -199,6 +199,23 @@ def test_heads_that_look_back_are_retrieval_heads(samples: tuple[KvTensors, ...]
     assert held[2, 1] == 320
 
 
+def test_heads_whose_output_needs_far_tokens_are_retrieval_heads(
+    samples: tuple[KvTensors, ...], noise: KvTensors
+) -> None:
+    """By what is asked after the prompt: kvpress's profile of means cannot see a head that looks for content."""
+    seen = []
+    for kv in samples:
+        layers = list(kv.layers)
+        keys, queries = layers[4].keys.copy(), layers[4].queries.copy()
+        keys[0, 100], queries[:2] = 3.0, 1.0
+        layers[4] = replace(layers[4], keys=keys, queries=queries)
+        seen.append(replace(kv, layers=tuple(layers)))
+    name = "duo_attention:0.9(sink_size=8,recent_size=120{})"
+    found, missed = (_store(name.format(profile), noise, tuple(seen)) for profile in (",profile=output_change", ""))
+    assert found.kv.layers[4].is_seen[0].all()
+    assert not missed.kv.layers[4].is_seen[0].all()
+
+
 def test_streaming_heads_keep_sinks_and_recent(noise: KvTensors, samples: tuple[KvTensors, ...]) -> None:
     stored = _store("duo_attention:1(sink_size=8,recent_size=24)", noise, samples)
     for layer in stored.kv.layers:
@@ -229,3 +246,6 @@ def test_heads_are_profiled_on_other_sequences(noise: KvTensors) -> None:
 def test_a_profile_needs_rope_and_queries(noise: KvTensors) -> None:
     with pytest.raises(InvalidSpec, match="lack one of them"):
         head_scores(replace(noise, rope=None))
+    mute = tuple(replace(layer, queries=layer.queries[:, :0]) for layer in noise.layers)
+    with pytest.raises(InvalidSpec, match="queries after the prompt"):
+        _store("duo_attention(profile=output_change)", noise, (replace(noise, layers=mute),))

@@ -46,7 +46,7 @@ def test_three_tokens_by_hand() -> None:
     2 1 1 of 5; 1 2 1 of 6; 4 1 1 of 9: the most is 4/9, 2/6 and 1/5.
     """
     scores = reconstruction_scores(_three_tokens(), 0, "kvzip")
-    assert np.exp(scores) == pytest.approx(np.array([[4 / 9, 2 / 6, 1 / 5]]), rel=1e-6)
+    assert np.exp(scores) == pytest.approx(np.array([[4 / 9, 2 / 6, 1 / 5]]), rel=1e-5)
 
 
 def test_the_most_of_a_kv_heads_query_heads_counts() -> None:
@@ -58,8 +58,8 @@ def test_the_most_of_a_kv_heads_query_heads_counts() -> None:
     layer = replace(kv.layers[0], keys=keys, queries=np.zeros((2, 0, 2)), prompt_queries=np.zeros((2, 0, 2)))
     signals = replace(kv.signals, repeat_queries=(asked,))
     scores = np.exp(reconstruction_scores(replace(kv, layers=(layer,), signals=signals), 0, "kvzip"))
-    assert scores[0, 2] == pytest.approx(8 / (1 + 1 / 8 + 8 + 1), rel=1e-6)
-    assert scores[0, 0] == pytest.approx(4 / 9, rel=1e-6)
+    assert scores[0, 2] == pytest.approx(8 / (1 + 1 / 8 + 8 + 1), rel=1e-5)
+    assert scores[0, 0] == pytest.approx(4 / 9, rel=1e-5)
 
 
 @pytest.mark.parametrize("sinks", [0, 3])
@@ -82,7 +82,7 @@ def test_chunks_see_sinks_and_themselves(sinks: int, monkeypatch: pytest.MonkeyP
             weights = softmax(kv.attention_scale * (seen.astype(np.float64) @ asked[0][head, place]))
             row = expected[head // 2, start:stop]
             np.maximum(row, weights[first : first + stop - start], out=row)
-    assert np.exp(found) == pytest.approx(expected, rel=1e-6)
+    assert np.exp(found) == pytest.approx(expected, rel=1e-5)
 
 
 # --- KVzip ----------------------------------------------------------------------------------------------------------

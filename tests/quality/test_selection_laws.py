@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -31,7 +31,10 @@ from tests.quality.conftest import noise_cache
 SIZES = ("0", "0.3", "0.7", "0.95", "100", "1", "100000")
 ODD = (
     "streaming_llm:64", "streaming_llm(num_sink_tokens=0,window_length=10)", "snapkv:0.9(window_size=16)",
-    "pyramidkv:100(beta=5)", "quest:64", "quest:128(num_dense_layers=0)",
+    "pyramidkv:100(beta=5)", "quest:64", "quest:128(num_dense_layers=0)", "chunkkv:0.7(scorer=keydiff,chunk_length=7)",
+    "duo_attention(sink_size=8,recent_size=56)", "expected_attention:0.7(n_sink=0)", "lagkv:0.7(lag_size=32)",
+    "pyramidkv:100(beta=5)", "quest:64", "quest:128(num_dense_layers=0)", "prefill_decoding:80",
+    "prefill_decoding:80(prefilling=rkv,decoding=infokv,compression_interval=16)", "rkv:60(compression_interval=1)",
     "kvzip:0.7(budget_over=layer)", "kvzip:0.7(budget_over=head)", "kvzip:0.7(n_sink=0)",
     "kvzap_linear:0.3(window_size=32)", "kvzap_linear:0", "kvzap_linear:0.9(masked=true)",
 )  # fmt: skip
@@ -104,27 +107,25 @@ def _layers(count: int = 8) -> list[LayerView]:
 @pytest.mark.parametrize("name", EVERY)
 def test_attended_at_most_resident_at_most_context(name: str) -> None:
     selection = _selection(name)
-    for layer in _layers():
-        for prompt in PROMPTS:
-            resident, attended = selection.resident_tokens(prompt, layer), selection.attended_tokens(prompt, layer)
-            held = selection.prefill_resident_tokens(prompt, layer)
-            assert resident(0) <= held <= prompt
+    for layer, prompt in product(_layers(), PROMPTS):
+        held = selection.prefill_resident_tokens(prompt, layer)
+        for heads in selection.head_curves(prompt, layer):
+            assert heads.resident(0) <= held <= prompt
             for generated in (0, 1, 2, 17, 100, 2049):
-                assert 0 <= attended(generated) <= resident(generated) <= prompt + generated
+                assert 0 <= heads.attended(generated) <= heads.resident(generated) <= prompt + generated
             if prompt:
-                assert attended(1) >= 1
+                assert heads.attended(1) >= 1
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_step_adds_one_token_at_most_and_drops_some_only_where_a_curve_breaks(name: str) -> None:
     selection = _selection(name)
-    for layer in _layers():
-        for prompt in (1, 64, 65, 300, 1000):
-            curve = selection.resident_tokens(prompt, layer)
+    for layer, prompt in product(_layers(), (1, 64, 65, 300, 1000)):
+        for curve in {heads.resident for heads in selection.head_curves(prompt, layer)}:
             held = [curve(generated) for generated in range(600)]
             for generated, (before, after) in enumerate(pairwise(held), start=1):
                 assert after <= before + 1
-                assert after >= before or generated in curve.breakpoints
+                assert after >= before or curve.segment_at(generated)[0] == generated
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -160,10 +161,11 @@ def test_as_many_tokens_stay_as_pricing_says(name: str) -> None:
     seen, priced = [], []
     for index, (before, after) in enumerate(zip(kv.layers, _stored(name).kv.layers, strict=True)):
         seen.append(after.num_kv_heads * after.num_tokens if selection.masks else _seen(after))
-        resident = selection.resident_tokens(before.num_tokens, layer_view(kv, index))(0)
-        priced.append(before.num_kv_heads * resident)
-    if selection.granularity == "ragged":
-        assert sum(seen) == sum(priced)
+        curves = selection.head_curves(before.num_tokens, layer_view(kv, index))
+        assert sum(heads.share for heads in curves) == pytest.approx(1)
+        priced.append(before.num_kv_heads * sum(heads.share * heads.resident(0) for heads in curves))
+    if selection.granularity == "ragged" or selection.moves_budgets:
+        assert sum(seen) == pytest.approx(sum(priced), rel=1e-12)
     else:
         assert seen == priced
 
@@ -174,12 +176,16 @@ def test_bits_are_what_pricing_says(name: str) -> None:
     selection, bits, priced = compression.selection, _stored(name).bits, []
     for index, before in enumerate(kv.layers):
         layer, prompt = layer_view(kv, index), before.num_tokens
-        tokens, scanned = selection.resident_tokens(prompt, layer)(0), selection.scanned_tokens(prompt, layer)
-        size = encoded_bytes(compression.encoding_at(layer), layer.group, Dtype.BF16, tokens)
+        encoding, scanned = compression.encoding_at(layer), selection.scanned_tokens(prompt, layer)
+        curves = selection.head_curves(prompt, layer)
+        size = sum(
+            heads.share * encoded_bytes(encoding, layer.group, Dtype.BF16, heads.resident(0)) for heads in curves
+        )
         if scanned is not None:
             size += scanned(0) * selection.scan_bytes_per_token(layer.group, 2.0)
+        size += sum(heads.share * heads.resident(0) for heads in curves) * selection.held_bytes_per_token(layer)
         priced.append(8 * size)
-    if selection.granularity == "ragged":
+    if selection.granularity == "ragged" or selection.moves_budgets:
         assert sum(bits) == pytest.approx(sum(priced), rel=1e-12)
     else:
         assert list(bits) == priced

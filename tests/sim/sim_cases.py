@@ -33,7 +33,7 @@ STRATEGIES = (
     "streaming_llm:24", "snapkv(budget_tokens=40,window_size=8)", "snapkv(compression_ratio=0.5,window_size=16)",
     "h2o:20", "h2o:0.5", "pyramidkv(budget_tokens=48,window_size=8)", "quest:32",
     "snapkv(compression_ratio=0.5,window_size=16)+kivi-2(residual_length=32)", "streaming_llm:40+fp8",
-    "quest:32+fp8",
+    "quest:32+fp8", "rkv:24(compression_interval=12)", "decoding:80(compression_interval=40)",
 )  # fmt: skip
 MODELS = (
     "llama-3.1-8b", "qwen2.5-0.5b", "gpt-oss-20b", "gemma-3-1b", "deepseek-v2-lite", "qwen3-next-80b-a3b",

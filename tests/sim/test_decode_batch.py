@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvsim.compression.base import growing
-from kvsim.cost.profile import Growth, Segment, SequenceProfile
+from kvsim.compression.selection.cuts import cut_pulses, sawtooth
+from kvsim.cost.profile import Growth, Segment, SequenceProfile, after_cuts, merge_priced
 from kvsim.sim.batch import DecodeBatch, SequenceState
 
 FIXED_BYTES = 7
@@ -229,3 +230,109 @@ def test_a_block_is_due_when_the_last_one_is_full(tokens: int) -> None:
     batch.join(SequenceState(0, tokens), 100)
     assert batch.due_bytes() == (5 if tokens == 16 else 0)
     assert batch.steps_until_dry(0) == -tokens % 16
+
+
+# --- caches that are cut back ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cut:
+    """One sequence whose cache is cut back, token by token."""
+
+    state: SequenceState
+    left: int
+    tokens: int
+    target: int
+    interval: int
+    price: int
+    block_bytes: int
+    steps: int = 0
+    spent: int = 0
+
+    @property
+    def next_ticks(self) -> int:
+        """What the next step adds: its tokens, and 5 ticks where it ends with a cut."""
+        return self.price * (self.tokens + 1) + (5 if self._cuts(self.steps + 1) else 0)
+
+    def _cuts(self, step: int) -> bool:
+        return step % self.interval == 0 and self.tokens + step - self.steps > self.target
+
+    def step(self, size: int) -> tuple[int, int]:
+        """Bytes of the block that it needs, if any, and bytes that its cut empties."""
+        self.spent += self.next_ticks
+        cuts = self._cuts(self.steps + 1)
+        due = self.block_bytes if self.tokens % size == 0 else 0
+        self.steps += 1
+        self.left -= 1
+        self.tokens += 1
+        if not cuts:
+            return due, 0
+        before, self.tokens = self.held(size), self.target
+        return due, before - self.held(size)
+
+    def held(self, size: int) -> int:
+        return -(-self.tokens // size) * self.block_bytes
+
+
+class CutBatchMachine(RuleBasedStateMachine):
+    """Sequences cut back at their own steps join, advance, finish and are preempted; sums stay those of the tokens."""
+
+    @initialize(size=st.sampled_from((1, 8, 16)))
+    def start(self, size: int) -> None:
+        self.batch = DecodeBatch(size, 0, 0)
+        self.plain: dict[int, Cut] = {}
+        self.joined = 0
+
+    @rule(
+        start=st.integers(0, 40), goal=st.integers(1, 40), interval=st.integers(2, 20), steps=st.integers(1, 120),
+        price=st.integers(1, 9), block_bytes=st.integers(1, 5),
+    )  # fmt: skip
+    def join(self, start: int, goal: int, interval: int, steps: int, price: int, block_bytes: int) -> None:
+        curve, pulses = sawtooth(start, goal, interval), cut_pulses(start, goal, interval)
+        segments, repeat = merge_priced({curve: (1000 * price, 0), pulses: (5000, 5000)})
+        state = SequenceState(self.joined, start)
+        state.held = FIXED_BYTES
+        state.profile = SequenceProfile(segments, (Growth(after_cuts(curve), block_bytes),), FIXED_BYTES, 0, repeat)
+        self.plain[self.joined] = Cut(state, steps, start, goal, interval, price, block_bytes)
+        self.batch.join(state, steps)
+        self.joined += 1
+
+    @precondition(lambda self: self.plain)
+    @rule(data=st.data())
+    def advance(self, data: st.DataObject) -> None:
+        most = min(one.left for one in self.plain.values())
+        bend = self.batch.steps_until_bend()
+        steps = data.draw(st.integers(1, most if bend is None else min(most, bend)))
+        needed = emptied = 0
+        for ahead in range(steps):
+            taken = [one.step(self.batch.block_size) for one in self.plain.values()]
+            cut = sum(freed for _, freed in taken)
+            needed, emptied = needed + sum(due for due, _ in taken), emptied + cut
+            assert not cut or ahead == steps - 1, "a run ends where a cache is cut"
+        assert self.batch.advance(steps) == needed
+        assert self.batch.cut_bytes == emptied
+        self.batch.cut_bytes = 0
+        for index in finished(self.batch):
+            self._remove(index)
+
+    def _remove(self, index: int) -> None:
+        one = self.plain.pop(index)
+        assert one.spent == one.state.profile.total_ticks(one.steps)[0]
+        assert self.batch.remove(one.state) == one.held(self.batch.block_size) + FIXED_BYTES
+
+    @precondition(lambda self: self.plain)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        self._remove(data.draw(st.sampled_from(sorted(self.plain))))
+        self.batch.drop_dead()
+
+    @invariant()
+    def sums_are_those_of_the_tokens(self) -> None:
+        size = self.batch.block_size
+        assert self.batch.variable == sum(one.next_ticks for one in self.plain.values())
+        assert self.batch.due_bytes() == sum(one.block_bytes for one in self.plain.values() if one.tokens % size == 0)
+        assert self.batch.growth_total == sum(one.block_bytes for one in self.plain.values())
+
+
+CutBatchMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCutBatch = CutBatchMachine.TestCase

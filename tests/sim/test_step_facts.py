@@ -241,8 +241,8 @@ def test_every_layer_is_charged_by_its_own_curve(strategy: str) -> None:
     for layer_class in deployment.layer_classes:
         view = layer_class.bands[0][0]
         layers = [replace(view, index=index) for index in layer_class.group.layers]
-        assert sum(n * layer_class.attended_tokens(4096, v)(0) for v, n in layer_class.bands) == sum(
-            layer_class.attended_tokens(4096, layer)(0) for layer in layers
+        assert sum(n * layer_class.head_curves(4096, v)[0].attended(0) for v, n in layer_class.bands) == sum(
+            layer_class.head_curves(4096, layer)[0].attended(0) for layer in layers
         )
 
 

@@ -40,6 +40,10 @@ class AdaKV(RaggedSelection, ScorerBackedSelection):
     alpha_safeguard: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Share of the average budget that each head keeps whatever its scores (kvpress and paper: 0.2)."""
 
+    @property
+    def keeps_newest(self) -> bool:
+        return self.scored.keeps_newest
+
     def layer_band(self, layer: LayerView) -> int:
         return self.scored.layer_band(layer)
 
@@ -54,7 +58,8 @@ class AdaKV(RaggedSelection, ScorerBackedSelection):
         scores = self.scored.scores(kv, layer)
         heads, tokens = scores.shape
         kept = self.kept_tokens(tokens, layer)
-        return joint_top_k(scores, heads * kept, int(kept * self.alpha_safeguard))
+        # A head of which nothing were left would have no output at all.
+        return joint_top_k(scores, heads * kept, max(1, int(kept * self.alpha_safeguard)))
 
     def prefill_ops(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
         heads, kept = kv_heads(layer.group), self.kept_tokens(prompt_tokens, layer)

@@ -37,6 +37,13 @@ class TokenSelection(StrategyPart):
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         """Tokens whose K and V one decode step reads in this layer."""
 
+    def trained_group(self, group: LayerGroup) -> LayerGroup:
+        """Shape of a group of layers in a model that was trained with the method: as it is, unless it needs another.
+
+        A shape whose kind decides what is read (an indexer) takes the place of the selection.
+        """
+        return group
+
     def head_curves(self, prompt_tokens: int, layer: LayerView) -> tuple[HeadCurves, ...]:
         """Kinds of KV heads with what each holds and reads; shares add up to 1. One kind unless the method has more."""
         resident = self.resident_tokens(prompt_tokens, layer)
@@ -77,9 +84,26 @@ class TokenSelection(StrategyPart):
     def decode_score_work(self, group: LayerGroup, model: ModelSpec) -> Work | None:
         """Work per attended token, sequence and layer in each decode step to score it anew (TOVA), or None.
 
-        Beside `decode_score_flops_per_token`, where a step does more than add up what attention hands out.
+        Beside `decode_score_flops_per_token`, where a step does more than add up what attention hands out. Keys are
+        read again as the model made them: an upper bound where they are stored smaller.
         """
         return None
+
+    def decode_cuts(self, prompt_tokens: int, layer: LayerView) -> TokenCurve | None:
+        """1 after each number of generated tokens at which the cache is cut back, else 0; None where it never is."""
+        return None
+
+    def cut_ops(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
+        """Work of one such cut of one sequence in one layer: scoring, top-k, compaction. Part of the step it ends."""
+        return ()
+
+    def held_bytes_per_token(self, layer: LayerView) -> float:
+        """Bytes held beside a kept token in one layer that no step reads: what a later cut scores it by."""
+        return 0.0
+
+    def buffer_bytes(self, layer: LayerView, model: ModelSpec) -> float:
+        """Bytes per sequence and layer whatever its length: the newest queries, where a later cut scores with them."""
+        return 0.0
 
     @property
     def evicts(self) -> bool:
@@ -124,6 +148,11 @@ class TokenSelection(StrategyPart):
     def keeps_newest(self) -> bool:
         """Whether the prompt's last token always stays; not where a score alone decides."""
         return True
+
+    @property
+    def moves_budgets(self) -> bool:
+        """Whether a prompt's content decides which layers keep more: a layer's tokens are then the mean over layers."""
+        return False
 
     @property
     def unit_tokens(self) -> int:

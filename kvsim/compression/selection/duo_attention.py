@@ -16,6 +16,7 @@ from kvsim.errors import InvalidSpec
 from kvsim.numerics.positional_attention import early_attention
 from kvsim.ops import Component, OpCall, compact
 from kvsim.specs.base import DTYPE_BITS
+from kvsim.tensors import attend
 
 if TYPE_CHECKING:
     from kvsim.specs.model import LayerGroup, ModelSpec
@@ -28,9 +29,9 @@ PROFILE_TOKENS = 500
 class DuoAttention(HeadwiseSelection):
     """Retrieval heads keep all tokens; streaming heads the first and the newest, in decode too (arXiv 2410.10819).
 
-    The paper trains a gate per head on synthetic passkeys. Here heads are ranked by kvpress's quick profile instead
-    (``on_the_fly_scoring``), on calibration sequences. As in kvpress, the prompt is compressed once it is processed;
-    the authors' own code bounds streaming heads while it is processed as well.
+    The paper trains a gate per head on synthetic passkeys. Here heads are ranked on calibration sequences, by kvpress's
+    quick profile (``on_the_fly_scoring``) or by one of ours, nearer to the paper's aim. As in kvpress, the prompt
+    is compressed once it is processed; the authors' own code bounds streaming heads while it is processed as well.
     """
 
     names: ClassVar = {"duo_attention": {}}
@@ -50,6 +51,8 @@ class DuoAttention(HeadwiseSelection):
     """First tokens that a streaming head keeps (kvpress on the fly: 128; DuoAttention's README: 64)."""
     recent_size: PositiveInt = 256
     """Newest tokens that a streaming head keeps."""
+    profile: Literal["mean_attention", "output_change"] = "mean_attention"
+    """What ranks heads: kvpress's profile, or (ours) how much their output changes if they stream."""
 
     @property
     def evicts(self) -> bool:
@@ -116,17 +119,17 @@ class StreamingHeads(Selector):
         self.needs_calibration = selection.head_compression_ratio > 0
 
     def fit(self, samples: Sequence[KvTensors]) -> Self:
-        """Rank heads by `head_scores`; of equal ones the earlier streams.
+        """Rank heads; of equal ones the earlier streams.
 
         Raises
         ------
         InvalidSpec
-            There are no samples, or they lack RoPE or prompt queries.
+            There are no samples, or they lack what the profile looks at.
         """
         if not samples:
             msg = "duo_attention profiles heads on calibration sequences, and there are none"
             raise InvalidSpec(msg)
-        scores = np.mean([head_scores(kv) for kv in samples], axis=0)
+        scores = np.mean([self._scores(kv) for kv in samples], axis=0)
         is_streaming = np.zeros(scores.size, dtype=bool)
         is_streaming[np.argsort(scores, axis=None, kind="stable")[: self.selection.streaming_heads(scores.size)]] = True
         return type(self)(self.selection, is_streaming.reshape(scores.shape))
@@ -138,14 +141,45 @@ class StreamingHeads(Selector):
         if self.is_streaming is None:
             msg = "duo_attention profiles heads on calibration sequences first, and has seen none"
             raise InvalidSpec(msg)
-        kept = [self._kept(layer, streaming) for layer, streaming in zip(kv.layers, self.is_streaming, strict=True)]
+        kept = [
+            self._is_near(layer) | ~streams[:, None]
+            for layer, streams in zip(kv.layers, self.is_streaming, strict=True)
+        ]
         return keep_where(kv, kept, masked=self.selection.masked)
 
-    def _kept(self, layer: LayerKv, is_streaming: BoolArray) -> BoolArray:
+    def _is_near(self, layer: LayerKv) -> BoolArray:
+        """Tokens that a streaming head keeps, (n,)."""
         place = np.arange(layer.num_tokens)
-        is_near = (place < self.selection.sink_size) | (place >= layer.num_tokens - self.selection.recent_size)
-        kept: BoolArray = is_near | ~is_streaming[:, None]
-        return kept
+        is_near: BoolArray = (place < self.selection.sink_size) | (
+            place >= layer.num_tokens - self.selection.recent_size
+        )
+        return is_near
+
+    def _scores(self, kv: KvTensors) -> FloatArray:
+        if self.selection.profile == "mean_attention":
+            return head_scores(kv)
+        return np.stack([output_change(layer, kv.attention_scale, self._is_near(layer)) for layer in kv.layers])
+
+
+def output_change(layer: LayerKv, attention_scale: float, is_near: BoolArray) -> FloatArray:
+    """Relative squared change of each KV head's outputs if its queries see near tokens only, (H,).
+
+    The queries are those that come after the prompt, which ask for what lies far back, as the paper's passkeys do.
+
+    Raises
+    ------
+    InvalidSpec
+        The cache has no such queries.
+    """
+    if layer.queries.size == 0:
+        msg = "duo_attention's profile output_change runs the queries after the prompt, and the KV tensors have none"
+        raise InvalidSpec(msg)
+    whole = attend(layer, attention_scale).outputs.astype(np.float64)
+    far = np.broadcast_to(~is_near, layer.keys.shape[:2])
+    change = attend(layer.hidden_where(far), attention_scale).outputs - whole
+    sums = [(one**2).reshape(layer.num_kv_heads, -1).sum(axis=1) for one in (change, whole)]
+    relative: FloatArray = (sums[0] / np.maximum(sums[1], np.finfo(np.float64).tiny)).astype(np.float32)
+    return relative
 
 
 def head_scores(kv: KvTensors) -> FloatArray:

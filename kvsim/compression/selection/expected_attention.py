@@ -63,6 +63,11 @@ class ExpectedAttention(ScoredSelection):
     """Added to the weight before that."""
 
     @property
+    def observed_queries(self) -> int:
+        # kvpress's DecodingPress holds hidden states of so many tokens to take statistics of.
+        return 256
+
+    @property
     def keeps_newest(self) -> bool:
         return False
 

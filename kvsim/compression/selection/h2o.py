@@ -14,25 +14,16 @@ from kvsim.specs.model import LayerGroup
 
 if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
-    from kvsim.tensors import IntArray, KvTensors
+    from kvsim.tensors import FloatArray, IntArray, KvTensors
 
 
-class H2O(BudgetedSelection):
-    """Half the budget for tokens with the largest accumulated attention, half for the newest (arXiv 2306.14048).
+class HeavyHitterSelection(BudgetedSelection):
+    """Half the budget for tokens with the largest accumulated attention, half for the newest: H2O, and who merges.
 
     The budget is fixed when the prompt ends and holds through decode: each new token pushes out the lightest one.
     Scores need every attention probability, which fused attention never holds: prefill computes them again, and each
     step adds its own. A compression_ratio of 0 keeps everything.
     """
-
-    names: ClassVar = {"h2o": {"compression_ratio": DEFAULT_COMPRESSION_RATIO}}
-    summaries: ClassVar = {
-        "h2o": "heavy hitters and newest tokens, bounded by half of the prompt unless set; H2O, arXiv 2306.14048"
-    }
-
-    family: ClassVar = "eviction"
-
-    kind: Literal["h2o"] = "h2o"
 
     def budget(self, prompt_tokens: int) -> int:
         # However small the share, the newest token stays.
@@ -53,9 +44,7 @@ class H2O(BudgetedSelection):
         kept = self.resident_tokens(tokens, layer)(0)
         if kept >= tokens:
             return None
-        heavy, newest = kept // 2, kept - kept // 2
-        scores = received_attention(layer_kv, kv.attention_scale)
-        return heaviest_and_newest(scores[:, : tokens - newest], heavy, newest)
+        return half_heavy_half_new(received_attention(layer_kv, kv.attention_scale), kept)
 
     def prefill_ops(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
         group = layer.group
@@ -83,3 +72,22 @@ class H2O(BudgetedSelection):
             return 0.0
         # One add per query head into its KV head's score, one compare per KV head to find the lightest.
         return float(model.num_attention_heads + group.num_kv_heads)
+
+
+def half_heavy_half_new(scores: FloatArray, kept: int) -> IntArray:
+    """Indices of ``kept`` tokens of each head, (H, kept) ascending, by the scores of all, (H, n)."""
+    heavy, newest = kept // 2, kept - kept // 2
+    return heaviest_and_newest(scores[:, : scores.shape[1] - newest], heavy, newest)
+
+
+class H2O(HeavyHitterSelection):
+    """The method itself (arXiv 2306.14048)."""
+
+    names: ClassVar = {"h2o": {"compression_ratio": DEFAULT_COMPRESSION_RATIO}}
+    summaries: ClassVar = {
+        "h2o": "heavy hitters and newest tokens, bounded by half of the prompt unless set; H2O, arXiv 2306.14048"
+    }
+
+    family: ClassVar = "eviction"
+
+    kind: Literal["h2o"] = "h2o"

@@ -9,7 +9,7 @@ from kvsim.numerics.softmax import log_sum_exp
 from kvsim.tensors import KvTensors
 from kvsim.tensors.kv import REPEAT_CHUNK
 
-_ROWS = 256
+_ROWS = 128
 """Queries whose logits are held at a time."""
 
 
@@ -45,13 +45,12 @@ def _most_attention(queries: FloatArray, seen: FloatArray, first: int, scale: fl
     """Log of the most attention on each token of a chunk; queries (group, c, D), keys (first + 2 c, D)."""
     count = queries.shape[1]
     best = np.full(count, -np.inf)
-    transposed = seen.astype(np.float64).T
     for start in range(0, count, _ROWS):
-        part = queries[:, start : start + _ROWS].astype(np.float64)
-        logits = scale * (part @ transposed)
-        reach = np.arange(start, start + part.shape[1])[:, None]
-        again = logits[..., first + count :]
-        again[:, np.arange(count) > reach] = -np.inf
+        part = queries[:, start : start + _ROWS]
+        rows = part.shape[1]
+        # Of the second reading nothing behind this block's last query is seen.
+        logits = (part * np.float32(scale)) @ seen[: first + count + start + rows].T
+        logits[..., first + count + start :] += np.triu(np.full((rows, rows), -np.inf, dtype=np.float32), 1)
         of_chunk = logits[..., first : first + count] - log_sum_exp(logits)
         np.maximum(best, of_chunk.max(axis=(0, 1)), out=best)
     return best

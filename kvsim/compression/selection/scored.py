@@ -60,6 +60,23 @@ class ScoredSelection(BudgetedSelection):
     def score_works(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Mapping[str, Work]:
         """Work to score a prompt's tokens in one layer, by name of the operation."""
 
+    def cut_score_works(self, held_tokens: int, layer: LayerView, model: ModelSpec) -> Mapping[str, Work]:
+        """Work to score the tokens held in one layer at a cut while decoding."""
+        return self.score_works(held_tokens, layer, model)
+
+    @property
+    def observed_queries(self) -> int:
+        """Newest queries that score, and that a cut while decoding must find held; 0 where none do."""
+        return 0
+
+    def signal_ops(self, tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
+        """Work in one layer to take down what later cuts score ``tokens`` of a prompt by, beside K, V and queries."""
+        return ()
+
+    def step_signal_ops(self, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
+        """Work in one layer and decode step to take down the same of the new token."""
+        return ()
+
     def keep(self, kv: KvTensors, layer: LayerView) -> IntArray | None:
         tokens = kv.layers[layer.index].num_tokens
         kept = self.kept_tokens(tokens, layer)

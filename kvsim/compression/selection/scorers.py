@@ -14,11 +14,13 @@ from pydantic import AfterValidator, Field, model_validator
 from kvsim.compression.selection.cur import Cur
 from kvsim.compression.selection.expected_attention import ExpectedAttention
 from kvsim.compression.selection.full_attention import BudgetedSelection
+from kvsim.compression.selection.infokv import InfoKV
 from kvsim.compression.selection.keydiff import KeyDiff
 from kvsim.compression.selection.knorm import Knorm
 from kvsim.compression.selection.lagkv import LagKv
 from kvsim.compression.selection.pyramidkv import PyramidKV
 from kvsim.compression.selection.random import RandomEviction
+from kvsim.compression.selection.rkv import RKV
 from kvsim.compression.selection.scored import ScoredSelection
 from kvsim.compression.selection.snapkv import SnapKV
 from kvsim.compression.selection.tova import Tova
@@ -29,15 +31,18 @@ from kvsim.errors import UnknownName
 if TYPE_CHECKING:
     from kvsim.specs.device import DeviceSpec
     from kvsim.specs.model import ModelSpec
+    from kvsim.tensors import SignalName
 
 SCORERS: Final[Mapping[str, type[ScoredSelection]]] = {
     "cur": Cur,
     "expected_attention": ExpectedAttention,
+    "infokv": InfoKV,
     "keydiff": KeyDiff,
     "knorm": Knorm,
     "lagkv": LagKv,
     "pyramidkv": PyramidKV,
     "random": RandomEviction,
+    "rkv": RKV,
     "snapkv": SnapKV,
     "tova": Tova,
 }
@@ -62,7 +67,7 @@ def named_scorer(
     return validate(scorer_class(name), given, f"scorer {name!r}")
 
 
-def _known(name: str) -> str:
+def known_scorer(name: str) -> str:
     """Canonical name of a scorer; raise ValueError where there is none."""
     try:
         found = scorer_class(name)
@@ -71,7 +76,7 @@ def _known(name: str) -> str:
     return next(known for known, scorer in SCORERS.items() if scorer is found)
 
 
-ScorerName = Annotated[str, AfterValidator(_known)]
+ScorerName = Annotated[str, AfterValidator(known_scorer)]
 """The name of a scorer, as a field of a wrapper."""
 
 
@@ -94,6 +99,10 @@ class ScorerBackedSelection(BudgetedSelection):
     @property
     def query_aware(self) -> bool:
         return self.scored.query_aware
+
+    @property
+    def needs_signals(self) -> frozenset[SignalName]:
+        return self.scored.needs_signals
 
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         return super().check(model, device) or self.scored.check(model, device)

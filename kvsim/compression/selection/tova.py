@@ -41,6 +41,10 @@ class Tova(ScoredSelection):
         return "layer"
 
     @property
+    def observed_queries(self) -> int:
+        return 1
+
+    @property
     def query_aware(self) -> bool:
         return True
 

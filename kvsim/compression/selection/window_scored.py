@@ -59,6 +59,10 @@ class WindowScoredSelection(ScoredSelection):
         return pooled
 
     @property
+    def observed_queries(self) -> int:
+        return self.window_size
+
+    @property
     def query_aware(self) -> bool:
         return True
 

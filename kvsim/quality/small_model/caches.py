@@ -148,17 +148,24 @@ def as_past(prompts: Prompts, stored: Sequence[StoredCache], selection: TokenSel
     """Put what was read back, one StoredCache per sequence, where the model reads it."""
     past = []
     for index, raw in enumerate(prompts.raw_keys):
-        layers = [cache.kv.layers[index] for cache in stored]
-        width = max(layer.num_tokens for layer in layers)
-        positions = torch.from_numpy(np.stack([_padded(layer.positions, width, -1) for layer in layers]))
-        visible = (positions >= 0) & (positions < prompts.start)
-        keys, values = (
-            torch.from_numpy(np.stack([_padded(array, width, 0) for array in arrays]))
-            for arrays in ([layer.keys for layer in layers], [layer.values for layer in layers])
-        )
-        reader = _reader(selection, stored, index, width)
-        past.append(PastKv(keys, values, visible, raw, reader, _log_weights(layers, width)))
+        stacked = stack_layers([cache.kv.layers[index] for cache in stored], prompts.start, raw)
+        past.append(replace(stacked, read_mask=_reader(selection, stored, index, stacked.keys.shape[2])))
     return tuple(past)
+
+
+def stack_layers(layers: Sequence[LayerKv], start: int, raw_key: Tensor | None) -> PastKv:
+    """Put one layer of several sequences side by side for tokens from ``start`` on, which see no entry of later ones.
+
+    ``raw_key`` is that of the token before, where keys are smeared.
+    """
+    width = max(layer.num_tokens for layer in layers)
+    positions = torch.from_numpy(np.stack([_padded(layer.positions, width, -1) for layer in layers]))
+    keys, values = (
+        torch.from_numpy(np.stack([_padded(array, width, 0) for array in arrays]))
+        for arrays in ([layer.keys for layer in layers], [layer.values for layer in layers])
+    )
+    visible = (positions >= 0) & (positions < start)
+    return PastKv(keys, values, visible, raw_key, log_weights=_log_weights(layers, width))
 
 
 def _log_weights(layers: Sequence[LayerKv], width: int) -> Tensor | None:

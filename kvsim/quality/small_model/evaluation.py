@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -57,7 +57,19 @@ def uncompressed_logits(model: SmallTransformer, prompts: Prompts) -> Tensor:
     return answer(model, prompts, prompts.uncompressed())[0]
 
 
-def compare_logits(prompts: Prompts, logits: Tensor, reference: Tensor, bits_per_element: float) -> Outcome:
+class Answered(Protocol):
+    """Sequences whose tokens from ``start`` on were read with a cache."""
+
+    @property
+    def batch(self) -> TaskBatch:
+        """The sequences."""
+
+    @property
+    def start(self) -> int:
+        """First token read."""
+
+
+def compare_logits(prompts: Answered, logits: Tensor, reference: Tensor, bits_per_element: float) -> Outcome:
     """Score the answers' tokens."""
     batch, start = prompts.batch, prompts.start
     targets = torch.from_numpy(batch.tokens[:, start + 1 :])

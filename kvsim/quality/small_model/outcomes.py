@@ -68,7 +68,8 @@ class Outcome:
 def settings_of(strategy: str) -> tuple[Setting, ...]:
     """Every task with the question unseen; where tokens are selected also with the first question in the prompt."""
     unseen = tuple(Setting(task) for task in TASKS)
-    if parse_compression(strategy).selection.kind == "keep_all":
+    compression = parse_compression(strategy)
+    if compression.selection.kind == "keep_all" and not compression.encoding.evicts:
         return unseen
     return (*unseen, *(Setting(task, sees_question=True) for task in TASKS if task != "language"))
 

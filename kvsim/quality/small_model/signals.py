@@ -11,6 +11,7 @@ from torch import Tensor
 from kvsim.quality.small_model.architecture import ForwardPass, Shape, SmallTransformer
 from kvsim.quality.small_model.tasks import ASK
 from kvsim.tensors import FloatArray, PromptSignals, SignalName
+from kvsim.tensors.kv import ENTROPY_CANDIDATES
 
 _Batched = dict[str, Any]
 """Fields of PromptSignals with a first axis of sequences."""
@@ -57,9 +58,33 @@ def _second_reading(model: SmallTransformer, tokens: Tensor, once: ForwardPass) 
     }
 
 
+def _entropy(model: SmallTransformer, tokens: Tensor, once: ForwardPass) -> _Batched:
+    return {"entropy": next_token_entropy(once.logits)}
+
+
+def _distance(model: SmallTransformer, tokens: Tensor, once: ForwardPass) -> _Batched:
+    return {"distance": layer_distance(once, model.shape)}
+
+
+def next_token_entropy(logits: Tensor) -> FloatArray:
+    """Entropy in nats over the likeliest 256 tokens, (B, T) of logits (B, T, vocabulary)."""
+    likeliest = logits.topk(min(ENTROPY_CANDIDATES, logits.shape[-1]), dim=-1).values.log_softmax(dim=-1)
+    entropy: FloatArray = -(likeliest.exp() * likeliest).sum(dim=-1).numpy()
+    return entropy
+
+
+def layer_distance(found: ForwardPass, shape: Shape) -> FloatArray:
+    """Cosine distance from the last layer's output, (B, caches, T), of the output of each layer that makes K and V."""
+    own = torch.stack(found.written[:: shape.layers_per_cache], dim=1)
+    distance: FloatArray = (1 - torch.cosine_similarity(own, found.written[-1][:, None], dim=-1)).numpy()
+    return distance
+
+
 _TAKEN: Final[Mapping[SignalName, Callable[[SmallTransformer, Tensor, ForwardPass], _Batched]]] = {
     "hidden": _hidden,
     "repeat_queries": _second_reading,
+    "entropy": _entropy,
+    "distance": _distance,
 }
 
 

@@ -58,6 +58,13 @@ class BlockBooks:
         self.free += sequence.held - kept_bytes
         self._returned_bytes += sequence.held - kept_bytes
 
+    def take_back_cuts(self) -> None:
+        """Return the blocks that cuts of decoding sequences' caches have emptied."""
+        self._note_peak()
+        self.free += self.batch.cut_bytes
+        self._returned_bytes += self.batch.cut_bytes
+        self.batch.cut_bytes = 0
+
     def note_returned(self, size_bytes: int) -> None:
         """Bytes that came back while the engine kept the books itself."""
         self._returned_bytes += size_bytes
