@@ -252,15 +252,17 @@ def block(name: str, lines: Iterable[str], text: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """Measure, and write the page."""
-    text = PAGE.read_text(encoding="utf-8")
     if arguments[:1] == ["--small-model"]:
         cells = list(small_model_cases(Path(arguments[1])))
-        text = block("small models", [*error_table(cells), "", *rate_table(cells)], text)
+        blocks_of = {"small models": [*error_table(cells), "", *rate_table(cells)]}
     else:
         with ProcessPoolExecutor(max_workers=2) as pool:
             cells = [cell for found in pool.map(ensemble_case, CASES) for cell in found]
-        text = block("ensembles", error_table(cells), text)
-        text = block("rates", rate_table(cells), text)
+        blocks_of = {"ensembles": list(error_table(cells)), "rates": list(rate_table(cells))}
+    # Measuring takes minutes, so the page is read when it is written.
+    text = PAGE.read_text(encoding="utf-8")
+    for name, lines in blocks_of.items():
+        text = block(name, lines, text)
     write_atomic(PAGE, text.encode())
 
 
