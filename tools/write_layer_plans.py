@@ -34,8 +34,10 @@ from kvsim.quality.small_model.plan_questions import (
     ENSEMBLE_CANDIDATES,
     ENSEMBLE_SHARES,
     FEW_TASKS,
+    FINE_SHARES,
     SHARES,
     UNIFORM_ONLY,
+    decode_question,
     questions,
 )
 from kvsim.quality.small_model.plan_results import (
@@ -50,7 +52,9 @@ from kvsim.tensors.ensemble import PRESETS
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CALIBRATION, TEST = 20, 40
+DECODE_CALIBRATION, DECODE_TEST = 8, 20
 """Sequences of each of the five tasks, per model."""
+SEQUENCES = (CALIBRATION, TEST, DECODE_CALIBRATION, DECODE_TEST)
 ENSEMBLE_SEEDS = (0, 1)
 EXAMPLE = ("plain-seed1", "keep 50 %", "KL")
 """Model, total and plan that become ``examples/layer-plan.yaml``."""
@@ -68,7 +72,7 @@ def _measure(options: argparse.Namespace) -> None:
     from kvsim.quality.small_model.plan_study import PlanJob, run_plan_job  # noqa: PLC0415 - needs torch
 
     models = [model for model in MODELS if not options.models or f"{model[0]}:{model[1]}" in options.models.split(",")]
-    jobs = [PlanJob(*model, options.weights, options.work, CALIBRATION, TEST) for model in models]
+    jobs = [PlanJob(*model, options.weights, options.work, *SEQUENCES) for model in models]
     # Forked children of a process that has used OpenMP can hang in it.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=options.workers, mp_context=context) as pool:
@@ -102,10 +106,13 @@ def _provenance(weights: Path) -> dict[str, Any]:
         "numpy": np.__version__,
         "calibration_sequences_per_task": CALIBRATION,
         "test_sequences_per_task": TEST,
+        "decode_calibration_sequences_per_task": DECODE_CALIBRATION,
+        "decode_test_sequences_per_task": DECODE_TEST,
         "candidates": list(CANDIDATES),
         "uniform_only": list(UNIFORM_ONLY),
         "shares_in_64ths": list(SHARES),
-        "totals": [asked.name for asked in questions()],
+        "shares_in_64ths_of_two_caches": list(FINE_SHARES),
+        "totals": [asked.name for asked in (*questions(), decode_question())],
         "transfer_from": list(FEW_TASKS),
         "ensemble_candidates": list(ENSEMBLE_CANDIDATES),
         "ensemble_shares_in_64ths": list(ENSEMBLE_SHARES),
