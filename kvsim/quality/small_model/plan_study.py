@@ -30,6 +30,7 @@ class PlanJob:
     test: int
     decode_calibration: int
     decode_test: int
+    with_decode: bool = True
 
 
 def run_plan_job(job: PlanJob) -> tuple[Contest, ...]:
@@ -41,6 +42,8 @@ def run_plan_job(job: PlanJob) -> tuple[Contest, ...]:
     say = partial(print, flush=True)
     every = questions(shares=shares_for(trained.model.shape.num_caches))
     found = [one for asked in every for one in run_contest(asked, calibration, held_out, say)]
+    if not job.with_decode:
+        return tuple(found)
     decode = (
         calibration_bench(trained, job.folder, job.decode_calibration, DecodeBench),
         held_out_bench(trained, job.folder, job.decode_test, DecodeBench),
