@@ -34,6 +34,7 @@ PAGES = {
     "joint bits and eviction": ("head-budgets.md#rdkv",),
     "merging": ("merging.md",),
     "sparse reading": ("sparse-reading.md",),
+    "weighted atoms": ("minimax.md",),
     "layer plan": ("../layer-plans.md",),
 }
 """Family -> where below docs/methods its methods are explained."""

@@ -75,6 +75,7 @@ from kvsim.compression.selection.rkv import RKV
 from kvsim.compression.selection.snapkv import SnapKV
 from kvsim.compression.selection.streaming_llm import StreamingLlm
 from kvsim.compression.selection.tova import Tova
+from kvsim.compression.selection.weighted_atoms import WeightedAtoms
 from kvsim.compression.spelling import spell_part
 from kvsim.compression.stacked import StackedEncoding
 from kvsim.specs.base import Spec
@@ -89,7 +90,7 @@ _MoreEviction = ChunkKV | LagKv | Cur | RandomEviction
 _HeadBudgets = AdaKV | DuoAttention
 _Foreseeing = KVzip | KVzap | Dms
 _Decoding = PrefillDecoding | RKV | InfoKV
-_Merging = Merging | Cam | D2O
+_Merging = Merging | Cam | D2O | WeightedAtoms
 _SparseReading = Quest | Nsa | Dsa
 _Selections = KeepAll | _Eviction | _MoreEviction | _HeadBudgets | _Foreseeing | _Decoding | _Merging | _SparseReading
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention

@@ -64,3 +64,12 @@ def test_the_example_plan_runs_on_any_model(invoke):
         result = invoke("estimate", EXAMPLES / scenario, "--compression", plan, "--json")
         assert result.exit_code == 0, result.stderr
         assert json.loads(result.stdout)["strategy"].startswith("layer_plan:relative[")
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("plan-*.yaml")))
+def test_plan_examples_have_an_answer_for_every_device(invoke, name):
+    few = ("-s", "native,fp8,q8_0", "--simulate", "0", "--max-devices", "1", "--num-prompts", "120", "--json")
+    result = invoke("plan", EXAMPLES / name, *few)
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert all(device["runs_today"] is not None for device in answer["devices"])
