@@ -175,7 +175,7 @@ def _answer(
             for limit, count in counts.most_common()
         )
         devices.append(device_plan(search, refused, request, screener, described, chosen, points))
-    tried = [RefusalCount(limit="no strategy", count=count, example=reason) for reason, count in space.refused]
+    tried = [RefusalCount(limit="no strategy", count=count, example=reason) for reason, count in space.refused_alike]
     tried += [
         RefusalCount(limit=f"no setting of {search.name}", count=1, example=reason)
         for search in searches
