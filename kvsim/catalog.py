@@ -15,6 +15,7 @@ from kvsim.calibration.engine_fits import engine_fit
 from kvsim.calibration.sets import AUTO, CalibrationSet, load_set
 from kvsim.compression import Compression
 from kvsim.compression.base import KvEncoding, LayerView
+from kvsim.compression.selection.base import TokenSelection
 from kvsim.cost.priors import load_priors
 from kvsim.deployment import Deployment, LayerClass, layer_bands
 from kvsim.device_catalog import ResolvedDevice, load_device
@@ -242,11 +243,13 @@ def _layer_classes(scenario: Scenario, model: ModelSpec) -> tuple[LayerClass, ..
     is_hybrid = any(group.kind is LayerKind.LINEAR for group in model.groups)
     for own in model.kv_groups:
         group = scenario.compression.selection.trained_group(own)
-        by_encoding: defaultdict[KvEncoding, list[LayerView]] = defaultdict(list)
+        alike: defaultdict[tuple[KvEncoding, TokenSelection | None], list[LayerView]] = defaultdict(list)
         for index in group.layers:
             view = LayerView(index, num_layers, group)
-            by_encoding[scenario.compression.encoding_at(view, skipped, is_hybrid=is_hybrid)].append(view)
-        classes += [_layer_class(scenario, group, encoding, views) for encoding, views in by_encoding.items()]
+            encoding = scenario.compression.encoding_at(view, skipped, is_hybrid=is_hybrid)
+            selection = scenario.compression.selection.at_layer(view) if group.kind is LayerKind.FULL else None
+            alike[encoding, selection].append(view)
+        classes += [_layer_class(scenario, group, parts, views) for parts, views in alike.items()]
     return tuple(classes)
 
 
@@ -269,8 +272,10 @@ def _tier_classes(
     return tuple(found)
 
 
-def _layer_class(scenario: Scenario, group: LayerGroup, encoding: KvEncoding, views: list[LayerView]) -> LayerClass:
-    selection = scenario.compression.selection if group.kind is LayerKind.FULL else None
+def _layer_class(
+    scenario: Scenario, group: LayerGroup, parts: tuple[KvEncoding, TokenSelection | None], views: list[LayerView]
+) -> LayerClass:
+    encoding, selection = parts
     engine = scenario.engine
     return LayerClass(
         group=group,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerClass:
-    """Layers that share an attention shape and an encoding."""
+    """Layers that share an attention shape, an encoding and a selection."""
 
     group: LayerGroup
     encoding: KvEncoding

@@ -157,11 +157,13 @@ def _decode_terms(
         lambda step: variable(step, unpack=False),
         *_decode_source(caches, _source(deployment, priors.streaming_efficiency), _estimated_basis(deployment)),
     )
+    scores_anew = _scores_anew(deployment)
     add(
-        "unpacking KV",
-        "attended tokens x layers x (smooth max with elements/unpack rate - the above)",
+        "unpacking KV, scoring tokens" if scores_anew else "unpacking KV",
+        "attended tokens x layers x (smooth max with elements/unpack rate - the above"
+        + (" + query times keys once more)" if scores_anew else ")"),
         lambda step: variable(step, unpack=True),
-        *_decode_source(caches, _compression_source(deployment), Basis.LITERATURE),
+        *_decode_source([*caches, None] if scores_anew else caches, _compression_source(deployment), Basis.LITERATURE),
         always=False,
     )
     add(
@@ -270,6 +272,14 @@ def _decode_source(kernels: list[DecodeKernel | None], prior: str, prior_basis: 
         parts.append(f"priors: {prior}" if fitted else prior)
         bases.append(prior_basis)
     return weakest(bases), "; ".join(parts)
+
+
+def _scores_anew(deployment: Deployment) -> bool:
+    """Whether a decode step does work of its own per attended token to score it (TOVA)."""
+    return any(
+        one.selection is not None and one.selection.decode_score_work(one.group, deployment.model) is not None
+        for one in deployment.layer_classes
+    )
 
 
 def _term(phase: Phase, name: str, formula: str, values: list[float], basis: Basis, source: str) -> Term:

@@ -7,7 +7,7 @@ numpy arrays over batch sizes, so that a whole table is priced at once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -44,6 +44,18 @@ class Work:
     unpack_family: str | None = None
     dtype: Dtype = Dtype.BF16
     launches: float = 1.0
+
+    def scaled(self, share: float) -> Work:
+        """Give a share of the work, launches included: what is done now and then, per step."""
+        return replace(
+            self,
+            flops=self.flops * share,
+            bytes_read=self.bytes_read * share,
+            bytes_written=self.bytes_written * share,
+            vector_flops=self.vector_flops * share,
+            decoded_elements=self.decoded_elements * share,
+            launches=self.launches * share,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,6 +404,68 @@ def compress_blocks(
         flops=2.0 * made * block_size * channels * channels,
         bytes_read=tokens * num_kv_heads * channels * element_bytes,
         bytes_written=made * channels * element_bytes,
+    )
+
+
+def response_profiles(
+    entries: float,
+    num_queries: float,
+    num_kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    num_features: int,
+    element_bytes: float,
+) -> Work:
+    """Influence of entries on a sample of queries: norms, and sketches of ``num_features`` numbers (arXiv 2607.01520).
+
+    ``num_queries`` are those of all query heads; each meets the entries of its KV head. Products: logits, outputs, the
+    values met by outputs (norms), and two sketches. About 10 vector FLOPs per query and entry (scale, subtract, exp,
+    normalise, square, weigh). Shares stay on chip; values are read once more for their part of the sketch.
+    """
+    pairs = num_queries * entries
+    rows = entries * num_kv_heads
+    return Work(
+        flops=2.0 * pairs * (key_dim + 2.0 * value_dim + 2.0 * num_features) + 2.0 * rows * value_dim * num_features,
+        bytes_read=rows * (2.0 * key_dim + 3.0 * value_dim) * element_bytes,
+        bytes_written=rows * (num_features + 2.0) * 4.0,
+        vector_flops=10.0 * pairs,
+        launches=3.0,
+    )
+
+
+def cut_clusters(entries: float, num_kv_heads: int, num_features: int, depth: float, power_steps: int) -> Work:
+    """Balanced clusters by ``depth`` halvings: each finds a direction by power iteration and sorts along it.
+
+    Per level ``power_steps`` products there and back and one projection, on fp32 sketches that are read each time, and
+    a radix sort of four passes over a number and an index.
+    """
+    rows = entries * num_kv_heads
+    products = 2.0 * power_steps + 1.0
+    return Work(
+        bytes_read=depth * rows * (products * num_features * 4.0 + 4.0 * 8.0),
+        bytes_written=depth * rows * 4.0 * 8.0,
+        vector_flops=depth * products * 2.0 * rows * num_features,
+        launches=depth * (products + 4.0),
+    )
+
+
+def merge_clusters(
+    entries: float,
+    atoms: float,
+    num_queries: float,
+    num_kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    element_bytes: float,
+) -> Work:
+    """Weighted means of clusters' keys and values, and the weights at which queries give them their members' mass."""
+    channels = key_dim + value_dim
+    return Work(
+        flops=2.0 * num_queries * atoms * key_dim,
+        bytes_read=(entries + atoms) * num_kv_heads * channels * element_bytes,
+        bytes_written=atoms * num_kv_heads * (channels * element_bytes + 4.0),
+        vector_flops=2.0 * entries * num_kv_heads * channels + 5.0 * num_queries * atoms,
+        launches=2.0,
     )
 
 

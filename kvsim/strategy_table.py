@@ -44,6 +44,12 @@ OPERATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "quest": ("score/quest", "decode_attention/page_sparse"),
     "nsa": ("decode_attention/page_sparse",),
     "dsa": ("decode_attention/topk",),
+    "weighted_atoms": (
+        "select/weighted_atoms",
+        "select/top_k",
+        "select/compaction",
+        "decode_attention/ragged_heads/native_log_weight",
+    ),
     "adakv": ("select/top_k", "select/compaction", "decode_attention/ragged_heads/native/"),
     "duo_attention": ("select/compaction", "decode_attention/ragged_heads/native/"),
     "rans": ("entropy/rans",),

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from os.path import normpath
 from pathlib import Path
 
-from kvsim.compression import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS
+from kvsim.compression import CODINGS, ENCODINGS, PLANS, REDUCTIONS, SELECTIONS
 from kvsim.compression.base import StrategyPart
 from kvsim.documents import write_atomic
 
@@ -18,6 +19,7 @@ PAGE = CHECKOUT / "docs" / "methods.md"
 TABLES = re.compile(r"(<!-- tables: begin.*? -->\n).*?(<!-- tables: end -->)", re.DOTALL)
 PARTS: dict[str, tuple[type[StrategyPart], ...]] = {
     "encoding": ENCODINGS, "reduction": REDUCTIONS, "coding": CODINGS, "selection": SELECTIONS,
+    "selection or encoding of each layer": PLANS,
 }  # fmt: skip
 PAGES = {
     "quantisation": ("quantisation.md", "rotation.md#kvquant"),
@@ -32,6 +34,8 @@ PAGES = {
     "joint bits and eviction": ("head-budgets.md#rdkv",),
     "merging": ("merging.md",),
     "sparse reading": ("sparse-reading.md",),
+    "weighted atoms": ("minimax.md",),
+    "layer plan": ("../layer-plans.md",),
 }
 """Family -> where below docs/methods its methods are explained."""
 
@@ -42,7 +46,8 @@ def rows() -> Iterator[str]:
     for family in dict.fromkeys(part.family for _, part in found):
         yield f"### {family.capitalize()}"
         yield ""
-        pages = (f"[methods/{page}](methods/{page})" for page in PAGES[family])
+        places = (normpath(f"methods/{page}") for page in PAGES[family])
+        pages = (f"[{place}]({place})" for place in places)
         yield f"Maths, bytes and sources: {', '.join(pages)}."
         yield ""
         yield "| Name | Part | What it does, and where it is published |"

@@ -24,6 +24,8 @@ from kvsim.cli.plan import plan_command
 from kvsim.cli.quality import quality_app
 from kvsim.cli.quality_compare import compare_command as compare_quality_command
 from kvsim.cli.quality_compare import train_command
+from kvsim.cli.quality_plan import plan_layers_command
+from kvsim.cli.risk import risk_command
 from kvsim.cli.single import estimate_command, simulate_command
 from kvsim.cli.strategies import list_strategies_command
 from kvsim.cli.sweep import sweep_command
@@ -65,6 +67,7 @@ def build_app() -> typer.Typer:
     app.command("explain", cls=ScenarioCommand)(explain_command)
     app.command("edge")(edge_command)
     app.command("limit")(limit_command)
+    app.command("risk")(risk_command)
     app.command("plan")(plan_command)
     app.command("check", cls=ScenarioCommand)(check_command)
     app.command("validate")(validate_command)
@@ -75,6 +78,7 @@ def build_app() -> typer.Typer:
     app.add_typer(list_app, name="list")
     quality_app.command("compare")(compare_quality_command)
     quality_app.command("train")(train_command)
+    quality_app.command("plan")(plan_layers_command)
     app.add_typer(quality_app, name="quality")
     return app
 

@@ -106,12 +106,24 @@ def _default_strategies(scenario: Scenario) -> tuple[str, ...]:
     return (ADAPTIVE, *(f"{STATIC}{level}" for level in range(len(scenario.adaptive.levels))))
 
 
+def split_names(text: str) -> tuple[str, ...]:
+    """Split at commas outside parentheses."""
+    return tuple(name.strip() for name in _COMMA_OUTSIDE_PARENTHESES.split(text) if name.strip())
+
+
 def parse_strategies(text: str) -> tuple[str, ...]:
-    """Split names at commas outside parentheses; raise UnknownName or InvalidSpec before any work is done."""
+    """Split names at commas outside parentheses, and read plan files, before any work is done.
+
+    Raises
+    ------
+    UnknownName, InvalidSpec
+        A name is of no strategy, or a file no plan.
+    """
     from kvsim.compression import STRATEGIES, parse_compression
+    from kvsim.compression.plan_file import named_strategy
     from kvsim.scenario import ADAPTIVE, STATIC
 
-    names = tuple(name.strip() for name in _COMMA_OUTSIDE_PARENTHESES.split(text) if name.strip())
+    names = tuple(named_strategy(name) for name in split_names(text))
     if names == ("all",):
         return tuple(STRATEGIES)
     if not names:

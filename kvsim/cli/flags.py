@@ -46,7 +46,8 @@ class ScenarioFlags:
     device: Annotated[str | None, typer.Option(rich_help_panel=SCENARIO, help="Name of a device.")] = None
     workload: Annotated[str | None, typer.Option(rich_help_panel=SCENARIO, help="Name of a workload preset.")] = None
     compression: Annotated[
-        str | None, typer.Option(rich_help_panel=SCENARIO, help="Strategy, such as fp8 or snapkv+kivi-2.")
+        str | None,
+        typer.Option(rich_help_panel=SCENARIO, help="Strategy, such as fp8 or snapkv+kivi-2, or a PLAN.yaml."),
     ] = None
     seed: Annotated[int | None, typer.Option(rich_help_panel=SCENARIO, help="Seed of the workload.")] = None
     tensor_parallel_size: Annotated[
@@ -155,6 +156,8 @@ def read_scenario_over(flags: ScenarioFlags, document: dict[str, Any], where: st
 
 
 def _assignments(flags: ScenarioFlags, document: dict[str, Any]) -> Iterator[Assignment]:
+    from kvsim.compression.plan_file import named_strategy
+
     missing = [name for name in ("model", "device", "workload") if not (document.get(name) or getattr(flags, name))]
     set_keys = {text.partition("=")[0].partition(".")[0].strip() for text in flags.set_ or ()}
     missing = [name for name in missing if name not in set_keys]
@@ -163,7 +166,7 @@ def _assignments(flags: ScenarioFlags, document: dict[str, Any]) -> Iterator[Ass
         raise InvalidSpec(msg)
     for name in _SCENARIO_FLAGS:
         if getattr(flags, name) is not None:
-            yield name, getattr(flags, name)
+            yield name, getattr(flags, name) if name != "compression" else named_strategy(flags.compression or "")
     for name in _ENGINE_FLAGS:
         if getattr(flags, name) is not None:
             yield f"engine.{name}", getattr(flags, name)

@@ -71,6 +71,9 @@ class PlanFlags:
             show_default="every part, and pairs of them",
         ),
     ] = None  # fmt: skip
+    also: Annotated[
+        str | None, typer.Option(rich_help_panel=SEARCH, help="Further strategies beside those, with commas.")
+    ] = None
     max_devices: Annotated[int | None, typer.Option(rich_help_panel=SEARCH, help="Most devices of a kind.")] = None
     max_candidates: Annotated[
         int | None, typer.Option(rich_help_panel=SEARCH, help="Most candidates screened per device.")
@@ -161,7 +164,8 @@ def _assignments(flags: PlanFlags, document: dict[str, Any]) -> Iterator[tuple[s
     values = {
         "model": flags.model, "devices": _split(flags.device), "workload": flags.workload, "seed": flags.seed,
         "simulate": flags.simulate, "unknown_quality": flags.unknown_quality,
-        "search.strategies": _strategies(flags.strategies), "search.max_devices": flags.max_devices,
+        "search.strategies": _strategies(flags.strategies), "search.also": _strategies(flags.also),
+        "search.max_devices": flags.max_devices,
         "search.max_candidates": flags.max_candidates,
         "budget.usd_per_hour": _with_unit(flags.budget_usd_per_hour, "USD/h"),
         "budget.watts": _with_unit(flags.budget_watts, "W"),

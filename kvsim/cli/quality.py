@@ -101,11 +101,11 @@ def run_command(
     signals = needed_signals(names)
     continuation: Continue | None = None
     if model is not None and text is not None:
-        captured, loaded = _capture(model, text, tokens, queries, prompt_queries, signals)
+        (captured,), loaded = capture_texts(model, [text], tokens, queries, prompt_queries, signals)
         cache, continuation = captured.kv, _continuation(loaded, captured)
         samples = _calibration_files(cache, calibrate or (), needed_signals(names, to_fit=True))
     elif kv is not None:
-        cache = _read(kv, signals)
+        cache = read_kv_file(kv, signals)
         samples = _calibration_files(cache, calibrate or (), needed_signals(names, to_fit=True))
     else:
         cache, samples = _drawn(str(ensemble), calibrate or ())
@@ -137,7 +137,7 @@ def capture_command(
     check_output_path(out, (SUFFIX,))
     wanted = _parse_signals(signals)
     with timed(f"captured {out}"):
-        captured, _ = _capture(model, text, tokens, queries, prompt_queries, wanted)
+        (captured,), _ = capture_texts(model, [text], tokens, queries, prompt_queries, wanted)
         write_kv(captured.kv, out)
 
 
@@ -153,34 +153,36 @@ def _parse_signals(text: str) -> frozenset[SignalName]:
     return frozenset(name for name in SIGNALS if name in names)
 
 
-def _capture(
+def capture_texts(
     model: str,
-    text: Path,
+    texts: Sequence[Path],
     tokens: int | None,
     queries: int | None,
     prompt_queries: int | None,
     signals: Collection[SignalName],
-) -> tuple[Captured, Any]:
-    """Let the model read the text; give what it kept, and the model."""
+) -> tuple[list[Captured], Any]:
+    """Let the model read each text by itself; give what it kept of each, and the model."""
     from kvsim.quality.capture import capture, encode_text, load_model, read_text
     from kvsim.quality.capture_signals import Requests
 
     cached = TOKENS if tokens is None else tokens
     later = QUERIES if queries is None else queries
     window = min(PROMPT_QUERIES, cached) if prompt_queries is None else prompt_queries
-    read_text(text)  # A large model takes minutes to load.
+    for text in texts:
+        read_text(text)  # A large model takes minutes to load.
     loaded, tokenizer = load_model(model)
-    ids = encode_text(tokenizer, text, cached + later)
-    source = f"{model}, {text.name}"
-    captured = capture(
-        loaded,
-        ids,
-        num_queries=later,
-        num_prompt_queries=window,
-        source=source,
-        signals=signals,
-        requests=Requests.encoded(tokenizer),
-    )
+    captured = [
+        capture(
+            loaded,
+            encode_text(tokenizer, text, cached + later),
+            num_queries=later,
+            num_prompt_queries=window,
+            source=f"{model}, {text.name}",
+            signals=signals,
+            requests=Requests.encoded(tokenizer),
+        )
+        for text in texts
+    ]
     return captured, loaded
 
 
@@ -190,7 +192,8 @@ def _continuation(loaded: Any, captured: Captured) -> Continue:
     return partial(continue_with, loaded, captured)
 
 
-def _read(path: Path, signals: Collection[SignalName]) -> KvTensors:
+def read_kv_file(path: Path, signals: Collection[SignalName]) -> KvTensors:
+    """Read KV tensors with some signals; raise InvalidSpec where a file holds none."""
     from kvsim.tensors.files import read_kv
 
     return read_kv(path, signals)
@@ -200,7 +203,7 @@ def _calibration_files(cache: KvTensors, paths: Sequence[Path], signals: Collect
     """Read calibration sequences when a method asks for them; refuse those of another model."""
 
     def read() -> list[KvTensors]:
-        samples = [_read(path, signals) for path in paths]
+        samples = [read_kv_file(path, signals) for path in paths]
         for path, sample in zip(paths, samples, strict=True):
             if _shape(sample) != _shape(cache):
                 msg = f"--calibrate {path}: layers, heads or dimensions {_shape(sample)} are not {_shape(cache)}"

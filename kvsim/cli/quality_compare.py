@@ -131,11 +131,12 @@ def _parse_bits(text: str) -> tuple[float, ...]:
 
 def _parse_names(text: str | None) -> tuple[str, ...] | None:
     from kvsim.compression import parse_compression
+    from kvsim.compression.plan_file import named_strategy
 
     if text is None or text.strip() == "all":
         return None
     parts = (part.strip() for part in _COMMA_OUTSIDE_PARENTHESES.split(text))
-    return tuple(parse_compression(part).name for part in parts if part)
+    return tuple(parse_compression(named_strategy(part)).name for part in parts if part)
 
 
 def _note(on: str) -> str:

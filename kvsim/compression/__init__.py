@@ -9,6 +9,7 @@ from kvsim.compression.stored import stored_bytes
 from kvsim.compression.strategy import (
     CODINGS,
     ENCODINGS,
+    PLANS,
     REDUCTIONS,
     SELECTIONS,
     AnyEncoding,
@@ -19,6 +20,7 @@ from kvsim.compression.strategy import (
 __all__ = [
     "CODINGS",
     "ENCODINGS",
+    "PLANS",
     "REDUCTIONS",
     "SELECTIONS",
     "STRATEGIES",

@@ -139,6 +139,10 @@ class StrategyPart(Spec):
         """Give what follows ``name:`` for these parameters, or None where they need their names."""
         return None
 
+    def spelled(self) -> str | None:
+        """Give the whole spelling of a part that is no name with parameters (a list over layers), or None."""
+        return None
+
     def check(self, model: ModelSpec, device: DeviceSpec) -> str | None:
         """Why this model or device cannot run the method, or None."""
         return None
@@ -192,6 +196,10 @@ class KvEncoding(StoringPart):
     Linear-attention layers keep no tokens: every encoding leaves them alone and gives 0 bytes and no work. Keys of a
     sparse-attention indexer live in their own cache in a fixed format and are not the encoding's either.
     """
+
+    def at_layer(self, layer: LayerView) -> KvEncoding:
+        """Give what it does in one layer, where layers differ."""
+        return self
 
     @abstractmethod
     def bytes_per_token(self, group: LayerGroup, native: Dtype) -> KvBytes:

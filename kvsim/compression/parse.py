@@ -14,7 +14,7 @@ from kvsim.compression.reduction.base import Reduction
 from kvsim.compression.selection.base import TokenSelection
 from kvsim.compression.spelling import normalised
 from kvsim.compression.stacked import StackedEncoding
-from kvsim.compression.strategy import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS, Compression
+from kvsim.compression.strategy import CODINGS, ENCODINGS, PLANS, REDUCTIONS, SELECTIONS, Compression
 from kvsim.documents import validate
 from kvsim.errors import InvalidSpec, UnknownName
 
@@ -28,10 +28,12 @@ _SLOTS: Final = (
 """(field of Compression, what two of them are called, base class), in the order of a strategy's name."""
 _NEUTRAL: Final = ("keep_all", "full_width", "fixed_width")
 _PIECE: Final = re.compile(r"\s*([^\s:()]+)\s*(?::\s*([^:()]*?)\s*)?(?:\(([^()]*)\))?\s*")
+_PLAN: Final = re.compile(r"\s*(layer_plan|layer_encodings)\s*(?::\s*(\w+)\s*)?(?:\[(.*)\])?\s*")
 _COMBINATIONS: Final = (
     "snapkv+fp8", "snapkv+kivi-2", "pyramidkv+fp8", "quest+fp8", "streaming_llm+fp8",
     "kv_adaquant:2/4", "kvtc:16", "kvtc:32", "int4_per_token_head+huffman", "kivi-2+rans",
     "snapkv+think", "think+kivi-4", "minicache+int4_per_token_head", "cla-2+fp8",
+    "layer_plan:relative[snapkv:0.25;snapkv:0.75]", "layer_encodings:relative[turboquant_mse:3;turboquant_mse]",
 )  # fmt: skip
 
 STRATEGIES: Final[tuple[str, ...]] = (
@@ -107,6 +109,37 @@ def parse_part(name: str) -> StrategyPart:
 
 
 def _parse_part(piece: str, text: str) -> StrategyPart:
+    plan = _PLAN.fullmatch(piece)
+    return _parse_name(piece, text) if plan is None else _parse_plan(plan, text)
+
+
+def _parse_plan(match: re.Match[str], text: str) -> StrategyPart:
+    """Turn ``layer_plan[2*snapkv:0.25;h2o]``, or ``layer_plan:relative[...]``, into a part."""
+    name, depth, entries = match.groups()
+    part = next(one for one in PLANS if name in one.names)
+    if entries is None:
+        example = f"{name}[{'2*snapkv:0.25;snapkv:0.75' if name == 'layer_plan' else '2*fp8;kivi-2'}]"
+        msg = f"strategy {text!r}: a plan needs what each layer does, such as {example}, or a file of it (PLAN.yaml)"
+        raise InvalidSpec(msg)
+    layers: list[StrategyPart] = []
+    for entry in entries.split(";"):
+        count, starred, one = entry.rpartition("*")
+        if starred and not (count.strip().isdecimal() and int(count) > 0):
+            msg = (
+                f"strategy {text!r}: {entry.strip()!r}: what stands before '*' is a whole number of layers, as in 2*fp8"
+            )
+            raise InvalidSpec(msg)
+        layers += [_parse_name(one, text)] * int(count or 1)
+    return validate(part, {"layers": layers, **({"depth": depth} if depth else {})}, f"strategy {text!r}")
+
+
+def _parse_name(piece: str, text: str) -> StrategyPart:
+    if piece.strip().lower().endswith((".yaml", ".yml", ".json")):
+        msg = (
+            f"strategy {text!r}: a plan file is opened only where a command names it (--compression {piece.strip()}); "
+            "in a scenario write what it says, layer_plan[...]"
+        )
+        raise InvalidSpec(msg)
     match = _PIECE.fullmatch(piece)
     if match is None:
         raise UnknownName(kind="strategy", name=text, known=STRATEGIES)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from kvsim.compression.base import LayerView
 from kvsim.specs.model import LayerGroup, LayerKind
-from kvsim.tensors import KvTensors
+from kvsim.tensors import KvTensors, LayerKv
 
 if TYPE_CHECKING:
     from kvsim.compression.selection.base import TokenSelection
@@ -40,6 +40,11 @@ class Selector(ABC):
             The method needs queries or signals that the cache has not.
         """
 
+    def select_layers(self, kv: KvTensors, indices: Sequence[int]) -> tuple[LayerKv, ...]:
+        """Give what is left of some layers when all are selected from."""
+        layers = self.select(kv).layers
+        return tuple(layers[index] for index in indices)
+
 
 class KeepByLayer(Selector):
     """Asks a selection, layer by layer, which tokens stay."""
@@ -49,11 +54,15 @@ class KeepByLayer(Selector):
 
     def select(self, kv: KvTensors) -> KvTensors:
         """Take what stays."""
+        return replace(kv, layers=self.select_layers(kv, range(kv.num_layers)))
+
+    def select_layers(self, kv: KvTensors, indices: Sequence[int]) -> tuple[LayerKv, ...]:
+        """Ask for these layers only."""
         layers = []
-        for index, layer in enumerate(kv.layers):
-            indices = self.selection.keep(kv, layer_view(kv, index))
-            layers.append(layer if indices is None else layer.take(indices))
-        return replace(kv, layers=tuple(layers))
+        for index in indices:
+            kept, layer = self.selection.keep(kv, layer_view(kv, index)), kv.layers[index]
+            layers.append(layer if kept is None else layer.take(kept))
+        return tuple(layers)
 
 
 def layer_view(kv: KvTensors, index: int) -> LayerView:

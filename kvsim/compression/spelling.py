@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
+
 from kvsim.compression.base import StrategyPart
 
 
 def spell_part(part: StrategyPart) -> str:
     """Shortest spelling of one part: a published name, then ``:value``, then ``(field=value,…)`` for the rest."""
+    own = part.spelled()
+    if own is not None:
+        return own
     values = part.model_dump(mode="json", exclude={"kind"})
     fields = type(part).model_fields
     defaults = {field: fields[field].default for field in values}
@@ -31,6 +37,13 @@ def bare_name(part: StrategyPart) -> str:
             if all(given.get(field, value) == value for field, value in means.items()):
                 return name
     return next(iter(part.names))
+
+
+def spell_list(name: str, depth: str, entries: Sequence[str]) -> str:
+    """Spell a part that is a list over layers: ``name[2*snapkv;h2o]``, ``name:relative[...]`` in relative depth."""
+    runs = [(entry, len(list(run))) for entry, run in groupby(entries)]
+    text = ";".join(entry if count == 1 else f"{count}*{entry}" for entry, count in runs)
+    return f"{name}{'' if depth == 'exact' else f':{depth}'}[{text}]"
 
 
 def normalised(name: str) -> str:

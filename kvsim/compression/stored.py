@@ -35,10 +35,11 @@ def stored_bytes(
             layer = LayerView(index, model.num_layers, group)
             encoding = compression.encoding_for_layer(index, model, engine_skip_layers)
             if acts_on(group):
-                held = _held_tokens(compression.selection, layer, prompt_tokens, generated_tokens)
-                beside = compression.selection.held_bytes_per_token(layer)
+                selection = compression.selection.at_layer(layer)
+                held = _held_tokens(selection, layer, prompt_tokens, generated_tokens)
+                beside = selection.held_bytes_per_token(layer)
                 total_bytes += beside * sum(share * tokens for share, tokens in held)
-                total_bytes += _scan_bytes(compression.selection, layer, model, prompt_tokens, generated_tokens)
+                total_bytes += _scan_bytes(selection, layer, model, prompt_tokens, generated_tokens)
             else:
                 context_tokens = prompt_tokens + generated_tokens
                 tokens = min(context_tokens, group.window_tokens or context_tokens)

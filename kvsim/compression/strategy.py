@@ -26,6 +26,7 @@ from kvsim.compression.encoding.kivi import Kivi
 from kvsim.compression.encoding.kv_adaquant import KvAdaQuant
 from kvsim.compression.encoding.kvquant import KvQuant
 from kvsim.compression.encoding.kvtc import Kvtc
+from kvsim.compression.encoding.layer_encodings import LayerEncodings
 from kvsim.compression.encoding.lossless import Lossless
 from kvsim.compression.encoding.native import Native
 from kvsim.compression.encoding.per_token_head import PerTokenHead
@@ -62,6 +63,7 @@ from kvsim.compression.selection.knorm import Knorm
 from kvsim.compression.selection.kvzap import KVzap
 from kvsim.compression.selection.kvzip import KVzip
 from kvsim.compression.selection.lagkv import LagKv
+from kvsim.compression.selection.layer_plan import LayerPlan
 from kvsim.compression.selection.merging import Merging
 from kvsim.compression.selection.nsa import Nsa
 from kvsim.compression.selection.prefill_decoding import PrefillDecoding
@@ -73,6 +75,7 @@ from kvsim.compression.selection.rkv import RKV
 from kvsim.compression.selection.snapkv import SnapKV
 from kvsim.compression.selection.streaming_llm import StreamingLlm
 from kvsim.compression.selection.tova import Tova
+from kvsim.compression.selection.weighted_atoms import WeightedAtoms
 from kvsim.compression.spelling import spell_part
 from kvsim.compression.stacked import StackedEncoding
 from kvsim.specs.base import Spec
@@ -87,7 +90,7 @@ _MoreEviction = ChunkKV | LagKv | Cur | RandomEviction
 _HeadBudgets = AdaKV | DuoAttention
 _Foreseeing = KVzip | KVzap | Dms
 _Decoding = PrefillDecoding | RKV | InfoKV
-_Merging = Merging | Cam | D2O
+_Merging = Merging | Cam | D2O | WeightedAtoms
 _SparseReading = Quest | Nsa | Dsa
 _Selections = KeepAll | _Eviction | _MoreEviction | _HeadBudgets | _Foreseeing | _Decoding | _Merging | _SparseReading
 _Reductions = NoReduction | LowRank | EigenAttention | Xkv | Mla | ThinK | MiniCache | KvSharer | CrossLayerAttention
@@ -96,14 +99,32 @@ _AtRest = Lossless | CacheGen | Kvtc
 _Encodings = Native | Fp8 | PerTokenHead | Ggml | NvFp4 | MxFp4 | Kivi | KvAdaQuant | _Rotations | Rdkv | _AtRest
 _Codings = NoCoding | Huffman | Rans | Arithmetic | Deflate | Zstd
 
-AnySelection = Annotated[_Selections, Field(discriminator="kind")]
+_LayerSelection = Annotated[_Selections, Field(discriminator="kind")]
+_LayerEncoding = Annotated[_Encodings, Field(discriminator="kind")]
+
+
+class PlannedSelections(LayerPlan):
+    """A layer plan whose entries may be written as any selection is."""
+
+    layers: tuple[_LayerSelection, ...] = Field(min_length=1)
+
+
+class PlannedEncodings(LayerEncodings):
+    """A plan of encodings whose entries may be written as any encoding is."""
+
+    layers: tuple[_LayerEncoding, ...] = Field(min_length=1)
+
+
+AnySelection = Annotated[_Selections | PlannedSelections, Field(discriminator="kind")]
 AnyReduction = Annotated[_Reductions, Field(discriminator="kind")]
-AnyEncoding = Annotated[_Encodings, Field(discriminator="kind")]
+AnyEncoding = Annotated[_Encodings | PlannedEncodings, Field(discriminator="kind")]
 AnyCoding = Annotated[_Codings, Field(discriminator="kind")]
 SELECTIONS: Final[tuple[type[TokenSelection], ...]] = get_args(_Selections)
 REDUCTIONS: Final[tuple[type[Reduction], ...]] = get_args(_Reductions)
 ENCODINGS: Final[tuple[type[KvEncoding], ...]] = get_args(_Encodings)
 CODINGS: Final[tuple[type[Coding], ...]] = get_args(_Codings)
+PLANS: Final[tuple[type[LayerPlan | LayerEncodings], ...]] = (PlannedSelections, PlannedEncodings)
+"""Parts that are a list over layers; their entries are of the others."""
 
 
 class Compression(Spec):
@@ -222,20 +243,21 @@ class Compression(Spec):
         together = self.reduction.stored_with(layer)
         if set(together) & set(engine_skip_layers) or (is_sliding and "sliding_window" in engine_skip_layers):
             return Native()
-        if self.encoding.stores_prompt_once and layer.group.window_tokens is not None:
+        encoding, coding = self.encoding.at_layer(layer), self.coding
+        if encoding.stores_prompt_once and layer.group.window_tokens is not None:
             return Native()
-        is_boundary = not is_hybrid and any(self._is_boundary(index, layer.num_layers) for index in together)
-        encoding = Native() if is_boundary else self.encoding
-        coding = NoCoding() if encoding != self.encoding else self.coding
+        if not is_hybrid and any(_is_boundary(encoding, index, layer.num_layers) for index in together):
+            encoding, coding = Native(), NoCoding()
         return _stack(self.reduction.at_layer(layer), encoding, coding)
 
-    def _is_boundary(self, index: int, num_layers: int) -> bool:
-        """Whether the format keeps this first or last layer native.
 
-        vLLM's rule spares models that mix attention with linear or state-space layers (its ``is_hybrid``).
-        """
-        width = min(self.encoding.skips_boundary_layers, num_layers // 2)
-        return index < width or index >= num_layers - width
+def _is_boundary(encoding: KvEncoding, index: int, num_layers: int) -> bool:
+    """Whether the format keeps this first or last layer native.
+
+    vLLM's rule spares models that mix attention with linear or state-space layers (its ``is_hybrid``).
+    """
+    width = min(encoding.skips_boundary_layers, num_layers // 2)
+    return index < width or index >= num_layers - width
 
 
 def _stack(reduction: Reduction, encoding: KvEncoding, coding: Coding) -> KvEncoding:

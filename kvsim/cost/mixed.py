@@ -19,6 +19,7 @@ from kvsim.cost.step import NO_ATTENTION, StepModel, group_layers
 from kvsim.cost.tables import StepTables
 from kvsim.deployment import Deployment, LayerClass
 from kvsim.ops import OpCall
+from kvsim.specs.model import LayerKind
 from kvsim.units import seconds_to_ticks
 
 
@@ -97,9 +98,10 @@ def _layers(step: StepModel) -> Iterator[LayerAt]:
     for group in model.kv_groups:
         for index in group.layers:
             encoding = deployment.compression.encoding_for_layer(index, model, skipped)
-            found = next(c for c in floors if c.group is group and c.encoding == encoding)
-            floor = floors[found]
             view = LayerView(index, model.num_layers, group)
+            selection = deployment.compression.selection.at_layer(view) if group.kind is LayerKind.FULL else None
+            found = next(c for c in floors if c.group is group and c.encoding == encoding and c.selection == selection)
+            floor = floors[found]
             selecting = found.selection.decode_ops(view, model) if found.selection is not None else ()
             yield LayerAt(
                 layer_class=found,

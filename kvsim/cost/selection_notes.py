@@ -13,7 +13,8 @@ from kvsim.specs.prior import Prior
 
 def selection_notes(deployment: Deployment) -> list[str]:
     """Notes on each selection that serves requests here."""
-    selections = dict.fromkeys(one.compression.selection for one in deployment.variants)
+    classes = [layer_class for one in deployment.variants for layer_class in one.layer_classes]
+    selections = dict.fromkeys(one.selection for one in classes if one.selection is not None)
     return [note for selection in selections for note in _notes(selection, deployment.tensor_parallel_size)]
 
 

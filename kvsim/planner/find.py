@@ -8,48 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvsim.device_catalog import load_device
-from kvsim.errors import Cancelled, InfeasibleScenario, InvalidSpec, KvsimError
+from kvsim.errors import InfeasibleScenario, InvalidSpec
 from kvsim.planner.answer import DevicePlan, Plan, RefusalCount
-from kvsim.planner.feasible import Refusal, refusals, simulated_refusals, strategy_refusals
-from kvsim.planner.front import Standing, pareto, spread_out
-from kvsim.planner.playing import play
-from kvsim.planner.points import Described, device_plan, picks, plan_point
+from kvsim.planner.choose import Player, choose
+from kvsim.planner.feasible import Refusal, refusals, strategy_refusals
+from kvsim.planner.points import Described, device_plan, plan_point
 from kvsim.planner.quality import RISK_NOTE
 from kvsim.planner.request import PlanRequest
 from kvsim.planner.screen import Screened, Screener
-from kvsim.planner.search import DeviceSearch, search_device, standing
-from kvsim.planner.strategies import StrategySpace, named_space, strategy_space
-from kvsim.report import Report
+from kvsim.planner.search import DeviceSearch, search_device
+from kvsim.planner.strategies import StrategySpace, space_of
+from kvsim.planner.watch import Progress, Watch
 from kvsim.scenario import Scenario
 from kvsim.specs.price import Price
-
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the share of it that is done."""
-ROUNDS = 4
-"""Points that miss a limit when simulated are replaced by others; so many times the points asked for are simulated."""
-
-
-@dataclass
-class _Watch:
-    """Tells a caller how far the work is, and stops it where the caller wants."""
-
-    progress: Progress | None
-    cancelled: Callable[[], bool] | None
-    stage: str = ""
-    total: int = 1
-    done: int = 0
-
-    def begin(self, stage: str, total: int) -> None:
-        self.stage, self.total, self.done = stage, max(1, total), 0
-
-    def tick(self, count: int) -> None:
-        """Count work that is done; raise Cancelled where the caller wants no more."""
-        self.done += count
-        if self.cancelled is not None and self.cancelled():
-            msg = f"the plan was stopped while {self.stage}"
-            raise Cancelled(msg)
-        if self.progress is not None:
-            self.progress(self.stage, min(1.0, self.done / self.total))
 
 
 @dataclass
@@ -94,14 +65,15 @@ def plan(
     Cancelled
         The caller stopped it.
     """
-    watch = _Watch(progress, cancelled)
-    space = named_space(request.search.strategies) if request.search.strategies else strategy_space()
+    watch = Watch(progress, cancelled)
+    space = space_of(request.search)
     screener = Screener(_scenario(request), _prices(request), base_dir)
     searches = _search_all(request, screener, space, watch)
     pool = _feasible(request, searches, screener)
     if not pool.feasible:
         raise InfeasibleScenario(_nothing_feasible(request, pool))
-    described = _choose(request, screener, pool, base_dir, workers, watch)
+    watch.begin("simulating", request.simulate)
+    described = choose(request, screener, pool.feasible, Player(base_dir, workers, watch))
     return _answer(request, screener, searches, space, pool, described)
 
 
@@ -132,7 +104,7 @@ def _prices(request: PlanRequest) -> dict[str, Price]:
 
 
 def _search_all(
-    request: PlanRequest, screener: Screener, space: StrategySpace, watch: _Watch
+    request: PlanRequest, screener: Screener, space: StrategySpace, watch: Watch
 ) -> tuple[DeviceSearch, ...]:
     most = max(request.search.max_candidates, len(space.strategies))
     watch.begin("screening", most * len(request.devices))
@@ -178,80 +150,6 @@ def _nothing_feasible(request: PlanRequest, pool: _Pool) -> str:
             f"{device}: {count} candidates miss {limit!r}, such as: {pool.examples[device, limit]}"
             for limit, count in counts.most_common()
         ]
-    return "\n".join(lines)
-
-
-def front(points: Sequence[Screened]) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """Pareto set by the closed form: (first of equal points, the others), equal meaning one strategy and device too."""
-    standings = [standing(one) for one in points]
-    groups: dict[tuple[Standing, str], list[int]] = {}
-    for index in pareto(standings):
-        groups.setdefault((standings[index], points[index].candidate.device), []).append(index)
-    return tuple((members[0], tuple(members[1:])) for members in groups.values())
-
-
-def _choose(
-    request: PlanRequest,
-    screener: Screener,
-    pool: _Pool,
-    base_dir: Path | None,
-    workers: int,
-    watch: _Watch,
-) -> Described:
-    """Simulate points of the Pareto set, replacing those that miss a limit, until there are enough or none is left."""
-    left, missed = list(pool.feasible), []
-    reports: dict[int, Report] = {}
-    budget = ROUNDS * request.simulate
-    watch.begin("simulating", request.simulate)
-    while True:
-        groups = front(left)
-        heads = [left[first] for first, _ in groups]
-        wanted = _wanted(request, heads, left)
-        todo = [one for one in wanted if id(one) not in reports][: max(0, budget)]
-        if not todo:
-            break
-        budget -= len(todo)
-        watch.total = max(watch.total, watch.done + len(todo))
-        results = play([screener.scenario(one.candidate) for one in todo], base_dir, workers, watch.tick)
-        failed = set()
-        for one, result in zip(todo, results, strict=True):
-            refusal = _simulated_refusal(result, request)
-            if refusal is not None:
-                missed.append((one, refusal))
-                failed.add(id(one))
-            elif isinstance(result, Report):
-                reports[id(one)] = result
-        if not failed:
-            break
-        left = [one for one in left if id(one) not in failed]
-        if not left:
-            raise InfeasibleScenario(_missed_in_simulation(missed))
-    others = {id(left[first]): tuple(left[index] for index in rest) for first, rest in groups}
-    return Described(left, heads, others, reports, missed)
-
-
-def _wanted(request: PlanRequest, heads: Sequence[Screened], left: Sequence[Screened]) -> list[Screened]:
-    """Points to simulate: each device's picks, and those of the Pareto set that differ most."""
-    if not request.simulate:
-        return []
-    found = {id(one): one for name in request.devices for one in picks(left, name) if one is not None}
-    chosen = spread_out([standing(one) for one in heads], request.simulate)
-    found |= {id(heads[index]): heads[index] for index in chosen}
-    return list(found.values())
-
-
-def _simulated_refusal(result: Report | KvsimError, request: PlanRequest) -> Refusal | None:
-    if isinstance(result, KvsimError):
-        return Refusal("cannot run", str(result))
-    return next(simulated_refusals(result, request), None)
-
-
-def _missed_in_simulation(missed: Sequence[tuple[Screened, Refusal]]) -> str:
-    counts = Counter(refusal.limit for _, refusal in missed)
-    lines = ["every candidate that holds the limits by the closed form misses one when it is simulated"]
-    for limit, count in counts.most_common():
-        example = next(refusal.reason for _, refusal in missed if refusal.limit == limit)
-        lines.append(f"{count} miss {limit!r}, such as: {example}")
     return "\n".join(lines)
 
 

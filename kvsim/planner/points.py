@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from kvsim.compression import Compression, parse_compression
@@ -23,6 +24,7 @@ from kvsim.planner.search import DeviceSearch, rounded, standing
 from kvsim.planner.settings import AXES
 from kvsim.planner.strategies import BASELINES
 from kvsim.report import Report
+from kvsim.specs.engine_options import OWNERS
 
 PROBES: Final[Mapping[str, tuple[str, ...]]] = {
     "vllm": ("fp8", "int4_per_token_head"),
@@ -31,6 +33,10 @@ PROBES: Final[Mapping[str, tuple[str, ...]]] = {
     "llamacpp": ("q8_0", "q4_0"),
 }
 """An 8-bit and a 4-bit format of the engine, to tell devices apart by."""
+
+
+Doubts = Callable[[Screened], bool]
+"""Whether a point that was not simulated probably misses a target."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,17 @@ class Described:
     """Simulations, by the candidate's id."""
     missed: list[tuple[Screened, Refusal]]
 
+    @cached_property
+    def is_doubtful(self) -> Doubts:
+        """Who probably misses a target."""
+        return doubts(self.missed, self.reports)
+
     def final(self) -> list[Screened]:
         """The plan's points: of those simulated the ones that no other dominates there, then the unsimulated."""
         played = [one for one in self.heads if id(one) in self.reports]
         kept = [played[index] for index in pareto([simulated_standing(one, self.reports[id(one)]) for one in played])]
-        return [*sorted(kept, key=cheapness), *(one for one in self.heads if id(one) not in self.reports)]
+        kept.sort(key=lambda one: (one.usd_per_million is None, cheapness(one)))
+        return [*kept, *(one for one in self.heads if id(one) not in self.reports)]
 
 
 def simulated_standing(one: Screened, report: Report) -> Standing:
@@ -97,6 +109,7 @@ def plan_point(
     marks += ["price unknown"] if one.usd_per_million is None else []
     marks += ["energy unknown"] if one.joules_per_token is None else []
     marks += ["not simulated"] if report is None else []
+    marks += ["like points missed a target"] if described.is_doubtful(one) else []
     return PlanPoint(
         name=name or f"{candidate.device} alone",
         in_set=name is not None,
@@ -122,7 +135,8 @@ def plan_point(
 
 
 def _settings(candidate: Candidate) -> dict[str, float | int | bool]:
-    return {name: getattr(candidate.engine, name) for name in AXES}
+    engine = candidate.engine
+    return {name: getattr(engine, name) for name in AXES if engine.kind in OWNERS.get(name, (engine.kind,))}
 
 
 def _spoken(candidate: Candidate) -> str:
@@ -182,7 +196,7 @@ def device_plan(
         most = max(refused, key=lambda one: one.count, default=None)
         why = f"nothing holds every limit; most miss {most.limit!r}: {most.example}" if most else "nothing can run"
         return DevicePlan(why=why, **common)
-    today, cheapest = picks(mine, search.name)
+    today, cheapest = picks(mine, search.name, described.is_doubtful)
     named = {id(one): point for one, point in zip(chosen, points, strict=True)}
 
     def described_pick(one: Screened) -> PlanPoint:
@@ -200,9 +214,35 @@ def device_plan(
     )
 
 
-def picks(points: Sequence[Screened], device: str) -> tuple[Screened | None, Screened | None]:
+def doubts(missed: Iterable[tuple[Screened, Refusal]], reports: Mapping[int, Report]) -> Doubts:
+    """Who probably misses a target: not simulated, and a like point that should be faster missed it.
+
+    Like points have one device, layout and engine. Doubt decides what is simulated and picked, and no point's standing.
+    """
+    fastest: dict[tuple[object, ...], float] = {}
+    for one, refusal in missed:
+        key, mean = (*one.candidate._replace(strategy=Compression()), refusal.limit), _mean(one, refusal.limit)
+        fastest[key] = min(mean, fastest.get(key, mean))
+
+    def is_doubtful(one: Screened) -> bool:
+        like = one.candidate._replace(strategy=Compression())
+        return id(one) not in reports and any(
+            _mean(one, limit) >= fastest.get((*like, limit), float("inf")) for limit in _TARGETS
+        )
+
+    return is_doubtful
+
+
+_TARGETS: Final = {"TTFT target": "ttft_s", "TPOT target": "tpot_s", "E2EL target": "e2el_s"}
+
+
+def _mean(one: Screened, limit: str) -> float:
+    return getattr(one, _TARGETS[limit], None) or 0.0 if limit in _TARGETS else 0.0
+
+
+def picks(points: Sequence[Screened], device: str, doubtful: Doubts) -> tuple[Screened | None, Screened | None]:
     """(cheapest that its engine ships for the device's vendor, cheapest of all) of one device's points."""
-    mine = [one for one in points if one.candidate.device == device]
+    mine = [one for one in points if one.candidate.device == device and not doubtful(one)]
     vendor = load_device(device).spec.vendor
     shipped = [one for one in mine if shipped_by(one.candidate, vendor)]
     return min(shipped, key=cheapness, default=None), min(mine, key=cheapness, default=None)

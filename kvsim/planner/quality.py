@@ -18,6 +18,10 @@ RISK_NOTE: Final = (
 )
 
 
+NATIVE_BITS: Final = 16
+"""What the small model stores of each number without compression."""
+
+
 class Retained(Spec):
     """The least share of the uncompressed cache's score that is published of a strategy in one class of tasks."""
 
@@ -86,15 +90,20 @@ def _share(note: QualityNote) -> float | None:
 def risk(compression: Compression) -> Risk | None:
     """What the small model measured of exactly this strategy over all its tasks and trainings, or None.
 
-    None too where the strategy left that model as it is: vLLM's TurboQuant spares two layers at either end, which are
-    all that it has.
+    None too where a format saved nothing on that model, so that what it lost there says nothing: vLLM's TurboQuant
+    spares two layers at either end, which are all that it has, and xKV's bases are larger than its caches.
     """
     row = _rows().get(without_coding(compression))
-    if row is None or (row.kl_nats == 0 and not gives_same_numbers(compression)):
+    if row is None or (_saved_nothing(row, compression) and not gives_same_numbers(compression)):
         return None
     return Risk(
         kl_nats=row.kl_nats, kl_low=row.kl_low, kl_high=row.kl_high, score_loss=row.loss, measured_as=row.strategy
     )
+
+
+def _saved_nothing(row: ResultRow, compression: Compression) -> bool:
+    """Whether a strategy that keeps and reads every token stored no fewer bits than the small model's 16."""
+    return row.bits_per_element >= NATIVE_BITS and compression.selection.family == "baseline"
 
 
 @cache

@@ -70,6 +70,8 @@ class Search(Spec):
 
     strategies: Names | None = None
     """Names of strategies; None builds them from all parts that kvsim has: each alone, and pairs of two parts."""
+    also: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = ()
+    """Names of further strategies beside those; one that only selects tokens is also tried with every encoding."""
     tensor_parallel_size: Counts | None = None
     replicas: Counts | None = None
     max_devices: Count | None = None
@@ -86,7 +88,7 @@ class Search(Spec):
 
     @model_validator(mode="after")
     def _known_strategies(self) -> Self:
-        for name in self.strategies or ():
+        for name in (*(self.strategies or ()), *self.also):
             parse_compression(name)
         return self
 

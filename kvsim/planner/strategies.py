@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from typing import Final
 
 from kvsim.compression import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS, STRATEGIES, Compression, parse_compression
@@ -14,6 +13,7 @@ from kvsim.compression.base import StrategyPart
 from kvsim.compression.parse import parse_part
 from kvsim.compression.rules import Parts, conflicts
 from kvsim.errors import InvalidSpec, NotRunnable
+from kvsim.planner.request import Search
 
 SIZES: Final = ("0.25", "0.5", "0.75", "0.9", "512", "1024", "2048", "4096")
 """What is tried behind a selection's name, as a share removed or a budget in tokens; what it refuses is left out."""
@@ -50,9 +50,23 @@ def strategy_space() -> StrategySpace:
     return StrategySpace(kept, tuple(refused.most_common()))
 
 
-def named_space(names: Iterable[str]) -> StrategySpace:
-    """The strategies that a person names, as they are."""
-    return StrategySpace(tuple(dict.fromkeys(map(parse_compression, names))), ())
+def space_of(search: Search) -> StrategySpace:
+    """Strategies that a request asks for: those it names, or all that the parts make, and its further ones."""
+    space = strategy_space()
+    if search.strategies:
+        space = StrategySpace(tuple(map(parse_compression, search.strategies)), ())
+    refused = Counter(dict(space.refused))
+    further = _further(map(parse_compression, search.also), refused)
+    strategies = tuple(dict.fromkeys((*space.strategies, *further)))
+    return StrategySpace(strategies, tuple(refused.most_common()))
+
+
+def _further(named: Iterable[Compression], refused: Counter[str]) -> Iterator[Compression]:
+    for one in named:
+        yield one
+        if one.active_parts == (one.selection,):
+            pairs = _with_each(one.selection, "selection", "encoding", parts("encoding"), refused)
+            yield from (pair for pair in pairs if _can_serve(pair, refused))
 
 
 @cache
@@ -86,15 +100,23 @@ def _singles() -> Iterator[Compression]:
 
 
 def _pairs(refused: Counter[str]) -> Iterator[Compression]:
-    plain = Compression()
     for first, second in PAIRS:
-        for one, other in product(parts(first, PAIRED_SIZES), parts(second, PAIRED_SIZES)):
-            chosen = {slot: getattr(plain, slot) for slot in SLOTS} | {first: one, second: other}
-            reason = next(conflicts(Parts(**chosen)), None)
-            if reason is None:
-                yield Compression(**chosen)
-            else:
-                refused[reason] += 1
+        for one in parts(first, PAIRED_SIZES):
+            yield from _with_each(one, first, second, parts(second, PAIRED_SIZES), refused)
+
+
+def _with_each(
+    one: StrategyPart, first: str, second: str, others: Iterable[StrategyPart], refused: Counter[str]
+) -> Iterator[Compression]:
+    """One part with each of others, where rules let them be a strategy."""
+    plain = Compression()
+    for other in others:
+        chosen = {slot: getattr(plain, slot) for slot in SLOTS} | {first: one, second: other}
+        reason = next(conflicts(Parts(**chosen)), None)
+        if reason is None:
+            yield Compression(**chosen)
+        else:
+            refused[reason] += 1
 
 
 def _can_serve(compression: Compression, refused: Counter[str]) -> bool:

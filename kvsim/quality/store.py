@@ -82,14 +82,16 @@ def store_cache(strategy: FittedStrategy, kv: KvTensors) -> StoredCache:
     Where heads hold different numbers of tokens, they are filled up and coded; what fills them up is not counted.
     """
     kept = strategy.selector.select(kv)
-    residual = strategy.compression.encoding.residual_tokens
-    tokens = [max(0, layer.num_tokens - residual) for layer in kept.layers]
+    encoding = strategy.compression.encoding
+    residual = [encoding.at_layer(layer_view(kept, index)).residual_tokens for index in range(kept.num_layers)]
+    tokens = [max(0, layer.num_tokens - newest) for layer, newest in zip(kept.layers, residual, strict=True)]
     old = _cut(kept, [slice(0, count) for count in tokens])
     read_back, bits = _encode(strategy, old)
-    selection, sources = strategy.compression.selection, strategy.reduction.sources(kv.num_layers)
+    sources = strategy.reduction.sources(kv.num_layers)
+    selections = [strategy.compression.selection.at_layer(layer_view(kept, index)) for index in range(kv.num_layers)]
     layers, masks = [], []
     for index, (layer, coded, count) in enumerate(zip(kept.layers, read_back.layers, tokens, strict=True)):
-        is_held = np.ones(layer.keys.shape[:2], dtype=bool) if selection.masks else layer.is_seen
+        is_held = np.ones(layer.keys.shape[:2], dtype=bool) if selections[index].masks else layer.is_seen
         if not is_held.all():
             bits[index] = _of_held(bits[index], is_held[:, :count], _fixed_bits(strategy, kv, index))
         if sources[index] == index:
@@ -103,8 +105,8 @@ def store_cache(strategy: FittedStrategy, kv: KvTensors) -> StoredCache:
         is_evicted = np.pad(~coded.is_seen, ((0, 0), (0, layer.num_tokens - count)))
         layers.append(restored.hidden_where(is_evicted) if is_evicted.any() else restored)
         # What chooses among kept tokens was made from keys as they came, before they were stored.
-        bits[index] += selection.index_bits(layer, layer_view(kept, index), kv.native_bits)
-        masks.append(selection.read_mask(layer, layer_view(kept, index)))
+        bits[index] += selections[index].index_bits(layer, layer_view(kept, index), kv.native_bits)
+        masks.append(selections[index].read_mask(layer, layer_view(kept, index)))
     return StoredCache(replace(kept, layers=tuple(layers)), tuple(masks), tuple(bits))
 
 
@@ -148,7 +150,7 @@ def is_exempt(compression: Compression, layer: LayerView) -> bool:
     """Whether the format keeps this layer native."""
     given = compression.encoding_at(layer)
     inner = given.encoding if isinstance(given, StackedEncoding) else given
-    return not compression.encoding.is_native and inner.is_native
+    return not compression.encoding.at_layer(layer).is_native and inner.is_native
 
 
 def _of_held(bits: float, is_held: BoolArray, fixed_bits: float) -> float:

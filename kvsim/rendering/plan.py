@@ -70,7 +70,7 @@ def cells(point: PlanPoint) -> tuple[str, ...]:
         point.strategy,
         f"{point.settings['max_num_seqs']}",
         f"{point.settings['max_num_batched_tokens']}",
-        "-" if point.scenario.engine.kind != "vllm" else f"{share:g}",
+        "-" if share is None else f"{share:g}",
         format_number(told.output_throughput),
         format_seconds(told.mean_ttft_s),
         "-" if played is None else format_seconds(played.p99_ttft_s),
@@ -109,7 +109,10 @@ def device_lines(device: DevicePlan) -> Iterator[str]:
 
 def _pick_lines(name: str, point: PlanPoint) -> Iterator[str]:
     place = f"in the set as {point.name}" if point.in_set else "others dominate it"
-    yield f"{name}: {point.strategy} on {point.tensor_parallel_size} x {point.replicas} devices ({place})"
+    played = "not simulated"
+    if point.simulated is not None:
+        played = f"p99 TTFT {format_seconds(point.simulated.p99_ttft_s)}"
+    yield f"{name}: {point.strategy} on {point.tensor_parallel_size} x {point.replicas} devices, {played} ({place})"
     for compared in point.compared:
         if compared.baseline != point.strategy:
             yield f"  against {compared.baseline}: {compared.decides}"

@@ -282,6 +282,31 @@ def test_the_command_captures_and_runs(folder: Path, tmp_path: Path) -> None:
     assert "hidden" in result.output
 
 
+def test_a_layer_plan_is_made_by_what_the_model_says_next(folder: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from kvsim.cli import build_app
+    from kvsim.compression.plan_file import load_plan
+
+    other = tmp_path / "other.txt"
+    other.write_text("Pack my box with five dozen liquor jugs. " * 3, encoding="utf-8")
+    out = tmp_path / "plan.yaml"
+    source = ["--model", str(folder), "--text", str(folder / "text.txt"), "--test", str(other), "--tokens", "64"]
+    flags = ["--queries", "4", "--prompt-queries", "64", "-c", "h2o,streaming_llm", "--keep", "0.5", "-o", str(out)]
+    result = CliRunner().invoke(build_app(), ["quality", "plan", *source, *flags, "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert "final-logit KL" in document["source"]
+    assert document["held_out_harm"] > 0
+    assert len(document["layers"]) == 3
+    assert parse_compression(document["strategy"]) == parse_compression(load_plan(out).strategy)
+    ran = CliRunner().invoke(
+        build_app(), ["quality", "run", *source[:4], *source[6:], *flags[:4], "-s", str(out), "--json"]
+    )
+    (row,) = json.loads(ran.stdout)["strategies"]
+    assert row["model"]["mean_kl_nats"] == pytest.approx(document["calibration_harm"], rel=1e-6)
+
+
 def test_wrong_input_of_the_command_is_named(folder: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 

@@ -9,7 +9,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SIMULATED = {"adaptive-bursts.yaml"}
 """What no closed form answers."""
 SCENARIOS = sorted(
-    {path.name for path in EXAMPLES.glob("*.yaml") if not path.name.startswith(("sweep", "plan"))} - SIMULATED
+    {path.name for path in EXAMPLES.glob("*.yaml") if not path.name.startswith(("sweep", "plan", "layer-plan"))}
+    - SIMULATED
 )
 
 
@@ -55,3 +56,20 @@ def test_the_advice_for_an_adaptive_estimate_works(invoke):
     settings = ("adaptive.policy={kind: static, level: 0}", "adaptive.requantize=null")
     assert all(f"{setting}" in refused.stderr for setting in settings)
     assert invoke("estimate", path, *(word for setting in settings for word in ("--set", setting))).exit_code == 0
+
+
+def test_the_example_plan_runs_on_any_model(invoke):
+    plan = EXAMPLES / "layer-plan.yaml"
+    for scenario in ("chat-h100.yaml", "reasoning-fp8-slo.yaml"):
+        result = invoke("estimate", EXAMPLES / scenario, "--compression", plan, "--json")
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["strategy"].startswith("layer_plan:relative[")
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("plan-*.yaml")))
+def test_plan_examples_have_an_answer_for_every_device(invoke, name):
+    few = ("-s", "native,fp8,q8_0", "--simulate", "0", "--max-devices", "1", "--num-prompts", "120", "--json")
+    result = invoke("plan", EXAMPLES / name, *few)
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert all(device["runs_today"] is not None for device in answer["devices"])

@@ -23,7 +23,7 @@ from kvsim.compression.encoding.native import Native
 from kvsim.compression.selection.base import acts_on
 from kvsim.ops import Component, OpCall
 from kvsim.specs.device import DeviceSpec
-from kvsim.specs.model import LayerKind, ModelSpec
+from kvsim.specs.model import LayerGroup, LayerKind, ModelSpec
 
 NATIVE = Compression()
 PAIRS = tuple(
@@ -61,10 +61,16 @@ def _acted_layers(model: ModelSpec) -> list[LayerView]:
     ]  # fmt: skip
 
 
+def _stored(compression: Compression, model: ModelSpec, group: LayerGroup) -> tuple[KvEncoding, ...]:
+    """What the group's layers store, each encoding once."""
+    return tuple(dict.fromkeys(compression.encoding_for_layer(index, model) for index in group.layers))
+
+
 def _ops(compression: Compression, model: ModelSpec) -> list[OpCall]:
     calls: list[OpCall] = []
     for group in model.groups:
-        calls += [*compression.stored.append_ops(group, model), *compression.stored.decode_ops(group, model)]
+        for encoding in _stored(compression, model, group):
+            calls += [*encoding.append_ops(group, model), *encoding.decode_ops(group, model)]
     for layer in _acted_layers(model):
         calls += compression.selection.decode_ops(layer, model)
         for prompt in PROMPTS[1:]:
@@ -117,7 +123,9 @@ def test_never_more_than_native_and_declared_metadata(runs: Runs) -> None:
             context = prompt + generated
             metadata = 0.0
             for group in model.kv_groups:
-                scan = compression.selection.scan_bytes_per_token(group, 2.0) if acts_on(group) else 0.0
+                layers = [LayerView(index, model.num_layers, group) for index in group.layers]
+                scan = max(compression.selection.at_layer(layer).scan_bytes_per_token(group, 2.0) for layer in layers)
+                scan = scan if acts_on(group) else 0.0
                 scan += compression.selection.trained_group(group).index_key_bytes - group.index_key_bytes
                 encoded = compression.stored.bytes_per_token(group, model.dtype).metadata_bytes
                 fixed = compression.stored.fixed_bytes_per_sequence(group, model.dtype)
@@ -151,12 +159,13 @@ def test_layers_that_store_nothing_get_no_bytes_and_no_append_work(runs: Runs) -
     compression = runs.compression
     for model in runs.models:
         for group in model.groups:
-            if group.kv_elements_per_token == 0:
-                assert compression.stored.bytes_per_token(group, model.dtype).total_bytes == 0.0
-                assert tuple(compression.stored.append_ops(group, model)) == ()
-            if group.kind is LayerKind.LINEAR:
-                assert tuple(compression.stored.decode_ops(group, model)) == ()
-                assert compression.stored.attention_flops_per_token(group, model) == 0.0
+            for encoding in _stored(compression, model, group):
+                if group.kv_elements_per_token == 0:
+                    assert encoding.bytes_per_token(group, model.dtype).total_bytes == 0.0
+                    assert tuple(encoding.append_ops(group, model)) == ()
+                if group.kind is LayerKind.LINEAR:
+                    assert tuple(encoding.decode_ops(group, model)) == ()
+                    assert encoding.attention_flops_per_token(group, model) == 0.0
 
 
 def test_every_member_of_the_registry_is_named() -> None:

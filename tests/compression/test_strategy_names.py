@@ -71,7 +71,7 @@ def test_malformed_names_are_unknown(written: str) -> None:
         ("snapkv:1.5", "less than 1"), ("snapkv:-0.1", "greater than or equal"), ("snapkv:nan", "compression_ratio"),
         ("snapkv:32", "smaller than window_size"), ("snapkv(foo=1)", "foo: unknown key"),
         ("snapkv(window_size)", "field=value"), ("quest:1000", "use 992 or 1008"),
-        ("streaming_llm:0.5", "whole number"), ("streaming_llm:4", "leaves no window"),
+        ("streaming_llm:half", "whole number"), ("streaming_llm:4", "leaves no window"),
         ("streaming_llm:64(num_sink_tokens=2)", "window_length by name"),
         ("snapkv(compression_ratio=0.5,budget_tokens=99)", "exactly one"), ("kivi-2(bits=3)", "bits"),
         ("kivi-2(residual_length=100)", "multiple of group_size"), ("kv_adaquant:4", "such as kv_adaquant:4/2"),

@@ -18,9 +18,10 @@ from kvsim.adaptive import Adaptive, AdaptiveLevel
 from kvsim.batch import SweepSpec
 from kvsim.cli import build_app
 from kvsim.cli.compare import parse_strategies
-from kvsim.compression import ENCODINGS, REDUCTIONS, SELECTIONS, STRATEGIES, parse_compression
+from kvsim.compression import ENCODINGS, PLANS, REDUCTIONS, SELECTIONS, STRATEGIES, parse_compression
 from kvsim.documents import parse_yaml, validate
 from kvsim.metrics import METRICS
+from kvsim.planner import Budget, PlanRequest, Search
 from kvsim.rendering import comparison_markdown
 from kvsim.scenario import Scenario, Slo
 from kvsim.scenario_file import load_scenario
@@ -149,7 +150,8 @@ def test_second_command_runs_the_tests():
 
 
 @pytest.mark.parametrize(
-    "command", ["simulate", "estimate", "compare", "sweep", "explain", "calibrate", "validate", "dashboard", "list"]
+    "command",
+    ["simulate", "estimate", "compare", "sweep", "explain", "calibrate", "validate", "plan", "dashboard", "list"],
 )
 def test_every_flag_is_documented(command):
     text = text_of("docs/cli.md")
@@ -211,7 +213,10 @@ SECTIONS = [
     ("docs/scenarios.md", "Pool", PoolSpec),
     ("docs/scenarios.md", "Price", Price),
     ("docs/scenarios.md", "Sweep files", SweepSpec),
-    *(("docs/scenarios.md", kind_of(part), part) for part in (*SELECTIONS, *REDUCTIONS, *ENCODINGS)),
+    ("docs/plan.md", "Request", PlanRequest),
+    ("docs/plan.md", "Budget", Budget),
+    ("docs/plan.md", "Search", Search),
+    *(("docs/scenarios.md", kind_of(part), part) for part in (*SELECTIONS, *REDUCTIONS, *ENCODINGS, *PLANS)),
     *(("docs/serving-tiers.md", kind_of(part), part) for part in (HostTier, NvmeTier, RemoteTier, RecomputeTier)),
     ("docs/workloads.md", "Traces", workload.TraceWorkload),
     ("docs/workloads.md", "Columns", workload.TraceColumns),

@@ -5,18 +5,20 @@ from __future__ import annotations
 import pytest
 
 from kvsim.compression import SELECTIONS, parse_compression
+from kvsim.compression.rules import conflict
 from kvsim.errors import Cancelled, InfeasibleScenario, InvalidSpec, KvsimError, UnknownName
 from kvsim.planner import PlanRequest, plan
+from kvsim.planner.choose import front
 from kvsim.planner.crossovers import winning_ranges
 from kvsim.planner.feasible import refusals, strategy_refusals
-from kvsim.planner.find import _scenario, front
+from kvsim.planner.find import _scenario
 from kvsim.planner.front import dominates
 from kvsim.planner.quality import retained, risk
 from kvsim.planner.reasons import compare_with, step_parts
 from kvsim.planner.screen import Candidate, Screener
 from kvsim.planner.search import search_device, standing
 from kvsim.planner.settings import Layout
-from kvsim.planner.strategies import PAIRED_SIZES, named_space, parts, strategy_space
+from kvsim.planner.strategies import PAIRED_SIZES, parts, space_of, strategy_space
 from kvsim.quality.published import published_quality
 from kvsim.simulate import estimate, simulate
 from kvsim.specs.engine import EngineSpec
@@ -26,7 +28,7 @@ DEVICES = ("h100-sxm", "mi300x", "tpu-v6e", "apple-m4-max", "snapdragon-8-gen-3"
 
 def screen_all(request, device="h100-sxm"):
     screener = Screener(_scenario(request))
-    space = named_space(request.search.strategies) if request.search.strategies else strategy_space()
+    space = space_of(request.search)
     scenario = _scenario(request).model_copy(update={"device": device})
     return screener, search_device(request, device, scenario, screener, space, lambda count: None)
 
@@ -165,6 +167,18 @@ def test_every_selection_that_can_serve_is_tried_alone_and_with_fp8():
     paired = {one.selection for one in tried if one.encoding == fp8}
     trained = {one.selection for one in tried}
     assert {part for part in parts("selection", PAIRED_SIZES) if part in trained} <= paired
+
+
+def test_further_strategies_stand_beside_the_others_and_with_every_encoding(make_request):
+    search = make_request(search={"also": ["snapkv:0.123", "knorm:0.5+fp8"]}).search
+    space = space_of(search).strategies
+    assert space[: len(search.strategies)] == tuple(map(parse_compression, search.strategies))
+    assert {parse_compression("snapkv:0.123"), parse_compression("knorm:0.5+fp8")} <= set(space)
+    alone = parse_compression("snapkv:0.123")
+    encodings = {one.encoding for one in space if one.selection == alone.selection}
+    for part in parts("encoding"):
+        refused = conflict(alone.selection, alone.reduction, part, alone.coding) or part.is_storage_only
+        assert refused or part in encodings
 
 
 def test_pairs_that_are_no_strategy_are_counted_with_their_reason():

@@ -12,8 +12,9 @@ from kvsim.errors import KvsimError
 from kvsim.explain import explain_deployment
 from kvsim.prepare import prepare
 from kvsim.simulate import explain
+from kvsim.specs.base import Basis
 
-STRATEGIES = ("native", "fp8", "kivi-2", "turboquant_4bit_nc", "snapkv", "quest", "palu")
+STRATEGIES = ("native", "fp8", "kivi-2", "turboquant_4bit_nc", "snapkv", "quest", "palu", "tova")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -55,6 +56,14 @@ def test_uncaptured_steps_add_up_too():
     step = price_edges(prepared.deployment, [Edge.CENTRAL]).mine[Edge.CENTRAL]
     decode = sum(term.value for term in terms if term.phase == "decode")
     assert decode == pytest.approx(total_seconds(decode_split(step, 3, 700, 50)), rel=1e-9)
+
+
+def test_scores_of_each_step_are_no_fitted_kernel_s():
+    prepared = prepare(scenario("llama-3.1-8b", "h100-sxm", compression="tova"))
+    terms = explain_deployment(prepared.deployment, prepared.plan, 1500, 200, 8).terms
+    (scores,) = (term for term in terms if term.name == "unpacking KV, scoring tokens")
+    assert scores.value > 0
+    assert scores.basis is Basis.LITERATURE
 
 
 def test_explain_uses_the_engines_own_memory_prior():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import ceil
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from kvsim.compression.base import KvBytes
 from kvsim.compression.codec import Codec, LayerCodec, StoredLayer, Symbols
@@ -80,6 +80,8 @@ class TurboQuantPaper(PerHeadEncoding):
     algorithm: Literal["mse", "prod"]
     bits: Annotated[float, Field(ge=1, le=8, multiple_of=0.125)]
     """Per element, on average over channels."""
+    value_bits: Annotated[float, Field(ge=1, le=8, multiple_of=0.125)] | None = None
+    """Of values, where they have others than keys; ours."""
     rotation: Literal["dense", "hadamard"] = "dense"
     """dense: any rotation, D² multiplications. hadamard: with random signs, D·log2 D additions, powers of two."""
     codebook: Literal["beta", "gaussian"] = "beta"
@@ -98,38 +100,52 @@ class TurboQuantPaper(PerHeadEncoding):
     def inline_text(self) -> str | None:
         return f"{self.bits:g}"
 
-    def split(self, dim: int) -> tuple[Instance, ...]:
+    @model_serializer(mode="wrap")
+    def _without_value_bits(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A scenario that was written before values could have other bits keeps its fingerprint.
+        data: dict[str, Any] = handler(self)
+        if self.value_bits is None:
+            data.pop("value_bits")
+        return data
+
+    def split(self, dim: int, tensor: TensorName = "key") -> tuple[Instance, ...]:
         """Parts that a vector is split into: the outlier channels first, or one part of all channels."""
-        low = int(self.bits)
-        outliers = round((self.bits - low) * dim)
+        bits = self.bits if tensor == "key" or self.value_bits is None else self.value_bits
+        low = int(bits)
+        outliers = round((bits - low) * dim)
         parts = (Instance(outliers, low + 1), Instance(dim - outliers, low))
         return tuple(part for part in parts if part.channels)
 
-    def _vector_bytes(self, dim: int, *, norms: int) -> KvBytes:
-        parts = self.split(dim)
+    def _splits(self, group: LayerGroup) -> tuple[tuple[Instance, ...], ...]:
+        """Parts of a key vector and of a value vector, where a layer has them."""
+        widths: tuple[tuple[int, TensorName], ...] = ((group.k_head_dim, "key"), (group.v_head_dim, "value"))
+        return tuple(self.split(dim, tensor) for dim, tensor in widths)
+
+    def _vector_bytes(self, dim: int, tensor: TensorName, *, norms: int) -> KvBytes:
+        parts = self.split(dim, tensor)
         payload = sum(ceil(part.channels * part.bits / 8) for part in parts)
         return KvBytes(float(payload), norms * _NORM_BYTES * len(parts))
 
     def key_vector_bytes(self, head_dim: int) -> KvBytes:
         if self.algorithm == "mse":
-            return self._vector_bytes(head_dim, norms=1)
+            return self._vector_bytes(head_dim, "key", norms=1)
         # A part of one bit has no codes, and so no norm but its residual's.
-        whole = self._vector_bytes(head_dim, norms=2)
+        whole = self._vector_bytes(head_dim, "key", norms=2)
         saved = sum(_NORM_BYTES for part in self.split(head_dim) if part.bits == 1)
         return KvBytes(whole.payload_bytes, whole.metadata_bytes - saved)
 
     def value_vector_bytes(self, head_dim: int) -> KvBytes:
-        return self._vector_bytes(head_dim, norms=1)
+        return self._vector_bytes(head_dim, "value", norms=1)
 
     def fixed_bytes_per_sequence(self, group: LayerGroup, native: Dtype) -> float:
         if group.kv_elements_per_token == 0:
             return 0.0
-        split = (dim for dim in (group.k_head_dim, group.v_head_dim) if len(self.split(dim)) > 1)
+        split = (sum(part.channels for part in parts) for parts in self._splits(group) if len(parts) > 1)
         return group.num_kv_heads * sum(float(ceil(dim / 8)) for dim in split)
 
     @property
     def depends_on_prompt(self) -> bool:
-        return self.bits != int(self.bits)
+        return any(bits is not None and bits != int(bits) for bits in (self.bits, self.value_bits))
 
     @property
     def unpack_family(self) -> str | None:
@@ -140,7 +156,7 @@ class TurboQuantPaper(PerHeadEncoding):
         if not quantize:
             return ()
         heads, element_bytes = group.num_kv_heads, DTYPE_BITS[model.dtype] / 8
-        turned = [*self.split(group.k_head_dim), *self.split(group.v_head_dim)]
+        turned = [part for parts in self._splits(group) for part in parts]
         calls = [_call("rotate_kv", self._rotate(heads, part, element_bytes)) for part in turned]
         return (*calls, *self._sketches("sketch_residual", heads, group, element_bytes), *quantize)
 
@@ -148,7 +164,7 @@ class TurboQuantPaper(PerHeadEncoding):
         if group.num_kv_heads == 0:
             return ()
         heads, element_bytes = model.num_attention_heads, DTYPE_BITS[model.dtype] / 8
-        turned = [*self.split(group.k_head_dim), *self.split(group.v_head_dim)]
+        turned = [part for parts in self._splits(group) for part in parts]
         calls = [_call("rotate_query_and_output", self._rotate(heads, part, element_bytes)) for part in turned]
         return (*calls, *self._sketches("sketch_query", heads, group, element_bytes))
 
@@ -178,8 +194,8 @@ class TurboQuantPaper(PerHeadEncoding):
         refused = super().check(model, device)
         if refused:
             return refused
-        dims = {dim for group in model.kv_groups for dim in (group.k_head_dim, group.v_head_dim) if dim}
-        reasons = (self._refuses_width(part.channels) for dim in sorted(dims) for part in self.split(dim))
+        parts = {part.channels for group in model.kv_groups for split in self._splits(group) for part in split}
+        reasons = (self._refuses_width(channels) for channels in sorted(parts))
         return next((f"{reason} ({model.name})" for reason in reasons if reason), None)
 
     def _refuses_width(self, channels: int) -> str | None:
@@ -216,7 +232,7 @@ class _PaperCodec(LayerCodec):
 
     def _store(self, vectors: FloatArray, tensor: TensorName) -> _StoredTensor:
         heads, _, dim = vectors.shape
-        parts = self._encoding.split(dim)
+        parts = self._encoding.split(dim, tensor)
         order = _by_energy(vectors) if len(parts) > 1 else np.broadcast_to(np.arange(dim), (heads, dim))
         read_back = np.empty_like(vectors)
         stored = _StoredTensor(read_back, 0.0, 8.0 * heads * ceil(dim / 8) if len(parts) > 1 else 0.0, ())

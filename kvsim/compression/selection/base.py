@@ -26,6 +26,10 @@ class TokenSelection(StrategyPart):
     keep their window, latent layers keep everything.
     """
 
+    def at_layer(self, layer: LayerView) -> TokenSelection:
+        """Give what it does in one layer, where layers have selections of their own."""
+        return self
+
     @abstractmethod
     def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         """Tokens held in memory in this layer after prefill, over generated tokens: on average over its heads.
@@ -187,6 +191,14 @@ class TokenSelection(StrategyPart):
             It must be trained into the model.
         """
         return KeepByLayer(self)
+
+    def cut_selector(self, prompt_tokens: int) -> Selector:
+        """Give the algorithm of a cut in the middle of decode, for a sequence that began with so many tokens.
+
+        What it is given are the tokens held, with the newest queries as ``prompt_queries``. A selection that says
+        nothing of cuts does what it does to a prompt; raise as `selector`.
+        """
+        return self.selector()
 
     def read_mask(self, layer_kv: LayerKv, layer: LayerView) -> BoolArray | None:
         """Which kept tokens each of the layer's queries reads, (Hq, m, n); None reads all."""

@@ -8,7 +8,7 @@ pool then.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +23,7 @@ from kvsim.specs.base import DTYPE_BITS
 
 if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
-    from kvsim.tensors import KvTensors
+    from kvsim.tensors import KvTensors, LayerKv
 
 
 def first_cut(start_tokens: int, target_tokens: int, interval: int) -> int:
@@ -110,10 +110,6 @@ class CutsWhileDecoding(FullAttentionSelection):
         return queries * layer.group.k_head_dim * DTYPE_BITS[model.dtype] / 8
 
     def cut_selector(self, prompt_tokens: int) -> Selector:
-        """Give the algorithm of a cut in the middle of decode, for a sequence that began with so many tokens.
-
-        What it is given are the tokens held, with the newest queries as ``prompt_queries``.
-        """
         return CutToTarget(self.decode_scorer, self.decode_target(prompt_tokens))
 
 
@@ -125,14 +121,18 @@ class CutToTarget(Selector):
 
     def select(self, kv: KvTensors) -> KvTensors:
         """Take what stays."""
+        return replace(kv, layers=self.select_layers(kv, range(kv.num_layers)))
+
+    def select_layers(self, kv: KvTensors, indices: Sequence[int]) -> tuple[LayerKv, ...]:
+        """Ask for these layers only."""
         layers = []
-        for index, layer in enumerate(kv.layers):
-            if layer.num_tokens <= self.target_tokens:
-                layers.append(layer)
-                continue
-            scores = self.scorer.scores(kv, layer_view(kv, index))
-            layers.append(layer.take(best_tokens(scores, self.target_tokens)))
-        return replace(kv, layers=tuple(layers))
+        for index in indices:
+            layer = kv.layers[index]
+            if layer.num_tokens > self.target_tokens:
+                scores = self.scorer.scores(kv, layer_view(kv, index))
+                layer = layer.take(best_tokens(scores, self.target_tokens))
+            layers.append(layer)
+        return tuple(layers)
 
 
 class CutScoredSelection(CutsWhileDecoding, ScoredSelection):

@@ -181,6 +181,7 @@ def _reader(
     selection: TokenSelection, stored: Sequence[StoredCache], index: int, width: int
 ) -> Callable[[Tensor], Tensor] | None:
     """Let a selection that reads sparsely choose for the queries that really come."""
+    selection = selection.at_layer(layer_view(stored[0].kv, index))
     if type(selection).read_mask is TokenSelection.read_mask:
         return None
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from kvsim.compression.selection.base import TokenSelection
-from kvsim.compression.selection.cuts import CutsWhileDecoding
-from kvsim.compression.selector import Selector
+from kvsim.compression.selector import Selector, layer_view
 from kvsim.errors import NotRunnable
 from kvsim.quality.small_model.architecture import ForwardPass, SmallTransformer
 from kvsim.quality.small_model.caches import stack_layers
@@ -118,9 +117,10 @@ def decode_with(model: SmallTransformer, batch: TaskBatch, schedule: Schedule, s
         It must be trained, it learns from other sequences, it reads sparsely, or it wants signals that are not taken
         down while decoding.
     """
-    prompt_cut = selection.selector()
-    _refuse(selection, prompt_cut)
-    cut = selection.cut_selector(schedule.prompt_tokens) if isinstance(selection, CutsWhileDecoding) else prompt_cut
+    prompt_cut, cut = selection.selector(), selection.cut_selector(schedule.prompt_tokens)
+    nothing = _nothing(model)
+    for index in range(nothing.num_layers):
+        _refuse(selection.at_layer(layer_view(nothing, index)), prompt_cut)
     run: DecodeRun = decode_with_cuts(model, batch, schedule, cut, prompt_cut)
     return run
 

@@ -18,6 +18,8 @@ from kvsim.quality.small_model.tasks import TASKS
 from kvsim.tensors import FloatArray
 
 _ROUNDED: Final = 6
+_NAME_LENGTH: Final = 120
+"""Characters of a strategy's name in a file's; a layer plan's has no end, and the digest tells them apart."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ class OutcomeFolder:
 
     def _path(self, setting: Setting, strategy: str) -> Path:
         digest = hashlib.sha256(strategy.encode()).hexdigest()[:8]
-        return self.folder / setting.name / f"{re.sub(r'[^a-z0-9]+', '-', strategy.lower())}-{digest}.json"
+        return (
+            self.folder / setting.name / f"{re.sub(r'[^a-z0-9]+', '-', strategy.lower())[:_NAME_LENGTH]}-{digest}.json"
+        )
 
 
 def _plain(value: FloatArray | float) -> object:
