@@ -77,7 +77,7 @@ def _by_task(results: PlanResults, totals: Sequence[str]) -> Iterator[str]:
     yield f"|---|---|{'---|' * len(tasks)}"
     for total in totals:
         rows = {row.name: row for row in results.over(ALL, total)}
-        for name in (CALIBRATED, *names, *local):
+        for name in (one for one in (CALIBRATED, *names, *local) if one in rows):
             scores = " | ".join(_percent(rows[name].by_task[task]) for task in tasks)
             yield f"| {total} | {'the same policy' if name == CALIBRATED else f'plan: {name}'} | {scores} |"
     yield ""

@@ -188,7 +188,7 @@ def test_a_scenario_of_before_keeps_its_fingerprint() -> None:
 
 WITHOUT_LAYERS = {
     "at_layer", "bare_name", "inline_parameters", "inline_text", "joins_layers", "is_replicated", "rate", "masked_in",
-    "residual_share", "unpriced_coder", "is_storage_only", "unpack_family", "native_tokens",
+    "residual_share", "unpriced_coder", "is_storage_only", "unpack_family", "native_tokens", "trained_group",
 }  # fmt: skip
 """What is the same for every entry (plans refuse those that differ), or follows from what is overridden."""
 

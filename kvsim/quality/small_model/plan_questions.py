@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Final
 
+from kvsim.compression.parse import parse_part
+from kvsim.compression.strategy import spell
 from kvsim.quality.layer_plans import SHARE_UNITS, Option, encoding_options, selection_options, uniform
 
-SHARES: Final = tuple(4 * sixteenths for sixteenths in range(1, 17))
-"""64ths of the prompt; the smallest holds SnapKV's window of 16 of 256 tokens. A coarser grid holds no such budgets as
-PyramidKV's, and then a plan for few layers loses to it."""
+SHARES: Final = tuple(4 * sixteenths for sixteenths in (1, 2, 3, 4, 6, 8, 10, 12, 16))
+"""64ths of the prompt; the smallest holds SnapKV's window of 16 of 256 tokens."""
+FINE_SHARES: Final = tuple(4 * sixteenths for sixteenths in range(1, 17))
+"""For models of two caches: of the others no two add up to such budgets as PyramidKV's, 15 and 1 sixteenths."""
 CANDIDATES: Final = ("streaming_llm", "snapkv", "h2o", "tova", "knorm", "keydiff", "expected_attention")
 ENSEMBLE_CANDIDATES: Final = ("streaming_llm", "snapkv", "h2o", "keydiff")
 """Fewer, and at fewer sizes: ensembles are longer."""
@@ -19,6 +22,11 @@ ENSEMBLE_SHARES: Final = (4, 8, 12, 16, 24, 32, 40, 48, 64)
 UNIFORM_ONLY: Final = ("pyramidkv", "random")
 """PyramidKV moves budget between layers itself and is SnapKV within one; random eviction is there to be beaten."""
 TURBOQUANT_BITS: Final = (1, 2, 3, 4)
+DECODE_TARGETS: Final = (16, 32, 64, 96, 128, 192)
+"""Tokens that a layer may hold after a cut."""
+DECODE_UNIT: Final = 16
+DECODE_SCORERS: Final = ("keydiff", "tova")
+DECODE_INTERVAL: Final = 32
 FEW_TASKS: Final = ("copy", "language")
 """What the transfer test calibrates on."""
 
@@ -62,6 +70,28 @@ def questions(
         for units in (SHARE_UNITS // 4, SHARE_UNITS // 2)
     ]
     return (*keep, Question("TurboQuant, K + V = 4 bits", _bits(), 4))
+
+
+def decode_question() -> Question:
+    """One total while decoding: 64 tokens per layer are left by every cut of a text of about 280.
+
+    H2O and StreamingLLM hold a number of tokens by themselves; of the others, what kvpress's DecodingPress does with a
+    scorer.
+    """
+    names: dict[str, tuple[str, int]] = {}
+    for tokens in DECODE_TARGETS:
+        names |= {f"{name}:{tokens}": (name, tokens) for name in ("streaming_llm", "h2o")}
+        for scorer in DECODE_SCORERS:
+            names[f"decoding:{tokens}(decoding={scorer},compression_interval={DECODE_INTERVAL})"] = (scorer, tokens)
+    spelled = {name: spell(parse_part(name)) for name in names}
+    options = {Option(spelled[name], policy, tokens // DECODE_UNIT) for name, (policy, tokens) in names.items()}
+    ordered = tuple(sorted(options, key=lambda one: (one.policy, one.cost)))
+    return Question("decode, 64 tokens", ordered, 64 // DECODE_UNIT)
+
+
+def shares_for(num_caches: int) -> tuple[int, ...]:
+    """Sizes that a layer of a model may have."""
+    return SHARES if num_caches > 2 else FINE_SHARES
 
 
 def _bits() -> tuple[Option, ...]:

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 
 from kvsim.quality.layer_plans import Freedom, Sensitivity, best_plan, planned, sensitivity_by, uniform
-from kvsim.quality.small_model.plan_questions import FEW_TASKS, Question, questions
+from kvsim.quality.small_model.plan_questions import FEW_TASKS, Question, decode_question, questions, shares_for
 from kvsim.quality.small_model.plan_results import Contest
-from kvsim.quality.small_model.planning import Bench, calibration_bench, held_out_bench
+from kvsim.quality.small_model.planning import Bench, DecodeBench, calibration_bench, held_out_bench
 from kvsim.quality.small_model.tasks import TASKS
 from kvsim.quality.small_model.weights import load_or_train
 
 
 @dataclass(frozen=True)
 class PlanJob:
-    """One model with all totals; ``calibration`` and ``test`` sequences of each task."""
+    """One model with all totals, and sequences of each task: fewer while decoding, which takes longer."""
 
     architecture: str
     seed: int
@@ -28,6 +28,9 @@ class PlanJob:
     folder: Path
     calibration: int
     test: int
+    decode_calibration: int
+    decode_test: int
+    with_decode: bool = True
 
 
 def run_plan_job(job: PlanJob) -> tuple[Contest, ...]:
@@ -37,7 +40,15 @@ def run_plan_job(job: PlanJob) -> tuple[Contest, ...]:
     calibration = calibration_bench(trained, job.folder, job.calibration)
     held_out = held_out_bench(trained, job.folder, job.test)
     say = partial(print, flush=True)
-    return tuple(one for asked in questions() for one in run_contest(asked, calibration, held_out, say))
+    every = questions(shares=shares_for(trained.model.shape.num_caches))
+    found = [one for asked in every for one in run_contest(asked, calibration, held_out, say)]
+    if not job.with_decode:
+        return tuple(found)
+    decode = (
+        calibration_bench(trained, job.folder, job.decode_calibration, DecodeBench),
+        held_out_bench(trained, job.folder, job.decode_test, DecodeBench),
+    )
+    return (*found, *run_contest(decode_question(), *decode, say))
 
 
 def run_contest(
@@ -47,7 +58,7 @@ def run_contest(
     say = report or (lambda _line: None)
     num_layers = calibration.trained.model.shape.num_caches
     by_task = {task: _kl(question, calibration, num_layers, task) for task in TASKS}
-    local = {task: _local(question, calibration, task) for task in TASKS}
+    local = {} if isinstance(calibration, DecodeBench) else {t: _local(question, calibration, t) for t in TASKS}
     say(f"{calibration.trained.name}, {question.name}: calibrated")
     chosen = min(question.uniforms.values(), key=lambda one: (-calibration.score(one), one))
     for name, strategy in question.uniforms.items():
@@ -69,14 +80,17 @@ def _plans(
         "KL": _name(question, by_task, everything),
         "KL, policy only": _name(question, by_task, everything, "policy"),
         "KL, budget only": _name(question, by_task, everything, "budget", policy),
-        "local": _name(question, local, everything),
         "KL, from copy and language": _name(question, by_task, few),
-        "local, from copy and language": _name(question, local, few),
     }
+    if local:
+        made |= {
+            "local": _name(question, local, everything),
+            "local, from copy and language": _name(question, local, few),
+        }
     as_wholes = (made["KL"], made["KL, budget only"], *question.uniforms.values())
     made["KL, checked as a whole"] = min(as_wholes, key=calibration.mean_kl)
     plans = {name: dict.fromkeys(TASKS, strategy) for name, strategy in made.items()}
-    for name, found in (("KL", by_task), ("local", local)):
+    for name, found in (("KL", by_task), *((("local", local),) if local else ())):
         plans[f"{name}, task left out"] = {
             task: _name(question, found, [other for other in TASKS if other != task]) for task in TASKS
         }

@@ -6,7 +6,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 import torch
@@ -49,6 +49,9 @@ def plan_batch(task: str, count: int, model: str) -> TaskBatch:
 
 class Bench:
     """One model with sequences of each task, and every outcome that was ever measured on them."""
+
+    phase: ClassVar[str] = ""
+    """What its folders are called after."""
 
     def __init__(
         self,
@@ -111,6 +114,8 @@ class Bench:
 class DecodeBench(Bench):
     """The same while decoding: nearly all of a text is generated, and its cache is cut every so many tokens."""
 
+    phase: ClassVar = "-decode"
+
     def measured(self, strategy: str, task: str) -> Outcome:
         """Measure a strategy on a task now."""
         if task not in self._runs:
@@ -122,17 +127,24 @@ class DecodeBench(Bench):
 
 
 def calibration_bench(
-    trained: TrainedModel, folder: Path, count: int, report: Callable[[str], None] | None = None
+    trained: TrainedModel,
+    folder: Path,
+    count: int,
+    kind: type[Bench] = Bench,
+    report: Callable[[str], None] | None = None,
 ) -> Bench:
     """Bench of calibration sequences, ``count`` of each task."""
-    return Bench(
-        trained, folder / "calibration" / trained.name, lambda task: plan_batch(task, count, trained.name), report
-    )
+    place = folder / f"calibration{kind.phase}" / trained.name
+    return kind(trained, place, lambda task: plan_batch(task, count, trained.name), report)
 
 
 def held_out_bench(
-    trained: TrainedModel, folder: Path, count: int, report: Callable[[str], None] | None = None
+    trained: TrainedModel,
+    folder: Path,
+    count: int,
+    kind: type[Bench] = Bench,
+    report: Callable[[str], None] | None = None,
 ) -> Bench:
     """Bench of test sequences, ``count`` of each task."""
-    draw = lambda task: measured_batch(task, count, model=trained.name)  # noqa: E731 - one expression
-    return Bench(trained, folder / "test" / trained.name, draw, report)
+    place = folder / f"test{kind.phase}" / trained.name
+    return kind(trained, place, lambda task: measured_batch(task, count, model=trained.name), report)
