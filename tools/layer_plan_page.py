@@ -65,6 +65,8 @@ def _by_model(results: PlanResults, totals: Sequence[str]) -> Iterator[str]:
     for model in dict.fromkeys(row.model for row in results.rows if row.model != ALL):
         for total in totals:
             rows = results.over(model, total)
+            if not rows:
+                continue
             alike = next(row for row in rows if row.is_chosen)
             plan = next(row for row in rows if row.name == "KL")
             cells = (model, total, alike.name, _percent(alike.score), _percent(plan.score), _gain(plan))
