@@ -29,7 +29,7 @@ class PlanFlags:
     """Everything on the command line that says what to plan for."""
 
     file: Annotated[
-        Path | None, typer.Argument(metavar="PLAN.yaml", help="Request file; flags and --set change it.")
+        Path | None, typer.Argument(metavar="REQUEST.yaml", help="Request file; flags and --set change it.")
     ] = None
     model: Annotated[str | None, typer.Option(help="Preset, config.json, its folder, or hub id.")] = None
     device: Annotated[str | None, typer.Option(help="Devices with commas between them.")] = None
@@ -72,7 +72,8 @@ class PlanFlags:
         ),
     ] = None  # fmt: skip
     also: Annotated[
-        str | None, typer.Option(rich_help_panel=SEARCH, help="Further strategies beside those, with commas.")
+        str | None,
+        typer.Option(rich_help_panel=SEARCH, help="Further strategies beside those, with commas; layer plans by file."),
     ] = None
     max_devices: Annotated[int | None, typer.Option(rich_help_panel=SEARCH, help="Most devices of a kind.")] = None
     max_candidates: Annotated[
@@ -86,6 +87,11 @@ class PlanFlags:
         typer.Option("--set", metavar="KEY=VALUE", rich_help_panel=SEARCH,
                      help="Any field by its dotted key, such as search.max_num_seqs=[64,256]. Repeatable."),
     ] = None  # fmt: skip
+
+    @property
+    def base_dir(self) -> Path:
+        """Folder that relative paths in the file start from."""
+        return self.file.parent if self.file is not None else Path()
 
 
 def plan_command(
@@ -113,7 +119,7 @@ def plan_command(
     with naming_file(flags.file), timed("planned"), progress_bar("planning") as progress:
         answer = plan(
             request,
-            base_dir=flags.file.parent if flags.file is not None else Path(),
+            base_dir=flags.base_dir,
             workers=workers or available_cores(),
             progress=None if progress is None else lambda stage, share: progress(_overall(stage, share)),
         )
@@ -151,6 +157,7 @@ def read_request(flags: PlanFlags) -> PlanRequest:
     where = str(flags.file) if flags.file is not None else "command line"
     for key, value in _assignments(flags, document):
         assign(document, key, value, where)
+    _read_layer_plans(document.get("search"), flags.base_dir)
     missing = [name for name in ("model", "devices", "workload") if not document.get(name)]
     if missing and flags.file is None:
         listed = ", ".join("--device" if name == "devices" else f"--{name}" for name in missing)
@@ -158,6 +165,22 @@ def read_request(flags: PlanFlags) -> PlanRequest:
         raise InvalidSpec(msg)
     require_units = flags.file is None or flags.file.suffix != ".json"
     return validate(PlanRequest, document, where, require_units=require_units)
+
+
+def _read_layer_plans(search: Any, base_dir: Path) -> None:
+    """Put what layer plan files say in place of their names, in place; a file's names start from its folder."""
+    from kvsim.compression.plan_file import is_file, named_strategy
+
+    for key in ("strategies", "also"):
+        given = search.get(key) if isinstance(search, dict) else None
+        names = [given] if isinstance(given, str) else given
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            search[key] = [
+                named_strategy(
+                    "+".join(str(base_dir / piece) if is_file(piece) else piece for piece in name.split("+"))
+                )
+                for name in names
+            ]
 
 
 def _assignments(flags: PlanFlags, document: dict[str, Any]) -> Iterator[tuple[str, Any]]:

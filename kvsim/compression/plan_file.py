@@ -89,11 +89,12 @@ def named_strategy(text: str) -> str:
     InvalidSpec, UnknownName
         A file cannot be read, or is no plan.
     """
-    pieces = [load_plan(Path(piece.strip())).strategy if _is_file(piece) else piece for piece in text.split("+")]
+    pieces = [load_plan(Path(piece.strip())).strategy if is_file(piece) else piece for piece in text.split("+")]
     return "+".join(pieces)
 
 
-def _is_file(piece: str) -> bool:
+def is_file(piece: str) -> bool:
+    """Whether a piece of a strategy's name is a plan's file."""
     return "[" not in piece and piece.strip().lower().endswith(SUFFIXES)
 
 

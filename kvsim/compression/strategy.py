@@ -166,6 +166,11 @@ class Compression(Spec):
         return " + ".join(self.families)
 
     @property
+    def keeps_all_tokens(self) -> bool:
+        """Whether no token is dropped, skipped or merged."""
+        return isinstance(self.selection, KeepAll) and not self.encoding.evicts
+
+    @property
     def stores_native(self) -> bool:
         """Whether kept tokens are stored as the model made them."""
         return self.reduction.is_none and self.encoding.is_native and self.coding.is_none

@@ -20,7 +20,7 @@ TABLE_BITS: Final = (1.0, 2.0, 3.0, 4.0)
 
 def default_strategies() -> tuple[str, ...]:
     """Every named strategy that keeps all tokens."""
-    return tuple(name for name in STRATEGIES if parse_compression(name).selection.kind == "keep_all")
+    return tuple(name for name in STRATEGIES if parse_compression(name).keeps_all_tokens)
 
 
 def find_limit(

@@ -62,8 +62,9 @@ def measure_point(
     NotRunnable
         Its algorithm does not run on tensors.
     """
-    if compression.selection.kind != "keep_all":
-        msg = f"{compression.name}: {compression.selection.kind} drops or skips tokens; limits are about those stored"
+    if not compression.keeps_all_tokens:
+        part = compression.encoding if compression.encoding.evicts else compression.selection
+        msg = f"{compression.name}: {part.kind} drops or skips tokens; limits are about those stored"
         raise IncompatibleScenario(msg)
     return place(compression, fit_strategy(compression, samples), caches, head_limit, layer_limit)
 

@@ -101,6 +101,9 @@ class DevicePlan(Spec):
     why: str
     facts: tuple[str, ...] = ()
     """What of the hardware decides between formats."""
+    beside: str | None = None
+    """Price and device time of what runs today, beside the device on which that is cheapest; None for that device and
+    where there is nothing to compare."""
     screened: int
     feasible: int
     refused: tuple[RefusalCount, ...] = ()

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvsim.errors import InfeasibleScenario, KvsimError
+from kvsim.planner.devices import picks
 from kvsim.planner.feasible import Refusal, simulated_refusals
 from kvsim.planner.front import Standing, pareto, spread_out
 from kvsim.planner.playing import play
-from kvsim.planner.points import Described, doubts, picks
+from kvsim.planner.points import Described, doubts
 from kvsim.planner.request import PlanRequest
 from kvsim.planner.screen import Screened, Screener
 from kvsim.planner.search import standing

@@ -40,7 +40,8 @@ def refusals(one: Screened, request: PlanRequest, longest_tokens: int, request_r
             f"the longest request has {longest_tokens} tokens, and one sequence may have {one.longest_tokens}",
         )
     if not one.carries_load:
-        yield Refusal("load", f"saturated: the queue grows without end at {request_rate:.3g} requests per second")
+        served = f"{one.request_throughput:.3g} of {request_rate:.3g} requests per second are served"
+        yield Refusal("load", f"saturated: {served}, and the queue grows without end")
     yield from _service(request, {"ttft_s": one.ttft_s, "tpot_s": one.tpot_s, "e2el_s": one.e2el_s}, "mean")
     yield from _budget(one, request)
 

@@ -11,8 +11,9 @@ from kvsim.device_catalog import load_device
 from kvsim.errors import InfeasibleScenario, InvalidSpec
 from kvsim.planner.answer import DevicePlan, Plan, RefusalCount
 from kvsim.planner.choose import Player, choose
+from kvsim.planner.devices import beside_the_cheapest, device_plan
 from kvsim.planner.feasible import Refusal, refusals, strategy_refusals
-from kvsim.planner.points import Described, device_plan, plan_point
+from kvsim.planner.points import Described, plan_point
 from kvsim.planner.quality import RISK_NOTE
 from kvsim.planner.request import PlanRequest
 from kvsim.planner.screen import Screened, Screener
@@ -175,7 +176,8 @@ def _answer(
             for limit, count in counts.most_common()
         )
         devices.append(device_plan(search, refused, request, screener, described, chosen, points))
-    tried = [RefusalCount(limit="no strategy", count=count, example=reason) for reason, count in space.refused]
+    devices = list(beside_the_cheapest(devices))
+    tried = [RefusalCount(limit="no strategy", count=count, example=reason) for reason, count in space.refused_alike]
     tried += [
         RefusalCount(limit=f"no setting of {search.name}", count=1, example=reason)
         for search in searches

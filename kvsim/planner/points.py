@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-from kvsim.compression import Compression, parse_compression
-from kvsim.device_catalog import load_device
+from kvsim.compression import Compression
 from kvsim.model_catalog import hub_id
-from kvsim.planner.answer import DevicePlan, Estimated, PlanPoint, RefusalCount, Simulated
-from kvsim.planner.crossovers import Crossover, crossovers
+from kvsim.planner.answer import Estimated, PlanPoint, Simulated
 from kvsim.planner.feasible import Refusal
 from kvsim.planner.flags import commands, not_shipped, shipped_by
 from kvsim.planner.front import Standing, pareto
 from kvsim.planner.quality import retained, risk
-from kvsim.planner.reasons import compare_with, device_facts, limit_of, probe
+from kvsim.planner.reasons import compare_with, limit_of
 from kvsim.planner.request import PlanRequest
 from kvsim.planner.screen import Candidate, Screened, Screener
 from kvsim.planner.search import DeviceSearch, rounded, standing
@@ -25,15 +23,6 @@ from kvsim.planner.settings import AXES
 from kvsim.planner.strategies import BASELINES
 from kvsim.report import Report
 from kvsim.specs.engine_options import OWNERS
-
-PROBES: Final[Mapping[str, tuple[str, ...]]] = {
-    "vllm": ("fp8", "int4_per_token_head"),
-    "sglang": ("fp8", "nvfp4"),
-    "tensorrt_llm": ("fp8", "nvfp4"),
-    "llamacpp": ("q8_0", "q4_0"),
-}
-"""An 8-bit and a 4-bit format of the engine, to tell devices apart by."""
-
 
 Doubts = Callable[[Screened], bool]
 """Whether a point that was not simulated probably misses a target."""
@@ -177,43 +166,6 @@ def _simulated(report: Report) -> Simulated:
     )
 
 
-def device_plan(
-    search: DeviceSearch,
-    refused: tuple[RefusalCount, ...],
-    request: PlanRequest,
-    screener: Screener,
-    described: Described,
-    chosen: Sequence[Screened],
-    points: Sequence[PlanPoint],
-) -> DevicePlan:
-    """Describe what one device offers."""
-    mine = [one for one in described.left if one.candidate.device == search.name]
-    common = {
-        "device": search.name, "title": search.device.title, "screened": search.answered, "feasible": len(mine),
-        "refused": refused,
-    }  # fmt: skip
-    if not mine:
-        most = max(refused, key=lambda one: one.count, default=None)
-        why = f"nothing holds every limit; most miss {most.limit!r}: {most.example}" if most else "nothing can run"
-        return DevicePlan(why=why, **common)
-    today, cheapest = picks(mine, search.name, described.is_doubtful)
-    named = {id(one): point for one, point in zip(chosen, points, strict=True)}
-
-    def described_pick(one: Screened) -> PlanPoint:
-        return named.get(id(one)) or plan_point(None, one, request, screener, search, described)
-
-    best = today or cheapest or mine[0]
-    point = described_pick(best)
-    return DevicePlan(
-        runs_today=None if today is None else point,
-        cheapest=None if cheapest is None else described_pick(cheapest),
-        why=f"{point.limit}; {point.compared[0].decides}",
-        facts=_facts(best, search, screener),
-        crossovers=tuple(_crossovers(best, cheapest, search, screener)),
-        **common,
-    )
-
-
 def doubts(missed: Iterable[tuple[Screened, Refusal]], reports: Mapping[int, Report]) -> Doubts:
     """Who probably misses a target: not simulated, and a like point that should be faster missed it.
 
@@ -238,32 +190,3 @@ _TARGETS: Final = {"TTFT target": "ttft_s", "TPOT target": "tpot_s", "E2EL targe
 
 def _mean(one: Screened, limit: str) -> float:
     return getattr(one, _TARGETS[limit], None) or 0.0 if limit in _TARGETS else 0.0
-
-
-def picks(points: Sequence[Screened], device: str, doubtful: Doubts) -> tuple[Screened | None, Screened | None]:
-    """(cheapest that its engine ships for the device's vendor, cheapest of all) of one device's points."""
-    mine = [one for one in points if one.candidate.device == device and not doubtful(one)]
-    vendor = load_device(device).spec.vendor
-    shipped = [one for one in mine if shipped_by(one.candidate, vendor)]
-    return min(shipped, key=cheapness, default=None), min(mine, key=cheapness, default=None)
-
-
-def _facts(best: Screened, search: DeviceSearch, screener: Screener) -> tuple[str, ...]:
-    found = probe(screener, best.candidate, PROBES[best.candidate.engine.kind], max(1, round(best.batch)))
-    return device_facts(search.device, found)
-
-
-def _crossovers(
-    today: Screened, cheapest: Screened | None, search: DeviceSearch, screener: Screener
-) -> Iterator[Crossover]:
-    """What runs today and what would be cheapest, each against the baselines."""
-    baselines = tuple(parse_compression(name) for name in BASELINES)
-    candidate, others = today.candidate, baselines
-    if candidate.strategy == Compression():
-        # Where nothing is best, the question is when 8 bits would be.
-        candidate = candidate._replace(strategy=parse_compression(PROBES[candidate.engine.kind][0]))
-        others = baselines[:1]
-    yield from crossovers(screener, candidate, others, max(1, round(today.batch)), search.model)
-    if cheapest is not None and cheapest.candidate.strategy not in (today.candidate.strategy, *baselines):
-        pair = (today.candidate.strategy,)
-        yield from crossovers(screener, cheapest.candidate, pair, max(1, round(cheapest.batch)), search.model)

@@ -49,6 +49,7 @@ class Screened:
     """What the closed form says of a candidate."""
 
     candidate: Candidate
+    request_throughput: float
     output_throughput: float
     ttft_s: float
     tpot_s: float | None
@@ -180,6 +181,7 @@ class Screener:
         held = shared.prices.held_bytes
         return Screened(
             candidate=candidate,
+            request_throughput=rates.request_throughput.value or 0.0,
             output_throughput=rates.output_throughput.value or 0.0,
             ttft_s=one.ttft.mean_s or 0.0,
             tpot_s=one.tpot.mean_s,

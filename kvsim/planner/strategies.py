@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from kvsim.planner.request import Search
 
 SIZES: Final = ("0.25", "0.5", "0.75", "0.9", "512", "1024", "2048", "4096")
 """What is tried behind a selection's name, as a share removed or a budget in tokens; what it refuses is left out."""
-PAIRED_SIZES: Final = ("0.5", "0.75", "1024")
+PAIRED_SIZES: Final = ("0.75",)
 """The same beside another part, where every size would be tried with every part."""
 SLOTS: Final = ("selection", "reduction", "encoding", "coding")
 PAIRS: Final = (
@@ -37,6 +38,17 @@ class StrategySpace:
     strategies: tuple[Compression, ...]
     refused: tuple[tuple[str, int], ...]
     """(reason, how many pairs)"""
+
+    @property
+    def refused_alike(self) -> tuple[tuple[str, int], ...]:
+        """One reason of those that differ in names alone, and how many these are."""
+        counts: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        for reason, count in self.refused:
+            alike = _without_names(reason)
+            counts[alike] += count
+            examples.setdefault(alike, reason)
+        return tuple((examples[alike], count) for alike, count in counts.most_common())
 
 
 @cache
@@ -67,6 +79,18 @@ def _further(named: Iterable[Compression], refused: Counter[str]) -> Iterator[Co
         if one.active_parts == (one.selection,):
             pairs = _with_each(one.selection, "selection", "encoding", parts("encoding"), refused)
             yield from (pair for pair in pairs if _can_serve(pair, refused))
+
+
+def _without_names(reason: str) -> str:
+    """A reason without the words that name parts."""
+    names = _part_names()
+    return " ".join(word for word in reason.split() if re.split(r"[+:(,.;]", word)[0] not in names)
+
+
+@cache
+def _part_names() -> frozenset[str]:
+    kinds = (*SELECTIONS, *REDUCTIONS, *ENCODINGS, *CODINGS)
+    return frozenset(name for kind in kinds for name in (*kind.names, str(kind.model_fields["kind"].default)))
 
 
 @cache

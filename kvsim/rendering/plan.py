@@ -98,6 +98,8 @@ def device_lines(device: DevicePlan) -> Iterator[str]:
         f"; missed: {_counts(device.refused)}" if device.refused else ""
     )
     yield f"limit and reason: {device.why}"
+    if device.beside is not None:
+        yield f"price and speed: {device.beside}"
     yield from device.facts
     if device.runs_today is not None:
         yield from _pick_lines("runs today", device.runs_today)

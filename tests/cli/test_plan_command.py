@@ -53,6 +53,22 @@ def test_a_file_says_the_same_as_flags(invoke, tmp_path):
     assert by_file == by_flags
 
 
+def test_a_layer_plan_takes_part_by_its_file(invoke, tmp_path):
+    (tmp_path / "layers.yaml").write_text(
+        "schema_version: 1\nname: halves\nsource: a test\ndepth: relative\nselections: ['knorm:0.9', 'knorm:0.5']\n"
+    )
+    (tmp_path / "plan.yaml").write_text(
+        "model: llama-3.1-8b\ndevices: [h100-sxm]\nworkload: chat\nsimulate: 0\n"
+        "search: {strategies: [native], also: [layers.yaml], max_devices: 1}\n"
+    )
+    by_file = json.loads(invoke("plan", tmp_path / "plan.yaml", "--json").stdout)
+    assert by_file["request"]["search"]["also"] == ["layer_plan:relative[knorm:0.9;knorm]"]
+    by_flag = invoke(*QUICK, "--also", f"{tmp_path / 'layers.yaml'}", "--json")
+    assert "layer_plan:relative[knorm:0.9;knorm]" in by_flag.stdout
+    missing = invoke(*QUICK, "--also", "nowhere.yaml")
+    assert (missing.exit_code, "nowhere.yaml: cannot read" in missing.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [

@@ -109,3 +109,12 @@ def test_methods_that_calibrate_need_other_sequences(invoke, tmp_path):
     wrong = invoke(*run, "--calibrate", other)
     assert wrong.exit_code == 2
     assert "other.safetensors: layers, heads or dimensions" in wrong.stderr
+
+
+def test_merged_entries_are_said_to_be_beyond_formulas_of_noise(invoke):
+    ensemble = "diffuse(num_layers=1,num_tokens=128)"
+    result = invoke("quality", "run", "--ensemble", ensemble, "-s", "weighted_atoms,snapkv:0.4,int4_per_token_head")
+    assert result.exit_code == 0, result.stderr
+    told = [line for line in result.stderr.splitlines() if "entries are merged" in line]
+    assert len(told) == 1
+    assert "weighted_atoms:" in told[0]

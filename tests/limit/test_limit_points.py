@@ -25,8 +25,9 @@ LOW_RANK = np.where(np.arange(32) < 8, 4.0, 1e-8)
 
 def place_codec(codec: Codec, caches: Sequence[KvTensors], samples: Sequence[KvTensors] = ()) -> EncodingPoint:
     """Place a codec that is no strategy of kvsim's."""
-    fitted = FittedStrategy(Compression(), NoReductionCodec(), codec.fit(samples))
-    return place(Compression(), fitted, caches, covariance_limit(caches), covariance_limit(caches, "layer"))
+    plain = Compression()
+    fitted = FittedStrategy(plain, plain.selection.selector(), NoReductionCodec(), codec.fit(samples))
+    return place(plain, fitted, caches, covariance_limit(caches), covariance_limit(caches, "layer"))
 
 
 class Grid(LayerCodec):
@@ -194,7 +195,8 @@ def test_a_selection_gets_a_reason_instead_of_a_point() -> None:
     assert all("drops or skips tokens" in one.reason for one in answer.not_measured)
     assert not {"snapkv", "quest", "streaming_llm"} & set(default_strategies())
     assert set(default_strategies()) <= set(STRATEGIES)
-    assert all(parse_compression(name).selection.kind == "keep_all" for name in default_strategies())
+    assert all(parse_compression(name).keeps_all_tokens for name in default_strategies())
+    assert "rdkv" not in default_strategies()
 
 
 def test_curves_fall_and_lie_in_order() -> None:

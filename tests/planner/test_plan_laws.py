@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from kvsim.compression import SELECTIONS, parse_compression
@@ -282,6 +284,18 @@ def test_crossovers_hold_on_both_sides(make_request):
         assert screener.prices(fp8).times(last) < screener.prices(native).times(last)
         if first > crossover.low:
             assert screener.prices(fp8).times(first - 1) >= screener.prices(native).times(first - 1) * (1 - 0.006)
+
+
+def test_price_and_device_time_make_the_dollars(make_request):
+    answer = plan(make_request(devices=["h100-sxm", "a100-sxm-80gb", "mi300x"]))
+    best = min(answer.devices[:2], key=lambda one: one.runs_today.estimated.usd_per_million_total_tokens)
+    other = next(one for one in answer.devices[:2] if one is not best)
+    assert best.beside is None
+    numbers = [float(word) for word in re.findall(r"([0-9.]+) x", other.beside)]
+    assert numbers[0] == pytest.approx(numbers[1] * numbers[2], abs=0.02)
+    prices = [one.runs_today.estimated.usd_per_hour / one.runs_today.num_devices for one in (other, best)]
+    assert numbers[1] == pytest.approx(prices[0] / prices[1], abs=0.01)
+    assert answer.devices[2].beside.startswith("price unknown")
 
 
 # --- callers ----------------------------------------------------------------------------------------------------------

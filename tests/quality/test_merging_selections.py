@@ -132,7 +132,8 @@ def test_norm_weights_are_kvpress_rule(noise: KvTensors) -> None:
         weight = max(cosines[target], 0) * size / (size + other)
         numerator[target] += weight * values[token]
         total[target] += weight
-    assert after.values[0] == pytest.approx(numerator / total[:, None], abs=1e-5)
+    # Merged values are rounded to bf16.
+    assert after.values[0] == pytest.approx(numerator / total[:, None], rel=5e-3, abs=1e-4)
 
 
 # --- CaM ------------------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def test_cam_spreads_over_the_tokens_after(noise: KvTensors) -> None:
             chance = received[head, token] / received[head, kept[window]].mean()
             if draws[token] < chance:
                 expected[window] += before.values[head, token] / len(window)
-        assert after.values[head] == pytest.approx(expected, abs=1e-5)
+        assert after.values[head] == pytest.approx(expected, rel=5e-3, abs=1e-4)
 
 
 def test_seeds_draw_anew_and_equal_seeds_the_same(noise: KvTensors) -> None:

@@ -146,7 +146,8 @@ def _cannot_run(compression: Compression) -> NotRunnable | None:
 
 def _check_laws(compression: Compression, stored: StoredCache, kv: KvTensors) -> None:
     residual, priced, whole_groups = compression.encoding.residual_tokens, 0.0, True
-    held, expected, is_ragged = 0, 0.0, compression.selection.granularity == "ragged"
+    held, expected = 0, 0.0
+    is_ragged = compression.selection.granularity == "ragged" or compression.selection.moves_budgets
     for index, (before, after) in enumerate(zip(kv.layers, stored.kv.layers, strict=True)):
         assert np.isfinite(after.keys).all()
         assert np.isfinite(after.values).all()

@@ -33,10 +33,9 @@ class Cam(HeavyHitterSelection):
     tokens have fewer than m after them, and take V_i over their number.
 
     The paper's, as its repository (zyxxmu/cam) and kvpress's CAMPress have it: all of the above, over any eviction.
-    The repository divides by the largest A instead of the mean; kvpress says that it follows the paper's equation
-    14, and we follow kvpress. Ours: H2O below it; all tokens that a prompt evicts are merged at once, from their
-    own values (each step of a decode merges one, as in the paper); one draw per layer and token, the same in all
-    heads, from ``seed``.
+    The repository divides by the largest A instead of the mean; kvpress says that it follows the paper's equation 14,
+    and we follow kvpress. Ours: H2O below it; all tokens that a prompt evicts are merged at once, from their own values
+    (each step of a decode merges one, as in the paper); one draw per layer and token, the same in all heads.
     """
 
     names: ClassVar = {"cam": {"compression_ratio": DEFAULT_COMPRESSION_RATIO}}

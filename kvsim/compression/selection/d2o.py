@@ -11,6 +11,7 @@ import numpy as np
 from kvsim.compression.base import LayerView
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
 from kvsim.compression.selection.h2o import HeavyHitterSelection, half_heavy_half_new
+from kvsim.compression.selection.merge_selector import stored_natively
 from kvsim.compression.selection.scores import received_attention
 from kvsim.compression.selector import Selector, layer_view
 from kvsim.errors import NotRunnable
@@ -113,7 +114,7 @@ class D2OSelector(Selector):
         scores = [received_attention(layer, kv.attention_scale) for layer in kv.layers]
         # Every layer keeps its newest token at least.
         budgets = share_out(layer_shares(scores), sum(kept), 1, tokens)
-        layers = (_merged(*one) for one in zip(kv.layers, scores, budgets.tolist(), strict=True))
+        layers = [_merged(*one, kv.native_bits) for one in zip(kv.layers, scores, budgets.tolist(), strict=True)]
         return replace(kv, layers=tuple(layers))
 
 
@@ -125,7 +126,7 @@ def layer_shares(scores: Sequence[FloatArray]) -> DoubleArray:
     return shares
 
 
-def _merged(layer: LayerKv, scores: FloatArray, kept: int) -> LayerKv:
+def _merged(layer: LayerKv, scores: FloatArray, kept: int, native_bits: int) -> LayerKv:
     if kept >= layer.num_tokens:
         return layer
     indices = half_heavy_half_new(scores, kept)
@@ -134,8 +135,9 @@ def _merged(layer: LayerKv, scores: FloatArray, kept: int) -> LayerKv:
     is_near = cosines >= cosines.mean(axis=1, keepdims=True)
     # e^u / e: the survivor's own weight is then 1.
     weights = (is_near * np.exp(cosines - 1.0)).astype(np.float32)
-    return replace(
+    merged = replace(
         after,
         keys=folded_means(after.keys, gone.keys, places, weights),
         values=folded_means(after.values, gone.values, places, weights),
     )
+    return stored_natively(after, merged, native_bits)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from kvsim.compression.base import LayerView
 from kvsim.compression.selector import Selector, layer_view
+from kvsim.numerics.svd import stored_as
 
 if TYPE_CHECKING:
     from kvsim.tensors import IntArray, KvTensors, LayerKv
@@ -34,5 +37,18 @@ class MergeByLayer(Selector):
         for index, layer in enumerate(kv.layers):
             view = layer_view(kv, index)
             kept = self.selection.keep(kv, view)
-            layers.append(layer if kept is None else self.selection.merged(kv, view, kept))
+            if kept is not None:
+                merged = self.selection.merged(kv, view, kept)
+                layers.append(stored_natively(layer.take(kept), merged, kv.native_bits))
+            else:
+                layers.append(layer)
         return replace(kv, layers=tuple(layers))
+
+
+def stored_natively(kept: LayerKv, merged: LayerKv, native_bits: int) -> LayerKv:
+    """Round what merging changed to elements of the cache; what it left alone stays bit for bit."""
+    keys, values = (
+        np.where(new == old, old, stored_as(new, native_bits))
+        for old, new in ((kept.keys, merged.keys), (kept.values, merged.values))
+    )
+    return replace(merged, keys=keys, values=values)

@@ -37,14 +37,15 @@ class PrefillDecoding(CutsWhileDecoding):
     """
 
     names: ClassVar = {
+        "prefill_decoding": {"target_size": DEFAULT_TARGET_SIZE, "prefilling": "snapkv"},
         "decoding": {"target_size": DEFAULT_TARGET_SIZE, "prefilling": WHOLE_PROMPT},
-        "prefill_decoding": {"target_size": DEFAULT_TARGET_SIZE},
     }
     aliases: ClassVar = {"prefilldecoding": "prefill_decoding"}
     summaries: ClassVar = {
         "prefill_decoding": "SnapKV's scores unless others are named, to 2,048 tokens after the prompt and every 512 "
         "decoded ones; kvpress",
-        "decoding": "the same without a cut after the prompt; kvpress",
+        "decoding": "SnapKV's scores unless others are named, to 2,048 tokens every 512 decoded ones, the prompt left "
+        "alone; kvpress",
     }
     inline_fields: ClassVar = ("target_size",)
     family: ClassVar = "eviction"

@@ -70,8 +70,7 @@ class Outcome:
 def settings_of(strategy: str) -> tuple[Setting, ...]:
     """Every task with the question unseen; where tokens are selected also with the first question in the prompt."""
     unseen = tuple(Setting(task) for task in TASKS)
-    compression = parse_compression(strategy)
-    if compression.selection.kind == "keep_all" and not compression.encoding.evicts:
+    if parse_compression(strategy).keeps_all_tokens:
         return unseen
     return (*unseen, *(Setting(task, sees_question=True) for task in TASKS if task != "language"))
 
