@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvsim.edge import EdgeAnswer
 from kvsim.planner.crossovers import Crossover
 from kvsim.planner.flags import Command
 from kvsim.planner.quality import Retained, Risk
@@ -104,6 +105,8 @@ class DevicePlan(Spec):
     beside: str | None = None
     """Price and device time of what runs today, beside the device on which that is cheapest; None for that device and
     where there is nothing to compare."""
+    alone: EdgeAnswer | None = None
+    """On a phone, laptop or board: what the pick gives its one user, as ``kvsim edge`` says; None on servers."""
     screened: int
     feasible: int
     refused: tuple[RefusalCount, ...] = ()

@@ -7,6 +7,7 @@ from typing import Final
 
 from kvsim.compression import Compression, parse_compression
 from kvsim.device_catalog import load_device
+from kvsim.edge import EdgeAnswer, edge_answers
 from kvsim.planner.answer import DevicePlan, PlanPoint, RefusalCount
 from kvsim.planner.crossovers import Crossover, crossovers
 from kvsim.planner.flags import shipped_by
@@ -58,6 +59,7 @@ def device_plan(
         cheapest=None if cheapest is None else described_pick(cheapest),
         why=f"{point.limit}; {point.compared[0].decides}",
         facts=_facts(best, search, screener),
+        alone=_alone(point, search),
         crossovers=tuple(_crossovers(best, cheapest, search, screener)),
         **common,
     )
@@ -69,6 +71,13 @@ def picks(points: Sequence[Screened], device: str, doubtful: Doubts) -> tuple[Sc
     vendor = load_device(device).spec.vendor
     shipped = [one for one in mine if shipped_by(one.candidate, vendor)]
     return min(shipped, key=cheapness, default=None), min(mine, key=cheapness, default=None)
+
+
+def _alone(point: PlanPoint, search: DeviceSearch) -> EdgeAnswer | None:
+    """What one user of the device gets of a point: context, lasting speed, energy, battery."""
+    if search.device.kind not in ("edge", "mobile"):
+        return None
+    return edge_answers(point.scenario, (point.strategy,))[0]
 
 
 def _facts(best: Screened, search: DeviceSearch, screener: Screener) -> tuple[str, ...]:

@@ -35,6 +35,22 @@ def edge_view(answers: Sequence[EdgeAnswer], reading_tokens_per_s: float) -> Ren
     return Group(*parts)
 
 
+def alone_line(answer: EdgeAnswer) -> str:
+    """One strategy's answer in a line."""
+    context, cold = _flat(answer.context_tokens, _whole), _flat(answer.decode_tokens_per_s, format_number)
+    kept, energy = (_flat(one, format_number) for one in (answer.sustained_tokens_per_s, answer.joules_per_token))
+    return (
+        f"one user: {context} tokens of context, ended by {answer.limit}; behind {answer.rated_tokens:,} of them "
+        f"{cold} tokens/s cold, {kept} after minutes, {energy} J/token, battery {_flat(answer.battery_s, _minutes)} "
+        "(kvsim edge has bands and other strategies)"
+    )
+
+
+def _flat(figure: Figure | None, show: Callable[[float], str]) -> str:
+    """Central value alone."""
+    return UNKNOWN if figure is None or figure.value is None else show(figure.value)
+
+
 def _table(answers: Sequence[EdgeAnswer]) -> Table:
     title = f"One sequence on {answers[0].device}"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
@@ -62,7 +78,11 @@ def _cells(answer: EdgeAnswer) -> list[str]:
 
 
 def _tokens(figure: Figure | None) -> str:
-    return _spread(figure, lambda value: f"{value:,.0f}")
+    return _spread(figure, _whole)
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
 
 
 def _seconds(seconds: float) -> str:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from kvsim.rendering.edge import alone_line
 from kvsim.rendering.numbers import format_number
 from kvsim.units import format_seconds
 
@@ -101,6 +102,8 @@ def device_lines(device: DevicePlan) -> Iterator[str]:
     if device.beside is not None:
         yield f"price and speed: {device.beside}"
     yield from device.facts
+    if device.alone is not None and device.alone.reason is None:
+        yield alone_line(device.alone)
     if device.runs_today is not None:
         yield from _pick_lines("runs today", device.runs_today)
     if device.cheapest is not None and device.cheapest != device.runs_today:

@@ -8,6 +8,7 @@ import pytest
 
 from kvsim.compression import SELECTIONS, parse_compression
 from kvsim.compression.rules import conflict
+from kvsim.edge import edge_answers
 from kvsim.errors import Cancelled, InfeasibleScenario, InvalidSpec, KvsimError, UnknownName
 from kvsim.planner import PlanRequest, plan
 from kvsim.planner.choose import front
@@ -22,6 +23,7 @@ from kvsim.planner.search import search_device, standing
 from kvsim.planner.settings import Layout
 from kvsim.planner.strategies import PAIRED_SIZES, parts, space_of, strategy_space
 from kvsim.quality.published import published_quality
+from kvsim.rendering.plan import device_lines
 from kvsim.simulate import estimate, simulate
 from kvsim.specs.engine import EngineSpec
 
@@ -333,3 +335,20 @@ def test_a_load_that_nothing_carries_is_infeasible(make_request):
     workload["arrivals"] = {"kind": "poisson", "request_rate": 5000}
     with pytest.raises(InfeasibleScenario, match="the queue grows without end"):
         plan(make_request(workload=workload))
+
+
+# --- one user ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_computer_says_what_its_one_user_gets(make_request):
+    request = make_request(model="llama-3.2-1b", devices=["apple-m4-max"])
+    (device,) = plan(request).devices
+    pick = device.runs_today or device.cheapest
+    assert pick is not None
+    assert device.alone == edge_answers(pick.scenario, (pick.strategy,))[0]
+    assert "one user: " in "\n".join(device_lines(device))
+
+
+def test_a_server_has_no_one_user(make_request):
+    (device,) = plan(make_request(devices=["h100-sxm"])).devices
+    assert device.alone is None
