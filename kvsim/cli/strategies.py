@@ -129,8 +129,9 @@ def _details(rows: Sequence[StrategyRow]) -> Table:
 
 
 def _legend(model: str, device: str, context: int, *, is_wide: bool) -> str:
+    size = "B/token, and bits" if is_wide else "bits"
     lines = [
-        f"{'B/token, and bits' if is_wide else 'bits'} per K and V value, of one kept token of {model}; fold: all held, after {context:,} tokens",
+        f"{size} per K and V value, of one kept token of {model}; fold: all held, after {context:,} tokens",
         "frees: whether it holds less than native KV; *: some public code merely masks, and frees nothing (--verbose)",
         f"price: what reading the cache in a decode step rests on, on {device}; -: cannot run (reason: --verbose)",
     ]
