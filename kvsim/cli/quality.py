@@ -113,7 +113,9 @@ def capture_command(
     prompt_queries: PromptQueriesOption = None,
     signals: Annotated[
         str,
-        typer.Option(metavar="NAMES", help="What else to record: hidden, repeat_queries, entropy, distance; with commas."),
+        typer.Option(
+            metavar="NAMES", help="What else to record: hidden, repeat_queries, entropy, distance (commas between)."
+        ),
     ] = "",
 ) -> None:
     """Record K, V and Q of a Hugging Face model while it reads a text (capture extra)."""

@@ -11,17 +11,19 @@ from pydantic import Field, PositiveInt
 from kvsim.compression.base import LayerView
 from kvsim.compression.selection.base import acts_on
 from kvsim.compression.selection.cuts import CutScoredSelection
-from kvsim.compression.selection.decode_work import (
+from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
+from kvsim.compression.selection.window_scored import WindowScoredSelection
+from kvsim.errors import InvalidSpec
+from kvsim.numerics.softmax import softmax
+from kvsim.ops import (
+    Component,
+    OpCall,
+    Work,
     candidate_entropy,
     joint_scores,
     layer_distance,
     prompt_logits,
 )
-from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
-from kvsim.compression.selection.window_scored import WindowScoredSelection
-from kvsim.errors import InvalidSpec
-from kvsim.numerics.softmax import softmax
-from kvsim.ops import Component, OpCall, Work
 from kvsim.specs.base import DTYPE_BITS
 
 if TYPE_CHECKING:

@@ -11,11 +11,10 @@ from pydantic import Field, PositiveInt, model_validator
 
 from kvsim.compression.base import LayerView
 from kvsim.compression.selection.cuts import CutScoredSelection
-from kvsim.compression.selection.decode_work import joint_scores, key_similarity
 from kvsim.compression.selection.full_attention import kv_heads
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.softmax import softmax
-from kvsim.ops import Work, pool_scores, score_with_window
+from kvsim.ops import Work, joint_scores, key_similarity, pool_scores, score_with_window
 from kvsim.specs.base import DTYPE_BITS
 
 if TYPE_CHECKING:
