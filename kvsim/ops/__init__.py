@@ -52,7 +52,7 @@ from kvsim.ops.storing import (
     randomised_svd,
     score_channels,
 )
-from kvsim.ops.work import Component, Numeric, OpCall, Work
+from kvsim.ops.work import Component, Numeric, OpCall, Work, compression_calls
 
 __all__ = [
     "Component",
@@ -66,6 +66,7 @@ __all__ = [
     "channel_energy",
     "compact",
     "compress_blocks",
+    "compression_calls",
     "cut_clusters",
     "draw_scores",
     "expand_in_own_basis",

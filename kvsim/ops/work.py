@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -62,3 +63,8 @@ class OpCall:
     component: Component
     count: int = 1
     """How often it runs (layers)."""
+
+
+def compression_calls(works: Mapping[str, Work]) -> tuple[OpCall, ...]:
+    """Give named work as operations whose time counts as compression."""
+    return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())

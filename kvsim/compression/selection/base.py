@@ -37,9 +37,9 @@ class TokenSelection(StrategyPart):
         Where the heads are of several kinds (`head_curves`), those of the kind that holds most.
         """
 
-    @abstractmethod
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        """Tokens whose K and V one decode step reads in this layer."""
+        """Tokens whose K and V one decode step reads in this layer: all that are held, unless it reads fewer."""
+        return self.resident_tokens(prompt_tokens, layer)
 
     def trained_group(self, group: LayerGroup) -> LayerGroup:
         """Shape of a group of layers in a model that was trained with the method: as it is, unless it needs another.

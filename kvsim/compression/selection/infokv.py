@@ -16,10 +16,10 @@ from kvsim.compression.selection.window_scored import WindowScoredSelection
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.softmax import softmax
 from kvsim.ops import (
-    Component,
     OpCall,
     Work,
     candidate_entropy,
+    compression_calls,
     joint_scores,
     layer_distance,
     prompt_logits,
@@ -102,7 +102,7 @@ class InfoKV(CutScoredSelection, WindowScoredSelection):
         if kv_heads(layer.group) == 0 or not self.evicts:
             return ()
         works = self._signal_works(tokens, model)
-        return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())
+        return compression_calls(works)
 
     def _signal_works(self, tokens: int, model: ModelSpec) -> dict[str, Work]:
         if self.alpha == 1.0:
