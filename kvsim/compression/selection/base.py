@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
     from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv, SignalName
 
+LOG_WEIGHT_BYTES = 4.0
+"""An fp32 added to the logit, per entry and KV head, where entries stand for several tokens."""
+
 
 class TokenSelection(StrategyPart):
     """Which tokens are kept and read.

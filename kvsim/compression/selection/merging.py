@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
+from kvsim.compression.selection.base import LOG_WEIGHT_BYTES
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
 from kvsim.compression.selection.merge_selector import MergeByLayer
 from kvsim.compression.selection.scorers import ScorerBackedSelection
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from kvsim.compression.selector import Selector
     from kvsim.specs.model import ModelSpec
     from kvsim.tensors import FloatArray, IntArray, KvTensors, LayerKv
-
-LOG_WEIGHT_BYTES = 4.0
 
 
 class Merging(ScorerBackedSelection):

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.compression.selection.atom_work import AtomShape, compress_works
+from kvsim.compression.selection.base import LOG_WEIGHT_BYTES
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, BudgetedSelection, kv_heads
 from kvsim.compression.selector import Selector
 from kvsim.errors import InvalidSpec, NotRunnable
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from kvsim.numerics.arrays import DoubleArray
     from kvsim.specs.model import ModelSpec
     from kvsim.tensors import IntArray
-
-LOG_WEIGHT_BYTES = 4.0
-"""An fp32 added to the logit, per atom and KV head."""
 
 
 class WeightedAtoms(BudgetedSelection):
