@@ -44,7 +44,11 @@ def tables(results: PlanResults) -> Iterator[str]:
 
 def _contest(results: PlanResults, total: str) -> Iterator[str]:
     rows = results.over(ALL, total)
-    yield f"### {total}, all models\n"
+    every, asked = (
+        tuple(dict.fromkeys(row.model for row in some if row.model != ALL))
+        for some in (results.rows, [row for row in results.rows if row.question == total])
+    )
+    yield f"### {total}, {'all models' if asked == every else ' and '.join(asked)}\n"
     yield "| what each layer gets | score, % | KL, nats | above the best uniform policy, points | above the oracle |"
     yield "|---|---|---|---|---|"
     shown = [row for row in rows if row.kind == "plan" or row.name in {CALIBRATED, ORACLE}]
@@ -61,6 +65,8 @@ def _by_model(results: PlanResults, totals: Sequence[str]) -> Iterator[str]:
     for model in dict.fromkeys(row.model for row in results.rows if row.model != ALL):
         for total in totals:
             rows = results.over(model, total)
+            if not rows:
+                continue
             alike = next(row for row in rows if row.is_chosen)
             plan = next(row for row in rows if row.name == "KL")
             cells = (model, total, alike.name, _percent(alike.score), _percent(plan.score), _gain(plan))

@@ -68,7 +68,8 @@ def main() -> None:
     options = _options()
     if not options.tables_only:
         _measure(options)
-    write_page(CHECKOUT / "docs" / "layer-plans.md")
+    if not (options.models or options.ensembles_only):
+        write_page(CHECKOUT / "docs" / "layer-plans.md")
 
 
 def _measure(options: argparse.Namespace) -> None:

@@ -91,8 +91,9 @@ def test_the_dashboard_is_found(site: Path, tmp_path: Path) -> None:
 
 
 def test_no_public_data_travels(wheel: Path) -> None:
-    measured_by_us = "kvsim/presets/small_model/results.csv"
-    names = set(zipfile.ZipFile(wheel).namelist()) - {measured_by_us}
+    tables = ("results", "layer_plans", "layer_plans_ensembles")
+    measured_by_us = {f"kvsim/presets/small_model/{name}.csv" for name in tables}
+    names = set(zipfile.ZipFile(wheel).namelist()) - measured_by_us
     assert not [name for name in names if name.endswith((".csv", ".jsonl", ".gz", ".parquet"))]
 
 
