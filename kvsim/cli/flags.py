@@ -23,6 +23,14 @@ ENGINE = "Engine"
 LOAD = "Load"
 SLO_NAMES = ("ttft", "tpot", "e2el")
 
+RequestRateOption = Annotated[
+    str | None, typer.Option(rich_help_panel=LOAD, help="Requests per second (Poisson), or inf for all at once.")
+]
+MaxConcurrencyOption = Annotated[
+    int | None, typer.Option(rich_help_panel=LOAD, help="Closed loop with this many clients.")
+]
+NumPromptsOption = Annotated[int | None, typer.Option(rich_help_panel=LOAD, help="How many requests.")]
+
 
 @dataclass(frozen=True)
 class ScenarioFlags:
@@ -64,13 +72,9 @@ class ScenarioFlags:
     max_model_len: Annotated[int | None, typer.Option(rich_help_panel=ENGINE, help="Longest prompt plus output.")] = (
         None
     )
-    request_rate: Annotated[
-        str | None, typer.Option(rich_help_panel=LOAD, help="Requests per second (Poisson), or inf for all at once.")
-    ] = None
-    max_concurrency: Annotated[
-        int | None, typer.Option(rich_help_panel=LOAD, help="Closed loop with this many clients.")
-    ] = None
-    num_prompts: Annotated[int | None, typer.Option(rich_help_panel=LOAD, help="How many requests.")] = None
+    request_rate: RequestRateOption = None
+    max_concurrency: MaxConcurrencyOption = None
+    num_prompts: NumPromptsOption = None
     goodput: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME:MS", rich_help_panel=LOAD,

@@ -11,7 +11,15 @@ import typer
 
 from kvsim.cli.boundary import naming_file
 from kvsim.cli.console import notice, print_json, print_notes, print_result, progress_bar, stdout_width, timed
-from kvsim.cli.flags import load_assignments, parse_objective, takes_flags
+from kvsim.cli.flags import (
+    LOAD,
+    MaxConcurrencyOption,
+    NumPromptsOption,
+    RequestRateOption,
+    load_assignments,
+    parse_objective,
+    takes_flags,
+)
 from kvsim.cli.sweep import available_cores
 from kvsim.errors import InvalidSpec
 
@@ -21,7 +29,6 @@ if TYPE_CHECKING:
 OUT_SUFFIXES = (".json", ".parquet", ".csv", ".md")
 LIMITS = "Limits"
 SEARCH = "Search"
-LOAD = "Load"
 
 
 @dataclass(frozen=True)
@@ -34,13 +41,9 @@ class PlanFlags:
     model: Annotated[str | None, typer.Option(help="Preset, config.json, its folder, or hub id.")] = None
     device: Annotated[str | None, typer.Option(help="Devices with commas between them.")] = None
     workload: Annotated[str | None, typer.Option(rich_help_panel=LOAD, help="Name of a workload preset.")] = None
-    request_rate: Annotated[
-        str | None, typer.Option(rich_help_panel=LOAD, help="Requests per second (Poisson), or inf for all at once.")
-    ] = None
-    max_concurrency: Annotated[
-        int | None, typer.Option(rich_help_panel=LOAD, help="Closed loop with this many clients.")
-    ] = None
-    num_prompts: Annotated[int | None, typer.Option(rich_help_panel=LOAD, help="How many requests.")] = None
+    request_rate: RequestRateOption = None
+    max_concurrency: MaxConcurrencyOption = None
+    num_prompts: NumPromptsOption = None
     seed: Annotated[int | None, typer.Option(rich_help_panel=LOAD, help="Seed of the workload.")] = None
     slo: Annotated[
         list[str] | None,
