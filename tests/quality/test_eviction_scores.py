@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from kvsim.compression import parse_compression
 from kvsim.compression.selection.chunkkv import ChunkKV, chunk_means
 from kvsim.compression.selection.expected_attention import ExpectedAttention, FutureQueries, expected_weights
+from kvsim.compression.selection.prompt_attention import received_attention
 from kvsim.compression.selection.qfilter import query_filters
-from kvsim.compression.selection.scores import received_attention
 from kvsim.errors import InvalidSpec, NotRunnable
 from kvsim.numerics.softmax import softmax
 from kvsim.quality.store import fit_strategy, needs_calibration, store_cache

@@ -12,7 +12,7 @@ from kvsim.compression.base import LayerView
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
 from kvsim.compression.selection.h2o import HeavyHitterSelection, half_heavy_half_new
 from kvsim.compression.selection.merge_selector import stored_natively
-from kvsim.compression.selection.scores import received_attention
+from kvsim.compression.selection.prompt_attention import received_attention
 from kvsim.compression.selector import Selector, layer_view
 from kvsim.errors import NotRunnable
 from kvsim.numerics.merging import complement, folded_means, nearest_by_cosine

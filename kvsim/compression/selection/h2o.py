@@ -12,7 +12,7 @@ from kvsim.compression.selection.full_attention import (
     kv_heads,
     native_token_bytes,
 )
-from kvsim.compression.selection.scores import heaviest_and_newest, received_attention
+from kvsim.compression.selection.prompt_attention import heaviest_and_newest, received_attention
 from kvsim.ops import Component, OpCall, accumulate_attention, compact, compression_calls, select_top_k
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, model_validator
 from kvsim.compression.base import LayerView
 from kvsim.compression.selection.cuts import CutScoredSelection
 from kvsim.compression.selection.full_attention import kv_heads
-from kvsim.compression.selection.scores import known_prompt_queries, neighbourhoods
+from kvsim.compression.selection.prompt_attention import known_prompt_queries, neighbourhoods
 from kvsim.compression.selection.window_scored import WindowScoredSelection
 from kvsim.numerics.softmax import softmax
 from kvsim.ops import Work, joint_scores, key_similarity

@@ -9,8 +9,8 @@ import numpy as np
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads, native_token_bytes
+from kvsim.compression.selection.prompt_attention import received_attention
 from kvsim.compression.selection.scored import ScoredSelection
-from kvsim.compression.selection.scores import received_attention
 from kvsim.ops import Component, OpCall, Work, compact, score_with_window
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup

@@ -10,8 +10,8 @@ from pydantic import PositiveInt, model_validator
 
 from kvsim.compression.base import LayerView
 from kvsim.compression.selection.full_attention import kv_heads
+from kvsim.compression.selection.prompt_attention import neighbourhoods, received_attention
 from kvsim.compression.selection.scored import ScoredSelection
-from kvsim.compression.selection.scores import neighbourhoods, received_attention
 from kvsim.ops import Work, pool_scores, score_with_window
 from kvsim.specs.base import DTYPE_BITS
 
