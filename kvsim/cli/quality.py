@@ -211,7 +211,6 @@ def _show(rows: Sequence[StrategyRisk], cache: KvTensors, *, heads: bool, as_jso
 
 def _told(rows: Sequence[StrategyRisk], num_layers: int) -> Iterator[str]:
     """What must be known of single strategies, as ``NAME: reason``."""
-    from kvsim.compression import parse_compression
     from kvsim.quality.amid import exempt_note
 
     for row in rows:
@@ -222,8 +221,8 @@ def _told(rows: Sequence[StrategyRisk], num_layers: int) -> Iterator[str]:
             yield f"{row.strategy}: {left} stay native by its own rule, more than in a deep model"
         if row.outer_layers:
             yield f"{row.strategy}: {exempt_note(row.outer_layers)}"
-        if row.theory is not None and parse_compression(row.strategy).selection.merges:
-            yield f"{row.strategy}: its entries are merged, which formulas take for noise; read what is measured"
+        if row.theory_reason is not None:
+            yield f"{row.strategy}: no theory, {row.theory_reason}"
 
 
 def _notes(rows: Sequence[StrategyRisk]) -> list[str]:

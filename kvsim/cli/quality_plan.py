@@ -156,7 +156,7 @@ def _mean_kl(loaded: Any, captured: Sequence[Captured], samples: Sequence[KvTens
 
 def _show(made: MadePlan, source: str, out: Path | None, *, as_json: bool) -> None:
     from kvsim.compression.plan_file import plan_of, write_plan
-    from kvsim.rendering.layer_plans import plan_document, plan_table
+    from kvsim.rendering.layer_plans import plan_advice, plan_document, plan_table
 
     document = plan_document(made)
     if out is not None:
@@ -167,4 +167,5 @@ def _show(made: MadePlan, source: str, out: Path | None, *, as_json: bool) -> No
         print_json({"source": source, **document})
         return
     print_result(plan_table(made, source))
-    print_notes([NOTE])
+    advice = plan_advice(made)
+    print_notes([NOTE, *([advice] if advice else [])])
