@@ -87,6 +87,8 @@ class HandoverSource:
     """
 
     is_dynamic = True
+    reads_caches = False
+    """Offers do not wait for a decode replica's step: its answers' blocks are found from the start of their last one."""
     outstanding = 1
     """Never known to be the last."""
 
