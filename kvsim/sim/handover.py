@@ -88,7 +88,7 @@ class HandoverSource:
 
     is_dynamic = True
     reads_caches = False
-    """Offers do not wait for a decode replica's step: its answers' blocks are found from the start of their last one."""
+    """No step waits for its end because of it: an answer's blocks are found from the start of its last step."""
     outstanding = 1
     """Never known to be the last."""
 
