@@ -6,7 +6,7 @@ Run ``python tools/write_hybrids.py`` after a part or a rule has changed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kvsim.compression import CODINGS, ENCODINGS, REDUCTIONS, SELECTIONS, Compression
@@ -22,6 +22,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 PAGE = CHECKOUT / "docs" / "methods" / "hybrids.md"
 TABLES = re.compile(r"(<!-- tables: begin.*? -->\n).*?(<!-- tables: end -->)", re.DOTALL)
 MODEL, DEVICE = "llama-3.1-8b", "h100-sxm"
+MOST_NAMED = 8
+"""Parts that a heading names, beyond which the largest group is called all others."""
 SLOTS: dict[str, Sequence[type[StrategyPart]]] = {
     "selection": SELECTIONS, "reduction": REDUCTIONS, "encoding": ENCODINGS, "coding": CODINGS,
 }  # fmt: skip
@@ -41,12 +43,32 @@ def rows() -> Iterator[str]:
 
 
 def _table(down: str, across: str) -> Iterator[str]:
-    columns = _names(across)
-    yield f"| {down} \\ {across} | " + " | ".join(f"`{name}`" for name in columns) + " |"
+    """One row per group of parts with equal rows, one column per group with equal columns."""
+    cells = {(name, other): _cell({down: name, across: other}) for name in _names(down) for other in _names(across)}
+    rows = alike({name: tuple(cells[name, other] for other in _names(across)) for name in _names(down)})
+    columns = alike({other: tuple(cells[name, other] for name in _names(down)) for other in _names(across)})
+    yield f"| {down} \\ {across} | " + " | ".join(heading(group, columns, across) for group in columns) + " |"
     yield "|---" * (len(columns) + 1) + "|"
-    for name in _names(down):
-        yield f"| `{name}` | " + " | ".join(_cell({down: name, across: column}) for column in columns) + " |"
+    for group in rows:
+        outcomes = (cells[group[0], others[0]] for others in columns)
+        yield f"| {heading(group, rows, down)} | " + " | ".join(outcomes) + " |"
     yield ""
+
+
+def alike(outcomes: Mapping[str, tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Names of equal outcomes together, each group where its first name stands."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, outcome in outcomes.items():
+        groups.setdefault(outcome, []).append(name)
+    return [tuple(group) for group in groups.values()]
+
+
+def heading(group: tuple[str, ...], groups: Sequence[tuple[str, ...]], slot: str) -> str:
+    """Names of a group; of the largest one, where they are many, that it is all others."""
+    largest = max(groups, key=len)
+    if group is largest and len(group) > MOST_NAMED:
+        return f"any other {slot}" if len(groups) > 1 else f"every {slot}"
+    return ", ".join(f"`{name}`" for name in group)
 
 
 def _names(slot: str) -> list[str]:

@@ -17,11 +17,11 @@ Table = dict[str, list[str]]
 WORD_JOINER: Final = "\N{WORD JOINER}"
 SIMULATION_TAGS: Final = (
     "kv_max_concurrency", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms",
-    "output_throughput", "usd_per_million_output_tokens", "joules_per_output_token",
+    "output_throughput", "usd_per_million_total_tokens", "joules_per_output_token",
 )  # fmt: skip
 ESTIMATE_TAGS: Final = (
     "kv_max_concurrency", "mean_ttft_ms", "mean_tpot_ms", "output_throughput",
-    "usd_per_million_output_tokens", "joules_per_output_token",
+    "usd_per_million_total_tokens", "joules_per_output_token",
 )  # fmt: skip
 BASIS_COLOURS: Final = {
     "measured": "green",

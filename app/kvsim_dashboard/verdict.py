@@ -13,7 +13,7 @@ from kvsim.simulate import Comparison
 from kvsim_dashboard.plain_text import literal
 
 CRITERIA: Final = (
-    "usd_per_million_output_tokens",
+    "usd_per_million_total_tokens",
     "output_throughput_per_device",
     "mean_tpot_ms",
     "p99_tpot_ms",
@@ -29,7 +29,7 @@ CARD_TAGS: Final = (
     "mean_ttft_ms",
     "mean_tpot_ms",
     "output_throughput",
-    "usd_per_million_output_tokens",
+    "usd_per_million_total_tokens",
     "joules_per_output_token",
 )
 NATIVE: Final = "native"

@@ -25,6 +25,8 @@ from kvsim.cli.flags import ScenarioFlags, read_scenario, takes_scenario
 from kvsim.errors import InfeasibleScenario, InvalidSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvsim.scenario import Scenario
     from kvsim.simulate import Comparison
 
@@ -167,11 +169,15 @@ def _write_files(results: Results, method: str, out: Path | None, html: Path | N
 
 
 def _show(results: Results, *, as_json: bool, as_markdown: bool) -> None:
-    from kvsim.rendering.cells import shared_notes
+    from kvsim.rendering.cells import moved_cost_note, shared_notes
+
+    def notes(comparisons: Sequence[Comparison]) -> None:
+        moved = moved_cost_note(comparisons)
+        print_notes([*shared_notes(comparisons), *([moved] if moved else [])])
 
     if as_json:
         for _, comparisons in results:
-            print_notes(shared_notes(comparisons))
+            notes(comparisons)
         print_json(
             [
                 {"strategy": c.strategy, "reason": c.reason, "report": c.report and c.report.model_dump(mode="json")}
@@ -181,7 +187,7 @@ def _show(results: Results, *, as_json: bool, as_markdown: bool) -> None:
         )
         return
     for scenario, comparisons in results:
-        print_notes(shared_notes(comparisons))
+        notes(comparisons)
         if as_markdown:
             from kvsim.rendering import comparison_markdown, quality_markdown
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvsim.cli.boundary import naming_file
-from kvsim.cli.console import print_json, print_notes, print_result, timed
+from kvsim.cli.console import print_json, print_notes, print_result, stdout_width, timed
 from kvsim.cli.flags import ScenarioFlags, read_scenario_over, takes_scenario
 from kvsim.errors import InfeasibleScenario, InvalidSpec
 
@@ -52,7 +52,7 @@ def edge_command(
     else:
         from kvsim.rendering.edge import edge_view
 
-        print_result(edge_view(answers, question.reading_tokens_per_s))
+        print_result(edge_view(answers, question.reading_tokens_per_s, stdout_width()))
     if all(answer.reason is not None for answer in answers):
         msg = f"none of the {len(answers)} strategies can run: {answers[0].reason}"
         raise InfeasibleScenario(msg)

@@ -23,6 +23,14 @@ ENGINE = "Engine"
 LOAD = "Load"
 SLO_NAMES = ("ttft", "tpot", "e2el")
 
+RequestRateOption = Annotated[
+    str | None, typer.Option(rich_help_panel=LOAD, help="Requests per second (Poisson), or inf for all at once.")
+]
+MaxConcurrencyOption = Annotated[
+    int | None, typer.Option(rich_help_panel=LOAD, help="Closed loop with this many clients.")
+]
+NumPromptsOption = Annotated[int | None, typer.Option(rich_help_panel=LOAD, help="How many requests.")]
+
 
 @dataclass(frozen=True)
 class ScenarioFlags:
@@ -64,13 +72,9 @@ class ScenarioFlags:
     max_model_len: Annotated[int | None, typer.Option(rich_help_panel=ENGINE, help="Longest prompt plus output.")] = (
         None
     )
-    request_rate: Annotated[
-        str | None, typer.Option(rich_help_panel=LOAD, help="Requests per second (Poisson), or inf for all at once.")
-    ] = None
-    max_concurrency: Annotated[
-        int | None, typer.Option(rich_help_panel=LOAD, help="Closed loop with this many clients.")
-    ] = None
-    num_prompts: Annotated[int | None, typer.Option(rich_help_panel=LOAD, help="How many requests.")] = None
+    request_rate: RequestRateOption = None
+    max_concurrency: MaxConcurrencyOption = None
+    num_prompts: NumPromptsOption = None
     goodput: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME:MS", rich_help_panel=LOAD,
@@ -171,34 +175,41 @@ def _assignments(flags: ScenarioFlags, document: dict[str, Any]) -> Iterator[Ass
         if getattr(flags, name) is not None:
             yield f"engine.{name}", getattr(flags, name)
     for objective in flags.goodput or ():
-        yield _objective(objective)
+        yield parse_objective(objective, "--goodput")
 
 
-def _objective(text: str) -> Assignment:
+def parse_objective(text: str, flag: str) -> Assignment:
+    """``ttft:500``, in milliseconds, as a field of a file; raise InvalidSpec naming the flag."""
     name, _, milliseconds = text.partition(":")
     try:
         value = float(milliseconds)
     except ValueError:
         value = -1.0
     if name not in SLO_NAMES or not value > 0:
-        msg = f"--goodput: {text!r} is not NAME:MS; allowed names: {', '.join(SLO_NAMES)}, such as ttft:500"
+        msg = f"{flag}: {text!r} is not NAME:MS; allowed names: {', '.join(SLO_NAMES)}, such as ttft:500"
         raise InvalidSpec(msg)
     return f"slo.{name}_s", f"{milliseconds.strip()} ms"
 
 
 def _load_assignments(flags: ScenarioFlags, scenario: Scenario) -> Iterator[Assignment]:
+    kind = getattr(scenario.workload, "kind", "synthetic")
+    yield from load_assignments(flags.request_rate, flags.max_concurrency, flags.num_prompts, kind)
+
+
+def load_assignments(
+    request_rate: str | None, max_concurrency: int | None, num_prompts: int | None, kind: str
+) -> Iterator[Assignment]:
     """Arrivals and number of requests, in the words of the workload's kind."""
-    if flags.request_rate is not None and flags.max_concurrency is not None:
+    if request_rate is not None and max_concurrency is not None:
         msg = "--request-rate and --max-concurrency exclude each other: an open loop or a closed one"
         raise InvalidSpec(msg)
-    if flags.request_rate is not None:
-        everything_at_once = flags.request_rate.strip().lower() == "inf"
+    if request_rate is not None:
+        everything_at_once = request_rate.strip().lower() == "inf"
         yield (
             "workload.arrivals",
-            ({"kind": "burst"} if everything_at_once else {"kind": "poisson", "request_rate": flags.request_rate}),
+            {"kind": "burst"} if everything_at_once else {"kind": "poisson", "request_rate": request_rate},
         )
-    if flags.max_concurrency is not None:
-        yield "workload.arrivals", {"kind": "concurrency", "max_concurrency": flags.max_concurrency}
-    if flags.num_prompts is not None:
-        kind = getattr(scenario.workload, "kind", "synthetic")
-        yield f"workload.{'max_requests' if kind == 'trace' else 'num_prompts'}", flags.num_prompts
+    if max_concurrency is not None:
+        yield "workload.arrivals", {"kind": "concurrency", "max_concurrency": max_concurrency}
+    if num_prompts is not None:
+        yield f"workload.{'max_requests' if kind == 'trace' else 'num_prompts'}", num_prompts

@@ -11,7 +11,15 @@ import typer
 
 from kvsim.cli.boundary import naming_file
 from kvsim.cli.console import notice, print_json, print_notes, print_result, progress_bar, stdout_width, timed
-from kvsim.cli.flags import SLO_NAMES, takes_flags
+from kvsim.cli.flags import (
+    LOAD,
+    MaxConcurrencyOption,
+    NumPromptsOption,
+    RequestRateOption,
+    load_assignments,
+    parse_objective,
+    takes_flags,
+)
 from kvsim.cli.sweep import available_cores
 from kvsim.errors import InvalidSpec
 
@@ -21,7 +29,6 @@ if TYPE_CHECKING:
 OUT_SUFFIXES = (".json", ".parquet", ".csv", ".md")
 LIMITS = "Limits"
 SEARCH = "Search"
-LOAD = "Load"
 
 
 @dataclass(frozen=True)
@@ -34,13 +41,9 @@ class PlanFlags:
     model: Annotated[str | None, typer.Option(help="Preset, config.json, its folder, or hub id.")] = None
     device: Annotated[str | None, typer.Option(help="Devices with commas between them.")] = None
     workload: Annotated[str | None, typer.Option(rich_help_panel=LOAD, help="Name of a workload preset.")] = None
-    request_rate: Annotated[
-        str | None, typer.Option(rich_help_panel=LOAD, help="Requests per second (Poisson), or inf for all at once.")
-    ] = None
-    max_concurrency: Annotated[
-        int | None, typer.Option(rich_help_panel=LOAD, help="Closed loop with this many clients.")
-    ] = None
-    num_prompts: Annotated[int | None, typer.Option(rich_help_panel=LOAD, help="How many requests.")] = None
+    request_rate: RequestRateOption = None
+    max_concurrency: MaxConcurrencyOption = None
+    num_prompts: NumPromptsOption = None
     seed: Annotated[int | None, typer.Option(rich_help_panel=LOAD, help="Seed of the workload.")] = None
     slo: Annotated[
         list[str] | None,
@@ -195,23 +198,11 @@ def _assignments(flags: PlanFlags, document: dict[str, Any]) -> Iterator[tuple[s
         "budget.device_memory": flags.budget_device_memory, "budget.sequence_kv": flags.budget_sequence_kv,
     }  # fmt: skip
     yield from ((key, value) for key, value in values.items() if value is not None)
-    yield from map(_objective, flags.slo or ())
+    yield from (parse_objective(text, "--slo") for text in flags.slo or ())
     if flags.floor:
         yield "floors", {**(document.get("floors") or {}), **dict(map(_floor, flags.floor))}
     yield from map(_override, flags.set_ or ())
     yield from _load(flags, document)
-
-
-def _objective(text: str) -> tuple[str, Any]:
-    name, _, milliseconds = text.partition(":")
-    try:
-        value = float(milliseconds)
-    except ValueError:
-        value = -1.0
-    if name not in SLO_NAMES or not value > 0:
-        msg = f"--slo: {text!r} is not NAME:MS; allowed names: {', '.join(SLO_NAMES)}, such as ttft:500"
-        raise InvalidSpec(msg)
-    return f"slo.{name}_s", f"{milliseconds.strip()} ms"
 
 
 def _floor(text: str) -> tuple[str, float]:
@@ -246,21 +237,9 @@ def _override(text: str) -> tuple[str, Any]:
 
 
 def _load(flags: PlanFlags, document: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    if flags.request_rate is not None and flags.max_concurrency is not None:
-        msg = "--request-rate and --max-concurrency exclude each other: an open loop or a closed one"
-        raise InvalidSpec(msg)
-    if flags.request_rate is not None:
-        everything_at_once = flags.request_rate.strip().lower() == "inf"
-        yield (
-            "workload.arrivals",
-            {"kind": "burst"} if everything_at_once else {"kind": "poisson", "request_rate": flags.request_rate},
-        )
-    if flags.max_concurrency is not None:
-        yield "workload.arrivals", {"kind": "concurrency", "max_concurrency": flags.max_concurrency}
-    if flags.num_prompts is not None:
-        workload = document.get("workload")
-        is_trace = isinstance(workload, dict) and workload.get("kind") == "trace"
-        yield f"workload.{'max_requests' if is_trace else 'num_prompts'}", flags.num_prompts
+    workload = document.get("workload")
+    kind = workload.get("kind", "synthetic") if isinstance(workload, dict) else "synthetic"
+    yield from load_assignments(flags.request_rate, flags.max_concurrency, flags.num_prompts, kind)
 
 
 def _write(answer: Plan, out: Path, rows: int) -> None:

@@ -20,6 +20,15 @@ from kvsim.cli.console import (
     stdout_width,
     timed,
 )
+from kvsim.cli.kv_options import (
+    EnsembleOption,
+    KvOption,
+    PromptQueriesOption,
+    QueriesOption,
+    TokensOption,
+    capture_texts,
+    draw_ensemble,
+)
 from kvsim.errors import IncompatibleScenario, InvalidSpec
 
 if TYPE_CHECKING:
@@ -35,37 +44,12 @@ quality_app = typer.Typer(no_args_is_help=True, help="Risk of strategies: theory
 
 
 TextOption = Annotated[Path | None, typer.Option("--text", metavar="FILE", help="What the model reads: UTF-8.")]
-TOKENS, QUERIES, PROMPT_QUERIES = 1024, 32, 64
-TokensOption = Annotated[
-    int | None, typer.Option("--tokens", min=1, show_default=str(TOKENS), help="Tokens of the text that are cached.")
-]
-QueriesOption = Annotated[
-    int | None,
-    typer.Option(
-        "--queries", min=1, show_default=str(QUERIES), help="Tokens after them, whose queries read the cache."
-    ),
-]
-PromptQueriesOption = Annotated[
-    int | None,
-    typer.Option(
-        "--prompt-queries",
-        min=0,
-        show_default=str(PROMPT_QUERIES),
-        help="Last queries of the cached tokens that a method may look at.",
-    ),
-]
 
 
 @quality_app.command("run")
 def run_command(
-    kv: Annotated[Path | None, typer.Option("--kv", metavar="FILE", help="KV tensors: .safetensors.")] = None,
-    ensemble: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME[:SEED]",
-            help="Draw them: llama-like, heavy-keys, retrieval or diffuse, with (field=value,...) after it.",
-        ),
-    ] = None,
+    kv: KvOption = None,
+    ensemble: EnsembleOption = None,
     model: Annotated[
         str | None, typer.Option(metavar="PATH_OR_ID", help="Capture them, and let the model continue (capture extra).")
     ] = None,
@@ -105,7 +89,9 @@ def run_command(
         cache, continuation = captured.kv, _continuation(loaded, captured)
         samples = _calibration_files(cache, calibrate or (), needed_signals(names, to_fit=True))
     elif kv is not None:
-        cache = read_kv_file(kv, signals)
+        from kvsim.tensors.files import read_kv
+
+        cache = read_kv(kv, signals)
         samples = _calibration_files(cache, calibrate or (), needed_signals(names, to_fit=True))
     else:
         cache, samples = _drawn(str(ensemble), calibrate or ())
@@ -127,7 +113,9 @@ def capture_command(
     prompt_queries: PromptQueriesOption = None,
     signals: Annotated[
         str,
-        typer.Option(metavar="NAMES", help="What else to record: hidden, repeat_queries; with commas between them."),
+        typer.Option(
+            metavar="NAMES", help="What else to record: hidden, repeat_queries, entropy, distance (commas between)."
+        ),
     ] = "",
 ) -> None:
     """Record K, V and Q of a Hugging Face model while it reads a text (capture extra)."""
@@ -153,57 +141,18 @@ def _parse_signals(text: str) -> frozenset[SignalName]:
     return frozenset(name for name in SIGNALS if name in names)
 
 
-def capture_texts(
-    model: str,
-    texts: Sequence[Path],
-    tokens: int | None,
-    queries: int | None,
-    prompt_queries: int | None,
-    signals: Collection[SignalName],
-) -> tuple[list[Captured], Any]:
-    """Let the model read each text by itself; give what it kept of each, and the model."""
-    from kvsim.quality.capture import capture, encode_text, load_model, read_text
-    from kvsim.quality.capture_signals import Requests
-
-    cached = TOKENS if tokens is None else tokens
-    later = QUERIES if queries is None else queries
-    window = min(PROMPT_QUERIES, cached) if prompt_queries is None else prompt_queries
-    for text in texts:
-        read_text(text)  # A large model takes minutes to load.
-    loaded, tokenizer = load_model(model)
-    captured = [
-        capture(
-            loaded,
-            encode_text(tokenizer, text, cached + later),
-            num_queries=later,
-            num_prompt_queries=window,
-            source=f"{model}, {text.name}",
-            signals=signals,
-            requests=Requests.encoded(tokenizer),
-        )
-        for text in texts
-    ]
-    return captured, loaded
-
-
 def _continuation(loaded: Any, captured: Captured) -> Continue:
     from kvsim.quality.continuation import continue_with
 
     return partial(continue_with, loaded, captured)
 
 
-def read_kv_file(path: Path, signals: Collection[SignalName]) -> KvTensors:
-    """Read KV tensors with some signals; raise InvalidSpec where a file holds none."""
-    from kvsim.tensors.files import read_kv
-
-    return read_kv(path, signals)
-
-
 def _calibration_files(cache: KvTensors, paths: Sequence[Path], signals: Collection[SignalName]) -> Samples:
     """Read calibration sequences when a method asks for them; refuse those of another model."""
+    from kvsim.tensors.files import read_kv
 
     def read() -> list[KvTensors]:
-        samples = [read_kv_file(path, signals) for path in paths]
+        samples = [read_kv(path, signals) for path in paths]
         for path, sample in zip(paths, samples, strict=True):
             if _shape(sample) != _shape(cache):
                 msg = f"--calibrate {path}: layers, heads or dimensions {_shape(sample)} are not {_shape(cache)}"
@@ -220,14 +169,11 @@ def _shape(kv: KvTensors) -> tuple[int, ...]:
 
 def _drawn(ensemble: str, calibrate: Sequence[Path]) -> tuple[KvTensors, Samples]:
     """Draw a sequence, and others of the same model when a method calibrates."""
-    from kvsim.tensors.ensemble import draw, parse_ensemble
-
     if calibrate:
         msg = "--calibrate goes with --kv and --model; an ensemble calibrates on its own sequences 1 and 2"
         raise InvalidSpec(msg)
-    spec, seed = parse_ensemble(ensemble)
-    name = ensemble.partition("(")[0].partition(":")[0].strip()
-    return draw(spec, seed, name=name), lambda: [draw(spec, seed, sequence=one) for one in CALIBRATION_SEQUENCES]
+    (cache,) = draw_ensemble(ensemble)
+    return cache, lambda: draw_ensemble(ensemble, CALIBRATION_SEQUENCES)
 
 
 def _show(rows: Sequence[StrategyRisk], cache: KvTensors, *, heads: bool, as_json: bool, as_csv: bool) -> None:
@@ -265,7 +211,6 @@ def _show(rows: Sequence[StrategyRisk], cache: KvTensors, *, heads: bool, as_jso
 
 def _told(rows: Sequence[StrategyRisk], num_layers: int) -> Iterator[str]:
     """What must be known of single strategies, as ``NAME: reason``."""
-    from kvsim.compression import parse_compression
     from kvsim.quality.amid import exempt_note
 
     for row in rows:
@@ -276,8 +221,8 @@ def _told(rows: Sequence[StrategyRisk], num_layers: int) -> Iterator[str]:
             yield f"{row.strategy}: {left} stay native by its own rule, more than in a deep model"
         if row.outer_layers:
             yield f"{row.strategy}: {exempt_note(row.outer_layers)}"
-        if row.theory is not None and parse_compression(row.strategy).selection.merges:
-            yield f"{row.strategy}: its entries are merged, which formulas take for noise; read what is measured"
+        if row.theory_reason is not None:
+            yield f"{row.strategy}: no theory, {row.theory_reason}"
 
 
 def _notes(rows: Sequence[StrategyRisk]) -> list[str]:

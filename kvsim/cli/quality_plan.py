@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from kvsim.cli.console import notice, print_json, print_notes, print_result, progress_bar, timed
-from kvsim.cli.quality import (
+from kvsim.cli.kv_options import (
+    EnsembleOption,
     PromptQueriesOption,
     QueriesOption,
     TokensOption,
     capture_texts,
-    read_kv_file,
+    draw_ensemble,
 )
 from kvsim.errors import InvalidSpec
 
@@ -34,9 +35,7 @@ NOTE = (
 
 def plan_layers_command(
     *,
-    ensemble: Annotated[
-        str | None, typer.Option(metavar="NAME[:SEED]", help="Draw caches, such as retrieval; see quality run.")
-    ] = None,
+    ensemble: EnsembleOption = None,
     kv: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="KV tensors to calibrate on: .safetensors. Repeatable.")
     ] = None,
@@ -101,15 +100,14 @@ def plan_layers_command(
 def _caches(
     ensemble: str | None, kv: Sequence[Path], test: Sequence[Path], sequences: int, signals: frozenset[SignalName]
 ) -> tuple[list[KvTensors], list[KvTensors], str]:
-    if ensemble is None:
-        return [read_kv_file(path, signals) for path in kv], [read_kv_file(path, signals) for path in test], _names(kv)
-    from kvsim.tensors.ensemble import draw, parse_ensemble
+    from kvsim.tensors.files import read_kv
 
+    if ensemble is None:
+        return [read_kv(path, signals) for path in kv], [read_kv(path, signals) for path in test], _names(kv)
     if test:
         msg = "--test goes with --kv and --model; an ensemble is tested on sequences of its own"
         raise InvalidSpec(msg)
-    spec, seed = parse_ensemble(ensemble)
-    drawn = [draw(spec, seed, sequence=index, name=ensemble) for index in range(1, sequences + HELD_OUT + 1)]
+    drawn = draw_ensemble(ensemble, range(1, sequences + HELD_OUT + 1))
     return drawn[:sequences], drawn[sequences:], f"ensemble {ensemble}, {sequences} sequences"
 
 
@@ -158,7 +156,7 @@ def _mean_kl(loaded: Any, captured: Sequence[Captured], samples: Sequence[KvTens
 
 def _show(made: MadePlan, source: str, out: Path | None, *, as_json: bool) -> None:
     from kvsim.compression.plan_file import plan_of, write_plan
-    from kvsim.rendering.layer_plans import plan_document, plan_table
+    from kvsim.rendering.layer_plans import plan_advice, plan_document, plan_table
 
     document = plan_document(made)
     if out is not None:
@@ -169,4 +167,5 @@ def _show(made: MadePlan, source: str, out: Path | None, *, as_json: bool) -> No
         print_json({"source": source, **document})
         return
     print_result(plan_table(made, source))
-    print_notes([NOTE])
+    advice = plan_advice(made)
+    print_notes([NOTE, *([advice] if advice else [])])

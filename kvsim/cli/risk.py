@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -18,9 +17,12 @@ from kvsim.cli.console import (
     stdout_width,
     timed,
 )
+from kvsim.cli.kv_options import EnsembleOption, KvOption, draw_ensemble
 from kvsim.errors import InvalidSpec
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kvsim.quality.risk.compressibility import Compressibility
     from kvsim.tensors import KvTensors
 
@@ -32,14 +34,8 @@ NOTES: Final = (
 
 
 def risk_command(
-    kv: Annotated[Path | None, typer.Option("--kv", metavar="FILE", help="KV tensors: .safetensors.")] = None,
-    ensemble: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME[:SEED]",
-            help="Draw them: llama-like, heavy-keys, retrieval or diffuse, with (field=value,...) after it.",
-        ),
-    ] = None,
+    kv: KvOption = None,
+    ensemble: EnsembleOption = None,
     error: Annotated[float, typer.Option(help="Relative output error that entries are counted for.")] = 0.01,
     budget: Annotated[
         str, typer.Option(metavar="K|SHARE%", help="Entries per KV head at which heads are compared.")
@@ -74,11 +70,8 @@ def _cache(kv: Path | None, ensemble: str | None) -> KvTensors:
         from kvsim.tensors.files import read_kv
 
         return read_kv(kv)
-    from kvsim.tensors.ensemble import draw, parse_ensemble
-
-    text = str(ensemble)
-    spec, seed = parse_ensemble(text)
-    return draw(spec, seed, name=text.partition("(")[0].partition(":")[0].strip())
+    (drawn,) = draw_ensemble(str(ensemble))
+    return drawn
 
 
 def _atoms(text: str, tokens: int) -> int:

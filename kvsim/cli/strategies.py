@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvsim.strategy_table import StrategyRow
 
 WIDE_COLUMNS = 150
-NAME_WIDTH = 22
+NAME_WIDTH = 28
 CLASS_LETTERS = {
     "language modelling": "L", "knowledge": "K", "short reasoning": "S", "reasoning": "R", "code": "C",
     "long-context retrieval": "N", "long-context understanding": "U", "unstated": "?",
@@ -57,7 +57,7 @@ def _table(rows: Sequence[StrategyRow], *, is_wide: bool) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("name", no_wrap=is_wide, overflow="fold", max_width=None if is_wide else NAME_WIDTH)
-    for header in ("B/token", "bits", "fold"):
+    for header in ("B/token", "bits", "fold") if is_wide else ("bits", "fold"):
         table.add_column(header, justify="right", no_wrap=True)
     for header in ("frees", "kernel", "price"):
         table.add_column(header, no_wrap=True)
@@ -89,7 +89,8 @@ def _cells(row: StrategyRow, *, is_wide: bool) -> list[str]:
         "-" if row.decode_basis is None else str(row.decode_basis),
         _risk(row.risk, spelled=is_wide),
     ]
-    return [*cells, row.description] if is_wide else cells
+    # Bits say it already, and names must not be cut.
+    return [*cells, row.description] if is_wide else [cells[0], *cells[2:]]
 
 
 def _frees(row: StrategyRow) -> str:
@@ -128,8 +129,9 @@ def _details(rows: Sequence[StrategyRow]) -> Table:
 
 
 def _legend(model: str, device: str, context: int, *, is_wide: bool) -> str:
+    size = "B/token, and bits" if is_wide else "bits"
     lines = [
-        f"B/token, and bits per K and V value, of one kept token of {model}; fold: all held, after {context:,} tokens",
+        f"{size} per K and V value, of one kept token of {model}; fold: all held, after {context:,} tokens",
         "frees: whether it holds less than native KV; *: some public code merely masks, and frees nothing (--verbose)",
         f"price: what reading the cache in a decode step rests on, on {device}; -: cannot run (reason: --verbose)",
     ]

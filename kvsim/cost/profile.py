@@ -154,20 +154,36 @@ class SequenceProfile:
         return self.total_ticks(steps)[1]
 
     def typical_ticks(self, step: int) -> tuple[int, int]:
-        """Ticks of a decode step: (whole, part due to the compression); where steps repeat, the mean of its period."""
+        """Ticks of a decode step: (whole, part due to the compression); where steps repeat, the mean of its period.
+
+        A step before that which ends with a cut is taken as its neighbours with the cut's share of a period: one step
+        in so many has a cut, and a load whose middle falls on that step has no more of them.
+        """
         repeat, rounds = self.repeat, self._rounds(step)
-        if repeat is None or step < repeat.start_step:
-            segment = self.segment_at(step)
-            since = step - segment.start_step
-            return (
-                segment.ticks + since * segment.slope_ticks,
-                segment.unpack_ticks + since * segment.unpack_slope_ticks,
-            )
+        if repeat is None:
+            return self._exact_ticks(step)
+        if step < repeat.start_step:
+            return self._without_pulse(step, repeat.period)
         whole, unpack = self._between(repeat.start_step, repeat.start_step + repeat.period)
         return (
             round(whole / repeat.period) + rounds * repeat.rise_ticks,
             round(unpack / repeat.period) + rounds * repeat.unpack_rise_ticks,
         )
+
+    def _exact_ticks(self, step: int, after: int | None = None) -> tuple[int, int]:
+        """Ticks of a step, or what they would be if the segment of step ``after`` went on until it."""
+        segment = self.segment_at(step if after is None else after)
+        since = step - segment.start_step
+        return segment.ticks + since * segment.slope_ticks, segment.unpack_ticks + since * segment.unpack_slope_ticks
+
+    def _without_pulse(self, step: int, period: int) -> tuple[int, int]:
+        """Ticks of a step before steps repeat; where a segment of this step alone is dearer, that is spread."""
+        own = self._exact_ticks(step)
+        is_alone = self.segment_at(step).start_step == step and (step + 1 in self._starts)
+        usual = self._exact_ticks(step, step - 1) if is_alone and step > 0 else own
+        if usual[0] >= own[0]:
+            return own
+        return usual[0] + round((own[0] - usual[0]) / period), usual[1] + round((own[1] - usual[1]) / period)
 
     def _between(self, first: int, last: int) -> tuple[int, int]:
         """Ticks of the steps ``first`` to ``last`` - 1 as the segments have them, before anything repeats."""

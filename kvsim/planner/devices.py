@@ -46,7 +46,10 @@ def device_plan(
         most = max(refused, key=lambda one: one.count, default=None)
         why = f"nothing holds every limit; most miss {most.limit!r}: {most.example}" if most else "nothing can run"
         return DevicePlan(why=why, **common)
-    today, cheapest = picks(mine, search.name, described.is_doubtful)
+    seen = picks([one for one in mine if id(one) in described.reports], search.name, described.is_doubtful)
+    unseen = picks(mine, search.name, described.is_doubtful)
+    # Those that were simulated are known to hold their targets.
+    today, cheapest = (one or other for one, other in zip(seen, unseen, strict=True))
     named = {id(one): point for one, point in zip(chosen, points, strict=True)}
 
     def described_pick(one: Screened) -> PlanPoint:

@@ -69,6 +69,8 @@ def plan(
     watch = Watch(progress, cancelled)
     space = space_of(request.search)
     screener = Screener(_scenario(request), _prices(request), base_dir)
+    # A workload that cannot be read is one error, and not one of each candidate.
+    _ = screener.load
     searches = _search_all(request, screener, space, watch)
     pool = _feasible(request, searches, screener)
     if not pool.feasible:

@@ -48,11 +48,15 @@ class Described:
         return doubts(self.missed, self.reports)
 
     def final(self) -> list[Screened]:
-        """The plan's points: of those simulated the ones that no other dominates there, then the unsimulated."""
+        """The plan's points: of those simulated the ones that no other dominates there, then the unsimulated.
+
+        Last are those whose like missed a target.
+        """
         played = [one for one in self.heads if id(one) in self.reports]
         kept = [played[index] for index in pareto([simulated_standing(one, self.reports[id(one)]) for one in played])]
         kept.sort(key=lambda one: (one.usd_per_million is None, cheapness(one)))
-        return [*kept, *(one for one in self.heads if id(one) not in self.reports)]
+        unplayed = (one for one in self.heads if id(one) not in self.reports)
+        return [*kept, *sorted(unplayed, key=self.is_doubtful)]
 
 
 def simulated_standing(one: Screened, report: Report) -> Standing:

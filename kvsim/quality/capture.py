@@ -7,8 +7,8 @@ code of a model repository is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -24,13 +24,13 @@ from kvsim.quality.capture_signals import (
     next_token_entropy,
     second_reading,
 )
+from kvsim.quality.model_attention import attention_of
 from kvsim.tensors import FloatArray, KvTensors, LayerKv, PromptSignals, Rope, SignalName
 
 FAMILIES: Final = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 """``model_type`` of families whose RoPE has the half-split layout and whose attention is plain softmax over K and V."""
 SIGNALS: Final[tuple[SignalName, ...]] = ("hidden", "repeat_queries", "entropy", "distance")
 """What can be recorded beside K, V and Q."""
-_NAME: Final = "kvsim"
 _EXTRA: Final = 'needs torch and transformers; install them with: pip install "kvsim[capture]"'
 
 
@@ -213,20 +213,6 @@ class _Recorder:
 def _array(tensor: Any) -> FloatArray:
     array: FloatArray = tensor.detach().float().cpu().numpy()
     return np.ascontiguousarray(array)
-
-
-@contextmanager
-def attention_of(model: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """Let the model attend by ``function`` within the block; it gets no mask and has to be causal by itself."""
-    from transformers import AttentionInterface
-
-    before = model.config._attn_implementation
-    AttentionInterface.register(_NAME, function)
-    try:
-        model.set_attn_implementation(_NAME)
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _rope(model: Any) -> Rope:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from kvsim.errors import InvalidSpec
+from kvsim.quality.model_attention import attention_of
 from kvsim.tensors import FloatArray, KvTensors, LayerKv
 from kvsim.tensors.kv import ENTROPY_CANDIDATES, REPEAT_CHUNK
 
@@ -96,8 +97,6 @@ def second_reading(
     InvalidSpec
         The prompt, a request and a chunk are more than the model's context.
     """
-    from kvsim.quality.capture import attention_of
-
     chunks = [token_ids[start : start + REPEAT_CHUNK] for start in range(0, len(token_ids), REPEAT_CHUNK)]
     reader = _SecondReader(kv)
     with attention_of(model, reader.attend):

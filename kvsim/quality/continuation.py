@@ -9,7 +9,8 @@ import numpy as np
 
 from kvsim.compression import Compression
 from kvsim.compression.selector import layer_view
-from kvsim.quality.capture import Captured, attention_of
+from kvsim.quality.capture import Captured
+from kvsim.quality.model_attention import attention_of
 from kvsim.quality.run import ContinuationRisk
 from kvsim.quality.store import StoredCache
 from kvsim.tensors import BoolArray, FloatArray, LayerKv

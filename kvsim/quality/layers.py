@@ -14,7 +14,8 @@ class RiskLayers(Spec):
     """What can be asked of a strategy's risk; the three are never mixed."""
 
     theory: bool
-    """Formulas from the encoding's error and the attention of given tensors; they need its algorithm to run."""
+    """Formulas from the encoding's error and the attention of given tensors; they need its algorithm to run, and
+    say nothing of merged entries."""
     tensors: bool
     """Its algorithm runs on KV tensors, so its error can be measured."""
     why_not_on_tensors: str | None = None
@@ -30,7 +31,7 @@ def risk_layers(compression: Compression) -> RiskLayers:
     reason = _why_not_on_tensors(compression)
     quality = published_quality(compression)
     return RiskLayers(
-        theory=reason is None,
+        theory=reason is None and not compression.selection.merges,
         tensors=reason is None,
         why_not_on_tensors=reason,
         published=tuple(sorted({note.task_class for note in quality.notes})),
@@ -43,7 +44,6 @@ def _why_not_on_tensors(compression: Compression) -> str | None:
         compression.selection.selector()
         compression.reduction.codec()
         compression.encoding.codec()
-        compression.selection.selector()
     except NotRunnable as error:
         return str(error)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
@@ -19,6 +20,12 @@ from kvsim.quality.store import FittedStrategy, StoredCache, is_exempt, needs_ca
 from kvsim.quality.theory import distortion, predict_layer
 from kvsim.report import Quality
 from kvsim.tensors import KvTensors, SignalName, attend
+
+MERGED_ENTRIES: Final = (
+    "its entries are merged or weighted: formulas would take what a survivor stands for as its noise, and bound only "
+    "what is dropped"
+)
+"""Why there is no theory of a selection that merges."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,8 @@ class ContinuationRisk:
 class StrategyRisk:
     """One strategy on one cache.
 
-    ``reason`` says why it did not run, and then only ``published`` is known. ``native_layers`` is how many layers the
+    ``reason`` says why it did not run, and then only ``published`` is known. ``theory_reason`` says why formulas do not
+    apply to what was measured: ``theory`` is then unknown. ``native_layers`` is how many layers the
     format itself leaves alone (vLLM's TurboQuant: the first and last two), which is much of a cache of few layers.
     ``outer_layers`` is how many it leaves alone at either end of the deeper model that this cache is from the middle
     of; they are in no figure.
@@ -104,6 +112,7 @@ class StrategyRisk:
     measured: MeasuredRisk | None = None
     continuation: ContinuationRisk | None = None
     reason: str | None = None
+    theory_reason: str | None = None
     native_layers: int = 0
     outer_layers: int = 0
 
@@ -143,13 +152,15 @@ def run_strategies(
         except KvsimError as error:
             rows.append(StrategyRisk(name, published, reason=_reason(error)))
             continue
+        no_theory = MERGED_ENTRIES if compression.selection.merges else None
         rows.append(
             StrategyRisk(
                 name,
                 published,
-                theory=predict(kv, stored),
+                theory=None if no_theory else predict(kv, stored),
                 measured=compare_caches(kv, stored),
                 continuation=None if continuation is None else continuation(compression, stored),
+                theory_reason=no_theory,
                 native_layers=0 if outer else _num_exempt(compression, kv),
                 outer_layers=outer,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from kvsim.rendering.published import headline_text
 from kvsim.report import Report
 
 if TYPE_CHECKING:
+    from kvsim.report import Figure
     from kvsim.simulate import Comparison
 
 
@@ -91,6 +93,8 @@ def quality_cell(report: Report) -> Cell:
     return Cell(headline_text(report.quality))
 
 
+PREFILL_GROWS = 1.05
+"""Input cost beside native's from which a lower output cost is no saving by itself."""
 COMPARISON_COLUMNS: tuple[Column, ...] = (
     Column("KV fold", "x", _single("kv_fold")),
     Column("Capacity", "tokens", _single("capacity_tokens")),
@@ -119,6 +123,31 @@ def comparison_cells(report: Report) -> list[Cell]:
 def failures(comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
     """Strategies that gave no report, each with its reason."""
     return [(c.strategy, c.reason or "no reason given") for c in comparisons if c.report is None]
+
+
+def moved_cost_note(comparisons: Sequence[Comparison]) -> str | None:
+    """Say whose output tokens look cheaper than native's only because a longer prefill takes more of the bill."""
+    priced = {c.strategy: c.report.cost for c in comparisons if c.report}
+    native = priced.get("native")
+    if native is None:
+        return None
+    moved = [
+        f"{name} {format_number(cost.usd_per_million_total_tokens.value or 0.0)}"
+        for name, cost in priced.items()
+        if (_usd(cost.usd_per_million_output_tokens) or math.inf) < (_usd(native.usd_per_million_output_tokens) or 0.0)
+        and (_usd(cost.usd_per_million_input_tokens) or 0.0)
+        > PREFILL_GROWS * (_usd(native.usd_per_million_input_tokens) or math.inf)
+    ]
+    if not moved:
+        return None
+    return (
+        f"1M output is decode's share of the bill, and falls where prefill takes more of it: {', '.join(moved)} USD "
+        f"per 1M tokens of both kinds, native {format_number(native.usd_per_million_total_tokens.value or 0.0)}"
+    )
+
+
+def _usd(figure: Figure) -> float | None:
+    return figure.value
 
 
 def shared_notes(comparisons: Sequence[Comparison]) -> list[str]:

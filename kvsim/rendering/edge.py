@@ -1,4 +1,7 @@
-"""What fits on one person's device, for a terminal."""
+"""What fits on one person's device, for a terminal.
+
+A narrow terminal sees central values alone, and of these the ones that a choice hangs on.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,22 @@ if TYPE_CHECKING:
 
 MINUTE_S = 60.0
 HEADERS = ("fits", "readable", "longest", "ends by", "prefill", "tok/s", "sustained", "J/token", "battery")
+WIDTH_FOR_BANDS = 180
+BELOW = {112: frozenset({"fits", "readable"}), 90: frozenset({"prefill"})}
+"""What the table leaves out on a terminal of fewer columns."""
 
 
-def edge_view(answers: Sequence[EdgeAnswer], reading_tokens_per_s: float) -> RenderableType:
-    """One row per strategy, with bands; what cannot run below, with the reason."""
+def edge_view(
+    answers: Sequence[EdgeAnswer], reading_tokens_per_s: float, width: int = WIDTH_FOR_BANDS
+) -> RenderableType:
+    """One row per strategy, with bands where there is room; what cannot run below, with the reason."""
     ran = [answer for answer in answers if answer.reason is None]
     parts: list[RenderableType] = []
     if ran:
-        parts.append(_table(ran))
+        parts.append(_table(ran, width))
         parts.append(Text(_sentence(ran[0], reading_tokens_per_s)))
+        if width < WIDTH_FOR_BANDS:
+            parts.append(Text(f"Bands, and below {max(BELOW)} columns some figures, need a wider terminal or --json."))
     for reason in dict.fromkeys(one.reason for one in answers if one.reason):
         names = ", ".join(one.strategy for one in answers if one.reason == reason)
         parts.append(Text(f"{names} cannot run: {reason}", style="yellow"))
@@ -51,14 +61,20 @@ def _flat(figure: Figure | None, show: Callable[[float], str]) -> str:
     return UNKNOWN if figure is None or figure.value is None else show(figure.value)
 
 
-def _table(answers: Sequence[EdgeAnswer]) -> Table:
+def _table(answers: Sequence[EdgeAnswer], width: int) -> Table:
     title = f"One sequence on {answers[0].device}"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False,
+                  padding=(0, 1) if width >= WIDTH_FOR_BANDS else (0, 1, 0, 0))  # fmt: skip
     table.add_column("strategy", overflow="fold")
+    left_out = frozenset[str]().union(*(names for columns, names in BELOW.items() if width < columns))
     for header in HEADERS:
-        table.add_column(header, justify="right")
+        if header not in left_out:
+            table.add_column(header, justify="right", no_wrap=width < WIDTH_FOR_BANDS)
     for answer in answers:
-        table.add_row(escape(answer.strategy), *_cells(answer))
+        named = zip(HEADERS, _cells(answer), strict=True)
+        shown = [cell for header, cell in named if header not in left_out]
+        central = [cell.partition("\n")[0] for cell in shown] if width < WIDTH_FOR_BANDS else shown
+        table.add_row(escape(answer.strategy), *central)
     return table
 
 

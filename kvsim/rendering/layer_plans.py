@@ -43,5 +43,13 @@ def plan_table(made: MadePlan, source: str) -> Table:
     return table
 
 
+def plan_advice(made: MadePlan) -> str | None:
+    """Say so where the plan does not beat one policy for all layers on sequences that neither saw."""
+    plan, alike = made.held_out, made.held_out_uniform
+    if plan is None or alike is None or plan < alike:
+        return None
+    return f"on held-out sequences the plan is no better than {made.uniform.name} in every layer"
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"

@@ -24,14 +24,26 @@ HEADERS = (
     "", "Device", "TP x replicas", "Strategy", "Seqs", "Tokens", "Mem", "Output tok/s", "Mean TTFT", "P99 TTFT",
     "$/1M tok", "J/tok", "Risk KL", "Quality", "Runs",
 )  # fmt: skip
+NOT_PLAYED = {
+    "not run": "not run: not simulated, so it may miss a target that its mean holds (--simulate)",
+    "doubtful": "doubtful: not simulated; one of the same layout and settings that should be faster missed a target",
+}
+BELOW = {
+    150: frozenset({"Seqs", "Tokens", "Mem"}),
+    128: frozenset({"Quality", "Mean TTFT"}),
+    105: frozenset({"J/tok", "Runs"}),
+}
+"""What the table leaves out on a terminal of fewer columns; files and lines per device have it."""
 NUMBERS = ("Seqs", "Tokens", "Mem", "Output tok/s", "Mean TTFT", "P99 TTFT", "$/1M tok", "J/tok", "Risk KL")
 
 
 def plan_view(answer: Plan, rows: int, width: int) -> RenderableType:
     """Everything that ``kvsim plan`` shows."""
-    parts: list[RenderableType] = [Text(headline(answer), style="bold"), _table(answer, rows)]
+    parts: list[RenderableType] = [Text(headline(answer), style="bold"), _table(answer, rows, width)]
     if len(answer.points) > rows:
         parts.append(Text(f"and {len(answer.points) - rows} more points in the files (--out)"))
+    shown = {_doubt(point) for point in answer.points[:rows] if point.simulated is None}
+    parts += [Text(text) for name, text in NOT_PLAYED.items() if name in shown]
     for device in answer.devices:
         lines = list(device_lines(device))
         parts.append(Text(f"\n{device.device}: {device.title}", style="bold"))
@@ -50,13 +62,18 @@ def headline(answer: Plan) -> str:
     )
 
 
-def _table(answer: Plan, rows: int) -> Table:
+def _table(answer: Plan, rows: int, width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    left_out = frozenset[str]().union(*(names for columns, names in BELOW.items() if width < columns))
     for header in HEADERS:
+        if header in left_out:
+            continue
         justify: Literal["left", "right"] = "right" if header in NUMBERS else "left"
-        table.add_column(header, justify=justify, no_wrap=header != "Strategy", overflow="fold")
+        name = header.replace("TP x replicas", "TP x R") if left_out else header
+        table.add_column(name, justify=justify, no_wrap=header not in ("Device", "Strategy"), overflow="fold")
     for point in answer.points[:rows]:
-        table.add_row(*map(escape, cells(point)))
+        shown = zip(HEADERS, cells(point), strict=True)
+        table.add_row(*(escape(cell) for header, cell in shown if header not in left_out))
     return table
 
 
@@ -74,13 +91,18 @@ def cells(point: PlanPoint) -> tuple[str, ...]:
         "-" if share is None else f"{share:g}",
         format_number(told.output_throughput),
         format_seconds(told.mean_ttft_s),
-        "-" if played is None else format_seconds(played.p99_ttft_s),
+        _doubt(point) if played is None else format_seconds(played.p99_ttft_s),
         _known(told.usd_per_million_total_tokens),
         _known(told.joules_per_total_token),
         UNKNOWN if point.risk is None else f"{point.risk.kl_nats:.2g}",
         _quality(point),
         point.runs_on or "no",
     )
+
+
+def _doubt(point: PlanPoint) -> str:
+    """What stands in place of a figure that nobody simulated."""
+    return "doubtful" if "like points missed a target" in point.marks else "not run"
 
 
 def _known(value: float | None) -> str:
@@ -106,6 +128,8 @@ def device_lines(device: DevicePlan) -> Iterator[str]:
         yield alone_line(device.alone)
     if device.runs_today is not None:
         yield from _pick_lines("runs today", device.runs_today)
+    elif device.cheapest is not None:
+        yield "runs today: nothing that was tried, holds every limit and is shipped for this device"
     if device.cheapest is not None and device.cheapest != device.runs_today:
         yield from _pick_lines("cheapest of all", device.cheapest)
     for crossover in device.crossovers:

@@ -38,6 +38,7 @@ def risk_document(row: StrategyRisk, *, heads: bool = False) -> dict[str, Any]:
         "native_layers": row.native_layers,
         "outer_layers": row.outer_layers,
         "theory": row.theory and _theory(row.theory, heads=heads),
+        "theory_reason": row.theory_reason,
         "measured": row.measured and _measured(row.measured, heads=heads),
         "model": row.continuation and _model(row.continuation),
         "published": row.published.model_dump(mode="json"),
@@ -100,7 +101,7 @@ def risk_table(rows: Sequence[StrategyRisk], title: str, width: int = WIDTH_FOR_
         table.add_column(f"{group}\n{name}", justify="left" if name in ("status", "caution") else "right",
                          header_style=GROUPS[group], no_wrap=not is_wide)  # fmt: skip
     for row in rows:
-        if row.measured is None or row.theory is None:
+        if row.measured is None:
             blank = dict.fromkeys(columns, UNKNOWN) | {columns[-1]: _published(row.published)}
             table.add_row(escape(row.strategy), UNKNOWN, *(blank[one] for one in shown))
             continue
@@ -121,7 +122,9 @@ def _columns(*, with_model: bool) -> list[tuple[str, str]]:
     return [*columns, ("published", "status")]
 
 
-def _theory_cells(theory: TheoryRisk) -> list[str]:
+def _theory_cells(theory: TheoryRisk | None) -> list[str]:
+    if theory is None:
+        return [UNKNOWN] * 4
     bound = theory.eviction_bound
     cautions = [f"{SHORT[name]} {count / len(theory.heads):.0%}" for name, count in theory.cautions.items()]
     return [
@@ -179,23 +182,24 @@ def _cell(value: object) -> str:
 
 
 def _head_rows(row: StrategyRisk) -> list[dict[str, Any]]:
-    if row.theory is None or row.measured is None:
+    if row.measured is None:
         return []
+    theory = row.theory.heads if row.theory is not None else (None,) * len(row.measured.heads)
     return [
         {
             "layer": seen.layer,
             "head": seen.head,
-            "theory_output_error": said.output_error,
-            "theory_logit_error": said.logit_error,
-            "theory_eviction_bound": said.eviction_bound,
-            "theory_cautions": ", ".join(sorted(said.cautions)),
+            "theory_output_error": said and said.output_error,
+            "theory_logit_error": said and said.logit_error,
+            "theory_eviction_bound": said and said.eviction_bound,
+            "theory_cautions": said and ", ".join(sorted(said.cautions)),
             "measured_output_error": seen.output_error,
             "measured_logit_error": seen.logit_error,
             "measured_lost_mass": seen.lost_mass,
             "measured_top1_agreement": seen.top1_agreement,
             "measured_needle_survival": seen.needle_survival,
         }
-        for said, seen in zip(row.theory.heads, row.measured.heads, strict=True)
+        for said, seen in zip(theory, row.measured.heads, strict=True)
     ]
 
 

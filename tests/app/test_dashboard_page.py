@@ -52,7 +52,7 @@ def test_numbers_on_the_page_are_fields_of_the_report(open_page: Any) -> None:
     shown = {metric.label: metric.value for metric in page.metric}
     assert shown["Mean TPOT [ms]"] == format_number(report.latency.tpot.mean_s.value * 1000)
     assert shown["Output [tok/s]"] == format_number(report.throughput.output_throughput.value)
-    assert shown["Cost per 1M output [USD]"] == format_number(report.cost.usd_per_million_output_tokens.value)
+    assert shown["Cost per 1M total [USD]"] == format_number(report.cost.usd_per_million_total_tokens.value)
     row = page.table[0].value.iloc[0]
     assert as_shown(row["KV fold \\[x\\]"]).startswith(format_number(report.kv.fold))
     pareto = plotted(page)[0]["data"]

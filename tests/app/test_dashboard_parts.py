@@ -255,9 +255,9 @@ def test_a_table_cell_shows_value_band_and_basis(make_report: Any, comparisons: 
     assert table["Strategy and quality"][1] == "**fp8** :small[:gray[quality unknown]]"
     assert unknown_to_all(comparisons) == []
     unpriced = [Comparison("native", make_report(priced=False), None), *comparisons[1:2]]
-    cost = comparison_table(unpriced, show_bands=True)["Cost per 1M output \\[USD\\]"]
+    cost = comparison_table(unpriced, show_bands=True)["Cost per 1M total \\[USD\\]"]
     assert cost[0] == ":gray[unknown]"
-    assert [m.tag for m in unknown_to_all(unpriced[:1])] == ["usd_per_million_output_tokens"]
+    assert [m.tag for m in unknown_to_all(unpriced[:1])] == ["usd_per_million_total_tokens"]
 
 
 def test_the_server_listens_to_this_machine_only_and_says_little(app_folder: Path) -> None:

@@ -73,6 +73,7 @@ def test_a_layer_plan_takes_part_by_its_file(invoke, tmp_path):
     ("arguments", "status", "words"),
     [
         (("plan", "--device", "h100-sxm"), 2, "--model, --workload"),
+        ((*QUICK, "--workload", "assistant"), 2, "did you mean 'phone-assistant'"),
         ((*QUICK, "--floor", "retreival=0.9"), 2, "did you mean 'retrieval'"),
         ((*QUICK, "--floor", "retrieval=98"), 2, "a share above 0 and at most 1"),
         ((*QUICK, "--slo", "ttf:5"), 2, "ttft, tpot, e2el"),

@@ -25,6 +25,13 @@ def test_a_plan_is_made_shown_and_kept(invoke, tmp_path):
     assert all(f"{entry} " in result.stdout for entry in plan.selections)
 
 
+def test_a_plan_that_does_not_beat_one_policy_says_so(invoke):
+    # One candidate at one size in all layers is the uniform policy itself.
+    result = invoke("quality", "plan", "--ensemble", SMALL, "-c", "keydiff", "--sequences", "1", "--keep", "0.015625")
+    assert result.exit_code == 0, result.stderr
+    assert "no better than keydiff:0.984375 in every layer" in result.stderr
+
+
 def test_json_has_the_figures_and_a_name_that_parses(invoke):
     flags = ("-c", "turboquant_mse:2,turboquant_mse:4", "--bits", "3.5", "--sequences", "1", "--json")
     result = invoke("quality", "plan", "--ensemble", SMALL, *flags)

@@ -8,10 +8,12 @@ from rich.console import Console
 
 from kvsim.errors import InvalidSpec, ScenarioError
 from kvsim.rendering import comparison_markdown, write_gallery
-from kvsim.rendering.cells import format_number, format_share, metric_cell
+from kvsim.rendering.cells import format_number, format_share, metric_cell, moved_cost_note
 from kvsim.rendering.gallery import gallery_html, gallery_svg
 from kvsim.rendering.svg import nice_ticks, span
 from kvsim.rendering.terminal import comparison_table, report_view
+from kvsim.scenario import Scenario
+from kvsim.simulate import compare
 
 BAND = "880\N{EN DASH}1,320"
 
@@ -152,3 +154,13 @@ def test_axes_do_not_magnify_noise():
     low, high = span([820.0, 820.1])
     assert high - low > 0.05 * 820
     assert span([0.0, 0.0])[1] > 0
+
+
+def test_cheaper_output_that_only_moves_the_bill_to_prompts_is_named():
+    scenario = Scenario.model_validate({"model": "llama-3.1-8b", "device": "h100-sxm", "workload": "chat"})
+    note = moved_cost_note(compare(scenario, ("native", "snapkv", "kvzip"), method="estimate"))
+    assert note is not None
+    assert "kvzip 0.143" in note
+    assert "snapkv" not in note
+    assert moved_cost_note(compare(scenario, ("native", "fp8"), method="estimate")) is None
+    assert moved_cost_note(compare(scenario, ("kvzip",), method="estimate")) is None

@@ -93,3 +93,10 @@ def test_a_typical_step_is_the_mean_of_its_period() -> None:
     assert profile.typical_ticks(3) == (whole[3], 14)
     assert profile.typical_ticks(40)[0] == pytest.approx(np.mean(whole[40:48]), abs=0.5)
     assert profile.typical_ticks(44) == profile.typical_ticks(40)
+
+
+def test_a_step_with_the_first_cut_is_taken_as_its_neighbours() -> None:
+    profile = profile_of({sawtooth(10, 10, 8): (5, 1), cut_pulses(10, 10, 8): (800, 800)})
+    assert profile.total_ticks(8)[0] - profile.total_ticks(7)[0] == 800 + 5 * 18
+    assert profile.typical_ticks(6) == (5 * 17, 17)
+    assert profile.typical_ticks(7) == (5 * 18 + 800 / 8, 18 + 800 / 8)

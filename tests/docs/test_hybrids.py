@@ -24,10 +24,23 @@ def test_the_page_is_what_the_tool_writes(tool):
 
 def test_refusals_and_permissions_are_both_shown(tool):
     body = "\n".join(tool.rows())
-    header, *rows = ([cell.strip() for cell in line.split("|")] for line in body.splitlines() if "`" in line)
-    (minicache,) = (dict(zip(header, row, strict=True)) for row in rows if row[1] == "`minicache`")
-    kinds = {f"`{name}`": minicache[f"`{name}`"] for name in ("streaming_llm", "snapkv", "h2o", "tova", "quest")}
-    assert list(kinds.values()) == ["yes", "2", "2", "2", "yes"]
-    assert "| `cla-2` | priced |" in body
+    header, *rows = ([cell.strip() for cell in line.split("|")] for line in body.splitlines() if line.startswith("| "))
+    minicache = dict(zip(header, next(row for row in rows if "`minicache`" in row[1]), strict=True))
+    assert minicache["`streaming_llm`, `quest`"] == "yes"
+    assert minicache["any other selection"] == "2"
+    (cla,) = (row for row in rows if row[1] == "`cla-2`, `cla-3`")
+    assert "priced" in cla
     for number in range(1, len(tool.RULES) + 1):
         assert f"\n{number}. " in body
+
+
+def test_grouping_loses_no_pair(tool):
+    outcomes = {"a": ("yes", "2"), "b": ("2", "2"), "c": ("yes", "2")}
+    assert tool.alike(outcomes) == [("a", "c"), ("b",)]
+
+
+def test_only_the_largest_group_is_called_all_others(tool):
+    many = tuple(f"part{number}" for number in range(tool.MOST_NAMED + 1))
+    assert tool.heading(many, [many, ("a",)], "selection") == "any other selection"
+    assert tool.heading(many, [many], "selection") == "every selection"
+    assert tool.heading(("a", "b"), [("a", "b"), ("c",)], "selection") == "`a`, `b`"

@@ -88,7 +88,7 @@ def test_a_block_has_the_bytes_that_the_simulator_charges(kv_format, model_name)
     assert kv_format.residual_tokens == encoding.residual_tokens
 
 
-WITHOUT_KERNEL = ("kv_adaquant", "quarot", "rotatekv", "kvquant")
+WITHOUT_KERNEL = ("kv_adaquant", "quarot", "rotatekv", "kvquant", "rdkv")
 """Kinds of encodings that no kernel of ours reads; docs/methods says so."""
 STORED_AS_STREAMS = ("cachegen", "kvtc", "lossless")
 """Kinds whose tokens have no bytes of their own, so that no page holds them and attention cannot read them."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from kvsim.compression import SELECTIONS, parse_compression
 from kvsim.compression.rules import conflict
@@ -23,7 +25,7 @@ from kvsim.planner.search import search_device, standing
 from kvsim.planner.settings import Layout
 from kvsim.planner.strategies import PAIRED_SIZES, parts, space_of, strategy_space
 from kvsim.quality.published import published_quality
-from kvsim.rendering.plan import device_lines
+from kvsim.rendering.plan import device_lines, plan_view
 from kvsim.simulate import estimate, simulate
 from kvsim.specs.engine import EngineSpec
 
@@ -159,6 +161,32 @@ def test_a_point_that_misses_a_target_when_simulated_is_no_point(make_request):
 
 
 # --- the space comes from the unions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [80, 120, 160])
+def test_the_table_fits_the_terminal_and_names_every_strategy(make_request, columns):
+    answer = plan(make_request())
+    console = Console(width=columns, file=StringIO())
+    with console.capture() as capture:
+        console.print(plan_view(answer, 16, columns))
+    table = capture.get().split("h100-sxm: NVIDIA")[0]
+    assert max(map(len, table.splitlines())) <= columns
+    words = set(table.split())
+    assert {"P1", "native", "P99", "$/1M"} <= words
+    assert {point.strategy for point in answer.points[:16] if len(point.strategy) < 12} <= words
+    assert ("Seqs" in words) == (columns >= 150)
+    assert "not run: not simulated" in table
+
+
+def test_a_pick_was_simulated_where_any_point_was(make_request):
+    loose = make_request(simulate=2)
+    first = plan(loose).devices[0].cheapest
+    slower = first.simulated.p99_ttft_s * 0.98
+    tight = plan(make_request(simulate=2, slo={"ttft_s": slower}))
+    for pick in (tight.devices[0].runs_today, tight.devices[0].cheapest):
+        assert pick is not None
+        assert pick.simulated is not None
+        assert pick.simulated.p99_ttft_s <= slower
 
 
 def test_every_selection_that_can_serve_is_tried_alone_and_with_fp8():

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kvsim.compression import parse_compression
+from kvsim.compression.selection.scored import ScoredSelection
+from kvsim.compression.selector import layer_view
 from kvsim.tensors import KvTensors, LayerKv, PromptSignals, Rope
 
 
@@ -31,6 +34,13 @@ def noise_cache(
     )
     signals = _noise_signals(seed, layers, heads, group_size, tokens, head_dim)
     return KvTensors(made, Rope.plain(head_dim, 10_000.0), head_dim**-0.5, f"noise, seed {seed}", signals=signals)
+
+
+def scores_of(name: str, kv: KvTensors, index: int = 0) -> np.ndarray:
+    """What a strategy's selection gives the tokens of one layer."""
+    selection = parse_compression(name).selection
+    assert isinstance(selection, ScoredSelection)
+    return selection.scores(kv, layer_view(kv, index))
 
 
 def _noise_signals(seed: int, layers: int, heads: int, group_size: int, tokens: int, head_dim: int) -> PromptSignals:

@@ -11,19 +11,12 @@ from kvsim.compression import parse_compression
 from kvsim.compression.selection.cuts import CutsWhileDecoding
 from kvsim.compression.selection.infokv import InfoKV
 from kvsim.compression.selection.rkv import RKV, mean_similarity
-from kvsim.compression.selection.scored import ScoredSelection
 from kvsim.compression.selector import layer_view
 from kvsim.errors import InvalidSpec
 from kvsim.tensors import KvTensors, PromptSignals
-from tests.quality.conftest import noise_cache
+from tests.quality.conftest import noise_cache, scores_of
 
 KV = noise_cache(11, layers=2, tokens=90)
-
-
-def scores(name: str, kv: KvTensors = KV, index: int = 0) -> np.ndarray:
-    selection = parse_compression(name).selection
-    assert isinstance(selection, ScoredSelection)
-    return selection.scores(kv, layer_view(kv, index))
 
 
 def changed(kv: KvTensors, **fields: np.ndarray) -> KvTensors:
@@ -39,10 +32,11 @@ def _plain_similarity(keys: np.ndarray, threshold: float) -> np.ndarray:
     count = len(keys)
     total = np.zeros(count)
     for one in range(count):
-        alike = [other for other in range(count) if other != one and unit[one] @ unit[other] > threshold]
+        cosines = (unit @ unit[one]).tolist()
+        alike = [other for other in range(count) if other != one and cosines[other] > threshold]
         for other in range(count):
             if other != one and not (alike and other == alike[-1]):
-                total[other] += unit[one] @ unit[other]
+                total[other] += cosines[other]
     return total / count
 
 
@@ -76,7 +70,7 @@ def test_of_copies_the_latest_stays() -> None:
 
 def test_importance_alone_is_attention_over_older_tokens() -> None:
     layer = KV.layers[0]
-    found = scores("rkv:50(mix_lambda=1.0,kernel_size=1)")
+    found = scores_of("rkv:50(mix_lambda=1.0,kernel_size=1)", KV)
     assert np.isposinf(found[:, -8:]).all()
     assert found[:, :-8].sum(axis=1) == pytest.approx([1.0, 1.0], rel=1e-5)
     queries = layer.prompt_queries.reshape(2, 2, 64, 64)[:, :, -8:]
@@ -88,15 +82,15 @@ def test_importance_alone_is_attention_over_older_tokens() -> None:
 
 
 def test_the_largest_of_neighbours_counts() -> None:
-    plain, pooled = (scores(f"rkv:50(mix_lambda=1.0,kernel_size={size})")[:, :-8] for size in (1, 7))
+    plain, pooled = (scores_of(f"rkv:50(mix_lambda=1.0,kernel_size={size})", KV)[:, :-8] for size in (1, 7))
     for place in range(plain.shape[1]):
         assert (pooled[:, place] == plain[:, max(0, place - 3) : place + 4].max(axis=1)).all()
 
 
 def test_z_mixes_the_two() -> None:
     """Z is linear in lambda between redundancy alone and importance alone."""
-    first, last = (scores(f"rkv:50(mix_lambda={share})")[:, :-8].astype(np.float64) for share in (0.0, 1.0))
-    assert scores("rkv:50")[:, :-8] == pytest.approx(0.9 * first + 0.1 * last, rel=1e-5)
+    first, last = (scores_of(f"rkv:50(mix_lambda={share})", KV)[:, :-8].astype(np.float64) for share in (0.0, 1.0))
+    assert scores_of("rkv:50", KV)[:, :-8] == pytest.approx(0.9 * first + 0.1 * last, rel=1e-5)
     assert (first < 0).all()
     assert RKV(budget_tokens=50).mix_lambda == 0.1
 
@@ -105,15 +99,15 @@ def test_z_mixes_the_two() -> None:
 
 
 def test_attention_alone_is_snapkv() -> None:
-    infokv, snapkv = (scores(name) for name in ("infokv:70(alpha=1)", "snapkv:70"))
+    infokv, snapkv = (scores_of(name, KV) for name in ("infokv:70(alpha=1)", "snapkv:70"))
     assert infokv == pytest.approx(snapkv / 64, rel=1e-6)
     for name in ("infokv:70(alpha=1)", "infokv:70"):
         mute = replace(KV, signals=PromptSignals())
         if "alpha" in name:
-            assert np.array_equal(scores(name, mute), infokv)
+            assert np.array_equal(scores_of(name, mute), infokv)
         else:
             with pytest.raises(InvalidSpec, match="needs the signals entropy and distance"):
-                scores(name, mute)
+                scores_of(name, mute)
 
 
 def test_scores_are_the_published_mixture() -> None:
@@ -123,9 +117,9 @@ def test_scores_are_the_published_mixture() -> None:
     for index in range(2):
         weighted = (distance[index].astype(np.float64) + 1.0) * entropy
         share = np.exp(weighted) / np.exp(weighted).sum()
-        attention = scores("infokv:70(alpha=1)", index=index).astype(np.float64)
+        attention = scores_of("infokv:70(alpha=1)", KV, index).astype(np.float64)
         expected = 0.9 * attention + 0.1 * share
-        assert scores("infokv:70", index=index)[:, :-64] == pytest.approx(expected[:, :-64], rel=1e-4)
+        assert scores_of("infokv:70", KV, index)[:, :-64] == pytest.approx(expected[:, :-64], rel=1e-4)
 
 
 def test_uncertain_tokens_stay_where_attention_is_silent() -> None:
@@ -140,7 +134,7 @@ def test_uncertain_tokens_stay_where_attention_is_silent() -> None:
 def test_where_the_layer_is_the_last_one_tau_keeps_entropy_alive() -> None:
     """D = 0 there; without tau all tokens would weigh the same."""
     kv = replace(KV, signals=replace(KV.signals, distance=np.zeros((2, 90), dtype=np.float32)))
-    flat, alive = (scores(f"infokv:70(alpha=0.0,tau={tau},window_size=8)", kv)[:, :-8] for tau in (0.0, 1.0))
+    flat, alive = (scores_of(f"infokv:70(alpha=0.0,tau={tau},window_size=8)", kv)[:, :-8] for tau in (0.0, 1.0))
     assert np.ptp(flat) == 0.0
     assert np.corrcoef(alive[0], kv.signals.entropy[:-8])[0, 1] > 0.5
 
@@ -151,7 +145,7 @@ def test_signals_follow_the_tokens_by_position() -> None:
     some = np.sort(np.random.default_rng(1).permutation(82)[:40])
     indices = np.tile(np.concatenate((some, np.arange(82, 90))), (2, 1))
     cut = replace(KV, layers=(layer.take(indices),))
-    whole, part = (scores("infokv:70(alpha=0.0,window_size=8)", kv)[:, :-8] for kv in (KV, cut))
+    whole, part = (scores_of("infokv:70(alpha=0.0,window_size=8)", kv)[:, :-8] for kv in (KV, cut))
     ratio = part / np.take_along_axis(whole, indices[:, :-8], axis=1)
     assert ratio == pytest.approx(np.full_like(ratio, ratio[0, 0]), rel=1e-4)
     assert ratio[0, 0] > 1

@@ -13,26 +13,18 @@ from hypothesis import strategies as st
 from kvsim.compression import parse_compression
 from kvsim.compression.selection.chunkkv import ChunkKV, chunk_means
 from kvsim.compression.selection.expected_attention import ExpectedAttention, FutureQueries, expected_weights
+from kvsim.compression.selection.prompt_attention import received_attention
 from kvsim.compression.selection.qfilter import query_filters
-from kvsim.compression.selection.scored import ScoredSelection
-from kvsim.compression.selection.scores import received_attention
-from kvsim.compression.selector import layer_view
 from kvsim.errors import InvalidSpec, NotRunnable
 from kvsim.numerics.softmax import softmax
 from kvsim.quality.store import fit_strategy, needs_calibration, store_cache
 from kvsim.tensors import KvTensors, LayerKv, Rope
-from tests.quality.conftest import noise_cache
+from tests.quality.conftest import noise_cache, scores_of
 
 
 @pytest.fixture
 def kv() -> KvTensors:
     return noise_cache(11, layers=2, tokens=200)
-
-
-def _scores(name: str, kv: KvTensors, index: int = 0) -> np.ndarray:
-    selection = parse_compression(name).selection
-    assert isinstance(selection, ScoredSelection)
-    return selection.scores(kv, layer_view(kv, index))
 
 
 def _kept(name: str, kv: KvTensors, *samples: KvTensors) -> list[np.ndarray]:
@@ -55,7 +47,7 @@ def test_knorm_keeps_the_shortest_keys(kv: KvTensors) -> None:
 def test_keydiff_looks_at_directions_alone(kv: KvTensors) -> None:
     lengths = np.exp(np.random.default_rng(12).standard_normal((2, 200, 1))).astype(np.float32)
     stretched = _changed(kv, lambda layer: replace(layer, keys=layer.keys * lengths))
-    np.testing.assert_allclose(_scores("keydiff", stretched), _scores("keydiff", kv), atol=1e-6)
+    np.testing.assert_allclose(scores_of("keydiff", stretched), scores_of("keydiff", kv), atol=1e-6)
 
 
 def test_keydiff_keeps_the_odd_ones_out(kv: KvTensors) -> None:
@@ -72,7 +64,7 @@ def test_keydiff_keeps_the_odd_ones_out(kv: KvTensors) -> None:
 
 
 def test_tova_ranks_by_the_newest_query_in_all_heads(kv: KvTensors) -> None:
-    layer, scores = kv.layers[1], _scores("tova", kv, 1)
+    layer, scores = kv.layers[1], scores_of("tova", kv, 1)
     weights = np.zeros(200)
     for head in range(4):
         logits = kv.attention_scale * layer.keys[head // 2].astype(np.float64) @ layer.prompt_queries[head, -1]
@@ -135,12 +127,12 @@ def test_expected_attention_finds_the_law_of_the_queries() -> None:
 
 
 def test_expected_attention_keeps_sinks_and_weighs_by_value(kv: KvTensors) -> None:
-    scores, bare = (_scores(f"expected_attention(use_vnorm={on})", kv) for on in ("true", "false"))
+    scores, bare = (scores_of(f"expected_attention(use_vnorm={on})", kv) for on in ("true", "false"))
     lengths = np.linalg.norm(kv.layers[0].values, axis=2)
     assert np.isinf(scores[:, :4]).all()
     np.testing.assert_allclose(scores[:, 4:], (bare * lengths)[:, 4:], rtol=1e-5)
     np.testing.assert_allclose(bare[:, 4:].sum(axis=1), 1.0, rtol=1e-5)
-    shifted = _scores("expected_attention(epsilon=0.01)", kv)
+    shifted = scores_of("expected_attention(epsilon=0.01)", kv)
     np.testing.assert_allclose(shifted[:, 4:], scores[:, 4:] + 0.01 * lengths[:, 4:], rtol=1e-5)
     for positions in _kept("expected_attention:0.95", kv):
         assert np.array_equal(positions[:, :4], [range(4)] * 2)
@@ -188,7 +180,7 @@ def test_qfilter_says_what_it_needs(kv: KvTensors) -> None:
     with pytest.raises(InvalidSpec, match="not fitted"):
         compression.selection.selector().select(kv)
     with pytest.raises(NotRunnable, match="selector fits"):
-        _scores("qfilter", kv)
+        scores_of("qfilter", kv)
 
 
 # --- ChunkKV --------------------------------------------------------------------------------------------------------
@@ -249,7 +241,7 @@ def test_chunks_that_cannot_be_are_refused(name: str, match: str) -> None:
 
 
 def test_lagkv_ranks_within_parts(kv: KvTensors) -> None:
-    scores = _scores("lagkv(lag_size=32)", kv)
+    scores = scores_of("lagkv(lag_size=32)", kv)
     # 4 sinks, 6 parts of 32 of which the last is spared, and 4 tokens beyond them.
     assert (scores[:, :4] > scores[:, 4:].max()).all()
     parts = np.sort(scores[:, 4:164].reshape(2, 5, 32), axis=2)
@@ -265,14 +257,14 @@ def test_lagkv_looks_at_the_range_of_the_next_part(kv: KvTensors) -> None:
     moved = _changed(
         kv, lambda layer: replace(layer, keys=scale * layer.keys + shift, values=scale * layer.values - shift)
     )
-    assert np.array_equal(_scores("lagkv(lag_size=32)", moved), _scores("lagkv(lag_size=32)", kv))
+    assert np.array_equal(scores_of("lagkv(lag_size=32)", moved), scores_of("lagkv(lag_size=32)", kv))
 
     def stand_out(layer: LayerKv) -> LayerKv:
         keys = layer.keys.copy()
         keys[:, 50] *= 20
         return replace(layer, keys=keys)
 
-    assert (_scores("lagkv(lag_size=32)", _changed(kv, stand_out))[:, 50] == np.float32(31 / 32)).all()
+    assert (scores_of("lagkv(lag_size=32)", _changed(kv, stand_out))[:, 50] == np.float32(31 / 32)).all()
 
 
 def test_lagkv_keeps_the_newest_of_a_short_prompt(kv: KvTensors) -> None:
@@ -291,13 +283,13 @@ def test_cur_takes_shares_of_a_window(kv: KvTensors, leverage: str) -> None:
         )
     mean, product = (shares["key"] + shares["value"]) / 2, shares["key"] * shares["value"]
     expected = {**shares, "kv_avg": mean, "kv_product": product}[leverage]
-    scores = _scores(f"cur(leverage_type={leverage})", kv)
+    scores = scores_of(f"cur(leverage_type={leverage})", kv)
     assert np.isinf(scores[:, :4]).all()
     np.testing.assert_allclose(scores[:, 4:], expected[:, 4:], rtol=1e-5)
 
 
 def test_cur_over_the_whole_prompt_ranks_by_length_alone(kv: KvTensors) -> None:
-    scores = _scores("cur(leverage_type=key,use_local_approximation=false)", kv)[:, 4:]
+    scores = scores_of("cur(leverage_type=key,use_local_approximation=false)", kv)[:, 4:]
     assert np.array_equal(np.argsort(scores), np.argsort((kv.layers[0].keys ** 2).sum(axis=2)[:, 4:]))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +14,7 @@ from kvsim.errors import InvalidSpec, UnknownName
 from kvsim.quality.measure import compare_caches, measure, pooled
 from kvsim.quality.run import run_strategies
 from kvsim.quality.store import StoredCache, fit_strategy
+from kvsim.rendering.quality import risk_csv, risk_document
 from kvsim.tensors import IntArray, KvTensors, attend
 from kvsim.tensors.ensemble import draw, preset
 
@@ -123,6 +126,20 @@ def test_a_run_keeps_what_cannot_run_with_its_reason_and_what_is_published(
     assert (row.measured, row.theory, row.reason) == (None, None, "only today")
     with pytest.raises(UnknownName):
         run_strategies(kv, ["natve"])
+
+
+@pytest.mark.parametrize("name", ["cam", "d2o", "merging", "weighted_atoms", "merging+fp8"])
+def test_formulas_say_nothing_of_merged_entries(kv: KvTensors, name: str) -> None:
+    (row,) = run_strategies(kv, [name])
+    assert (row.reason, row.theory) == (None, None)
+    assert row.theory_reason is not None
+    assert "merged" in row.theory_reason
+    document = risk_document(row)
+    assert document["theory"] is None
+    assert document["measured"] is not None
+    line = next(csv.DictReader(io.StringIO(risk_csv([row], heads=True))))
+    assert (line["theory_output_error"], line["theory_eviction_bound"], line["theory_cautions"]) == ("", "", "")
+    assert float(line["measured_output_error"]) > 0.0
 
 
 def test_theory_of_eviction_is_a_bound_on_what_is_measured(kv: KvTensors) -> None:

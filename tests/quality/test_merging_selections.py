@@ -9,7 +9,7 @@ import pytest
 
 from kvsim.compression import parse_compression
 from kvsim.compression.selection.d2o import layer_shares
-from kvsim.compression.selection.scores import received_attention
+from kvsim.compression.selection.prompt_attention import received_attention
 from kvsim.numerics.merging import complement
 from kvsim.quality.dropping import merge_values
 from kvsim.quality.measure import kept_indices

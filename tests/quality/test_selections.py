@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kvsim.compression import parse_compression
+from kvsim.compression.selection.prompt_attention import heaviest_and_newest, received_attention
 from kvsim.compression.selection.quest import page_extremes
-from kvsim.compression.selection.scores import heaviest_and_newest, received_attention
 from kvsim.errors import InvalidSpec
 from kvsim.quality.store import StoredCache, fit_strategy, store_cache
 from kvsim.tensors import KvTensors, attend

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import StringIO
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from kvsim.catalog import resolve
@@ -18,6 +20,7 @@ from kvsim.cost.step import StepModel
 from kvsim.device_catalog import load_device
 from kvsim.edge import EdgeAnswer, EdgeQuestion, edge_answers
 from kvsim.errors import InvalidSpec
+from kvsim.rendering.edge import edge_view
 from kvsim.scenario import Scenario
 
 STRATEGIES = ("native", "q8_0", "q4_0", "snapkv", "streaming_llm:1024")
@@ -164,3 +167,15 @@ def test_command() -> None:
     wrong = runner.invoke(build_app(), [*given, "--battery", "4"])
     assert wrong.exit_code == 2
     assert "--battery" in wrong.stderr
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120, 170, 180])
+def test_the_table_cuts_no_figure_on_a_narrow_terminal(columns):
+    answers = edge_answers(_scenario(), ("native", "snapkv+q8_0", "streaming_llm:1024"))
+    console = Console(width=columns, file=StringIO())
+    with console.capture() as capture:
+        console.print(edge_view(answers, 5.3, columns))
+    shown = capture.get()
+    assert "…" not in shown
+    assert {"native", "snapkv+q8_0", "streaming_llm:1024", "J/token"} <= set(shown.split())
+    assert ("Bands, and" in shown) == (columns < 180)

@@ -10,7 +10,17 @@ from pydantic import Field, PositiveInt
 from kvsim.compression.base import KvBytes, KvEncoding, StrategyPart
 from kvsim.compression.codec import Codec
 from kvsim.compression.encoding.rdkv_codec import METADATA_BITS, WIDTHS, RdkvCodec
-from kvsim.ops import Component, OpCall, Work, compact, project_rows, quantize, score_with_window, select_top_k
+from kvsim.ops import (
+    Component,
+    OpCall,
+    Work,
+    compact,
+    compression_calls,
+    project_rows,
+    quantize,
+    score_with_window,
+    select_top_k,
+)
 from kvsim.specs.base import DTYPE_BITS, Dtype
 from kvsim.specs.model import LayerGroup
 
@@ -95,7 +105,7 @@ class Rdkv(KvEncoding):
         if heads == 0 or prompt_tokens <= self.window_size:
             return ()
         works = self._works(prompt_tokens, heads, elements, group, model)
-        return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())
+        return compression_calls(works)
 
     def _works(self, tokens: int, heads: int, elements: int, group: LayerGroup, model: ModelSpec) -> Mapping[str, Work]:
         element_bytes = DTYPE_BITS[model.dtype] / 8

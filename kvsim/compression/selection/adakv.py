@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from kvsim.compression.base import LayerView
-from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
+from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads, native_token_bytes
 from kvsim.compression.selection.ragged import RaggedSelection
 from kvsim.compression.selection.scorers import ScorerBackedSelection
 from kvsim.numerics.head_budgets import joint_top_k
-from kvsim.ops import Component, OpCall, compact, select_top_k
-from kvsim.specs.base import DTYPE_BITS
+from kvsim.ops import OpCall, compact, compression_calls, select_top_k
 
 if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
@@ -70,5 +69,5 @@ class AdaKV(RaggedSelection, ScorerBackedSelection):
             works["select_safeguard"] = select_top_k(prompt_tokens, heads)
         works["select_across_heads"] = select_top_k(prompt_tokens * heads, 1)
         if not self.masked:
-            works["compact_kv"] = compact(kept, layer.group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8)
-        return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())
+            works["compact_kv"] = compact(kept, native_token_bytes(layer.group, model))
+        return compression_calls(works)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
     from kvsim.tensors import BoolArray, IntArray, KvTensors, LayerKv, SignalName
 
+LOG_WEIGHT_BYTES = 4.0
+"""An fp32 added to the logit, per entry and KV head, where entries stand for several tokens."""
+
 
 class TokenSelection(StrategyPart):
     """Which tokens are kept and read.
@@ -37,9 +40,9 @@ class TokenSelection(StrategyPart):
         Where the heads are of several kinds (`head_curves`), those of the kind that holds most.
         """
 
-    @abstractmethod
     def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        """Tokens whose K and V one decode step reads in this layer."""
+        """Tokens whose K and V one decode step reads in this layer: all that are held, unless it reads fewer."""
+        return self.resident_tokens(prompt_tokens, layer)
 
     def trained_group(self, group: LayerGroup) -> LayerGroup:
         """Shape of a group of layers in a model that was trained with the method: as it is, unless it needs another.

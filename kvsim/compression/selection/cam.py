@@ -13,7 +13,7 @@ from kvsim.compression.base import LayerView
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
 from kvsim.compression.selection.h2o import HeavyHitterSelection
 from kvsim.compression.selection.merge_selector import MergeByLayer
-from kvsim.compression.selection.scores import received_attention
+from kvsim.compression.selection.prompt_attention import received_attention
 from kvsim.numerics.merging import complement
 from kvsim.ops import Component, OpCall, spread_values
 from kvsim.specs.base import DTYPE_BITS

@@ -9,10 +9,9 @@ import numpy as np
 from pydantic import PositiveInt, model_validator
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
-from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
+from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads, native_token_bytes
 from kvsim.compression.selection.scorers import ScorerBackedSelection
-from kvsim.ops import Component, OpCall, average_chunks, compact, select_top_k
-from kvsim.specs.base import DTYPE_BITS
+from kvsim.ops import OpCall, average_chunks, compact, compression_calls, select_top_k
 
 if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
@@ -75,9 +74,6 @@ class ChunkKV(ScorerBackedSelection):
     def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return growing(self.budget(prompt_tokens))
 
-    def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        return self.resident_tokens(prompt_tokens, layer)
-
     def keep(self, kv: KvTensors, layer: LayerView) -> IntArray | None:
         layer_kv = kv.layers[layer.index]
         tokens, size = layer_kv.num_tokens, self.chunk_length
@@ -97,9 +93,9 @@ class ChunkKV(ScorerBackedSelection):
             **self.scored.score_works(prompt_tokens, layer, model),
             "average_chunks": average_chunks(prompt_tokens, heads),
             "select_top_k": select_top_k(prompt_tokens / self.chunk_length, 1),
-            "compact_kv": compact(kept, group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8),
+            "compact_kv": compact(kept, native_token_bytes(group, model)),
         }
-        return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())
+        return compression_calls(works)
 
 
 def chunk_means(scores: FloatArray, chunk_length: int) -> FloatArray:

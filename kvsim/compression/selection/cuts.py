@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
-from kvsim.compression.selection.full_attention import FullAttentionSelection, kv_heads
+from kvsim.compression.selection.full_attention import FullAttentionSelection, kv_heads, native_token_bytes
 from kvsim.compression.selection.scored import ScoredSelection, best_tokens
 from kvsim.compression.selector import Selector, layer_view
-from kvsim.ops import Component, OpCall, compact, select_top_k
+from kvsim.ops import OpCall, compact, compression_calls, select_top_k
 from kvsim.specs.base import DTYPE_BITS
 
 if TYPE_CHECKING:
@@ -80,9 +80,6 @@ class CutsWhileDecoding(FullAttentionSelection):
             return growing(prompt_tokens)
         return sawtooth(*self._teeth(prompt_tokens, layer))
 
-    def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        return self.resident_tokens(prompt_tokens, layer)
-
     def decode_cuts(self, prompt_tokens: int, layer: LayerView) -> TokenCurve | None:
         if not self.evicts or kv_heads(layer.group) == 0:
             return None
@@ -99,9 +96,9 @@ class CutsWhileDecoding(FullAttentionSelection):
         works = {
             **self.decode_scorer.cut_score_works(held, layer, model),
             "select_top_k": select_top_k(held, kv_heads(group)),
-            "compact_kv": compact(target, group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8),
+            "compact_kv": compact(target, native_token_bytes(group, model)),
         }
-        return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())
+        return compression_calls(works)
 
     def buffer_bytes(self, layer: LayerView, model: ModelSpec) -> float:
         if not self.evicts or kv_heads(layer.group) == 0:

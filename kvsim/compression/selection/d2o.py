@@ -12,12 +12,12 @@ from kvsim.compression.base import LayerView
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
 from kvsim.compression.selection.h2o import HeavyHitterSelection, half_heavy_half_new
 from kvsim.compression.selection.merge_selector import stored_natively
-from kvsim.compression.selection.scores import received_attention
+from kvsim.compression.selection.prompt_attention import received_attention
 from kvsim.compression.selector import Selector, layer_view
 from kvsim.errors import NotRunnable
 from kvsim.numerics.merging import complement, folded_means, nearest_by_cosine
 from kvsim.numerics.shares import share_out
-from kvsim.ops import Component, OpCall, fold_tokens, nearest_survivors
+from kvsim.ops import Component, OpCall, compression_calls, fold_tokens, nearest_survivors
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup
 
@@ -72,7 +72,7 @@ class D2O(HeavyHitterSelection):
             "nearest_survivors": nearest_survivors(gone, kept, heads, group.k_head_dim, element_bytes),
             "fold_tokens": fold_tokens(gone, kept, heads, channels, element_bytes),
         }
-        return (*calls, *(OpCall(name, work, Component.COMPRESSION) for name, work in works.items()))
+        return (*calls, *compression_calls(works))
 
     def decode_ops(self, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
         calls = tuple(super().decode_ops(layer, model))

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field, PositiveInt
 
 from kvsim.compression.base import HeadCurves, LayerView, TokenCurve, growing
-from kvsim.compression.selection.full_attention import kv_heads
+from kvsim.compression.selection.full_attention import kv_heads, native_token_bytes
 from kvsim.compression.selection.ragged import HeadwiseSelection
 from kvsim.ops import Component, OpCall, compact
-from kvsim.specs.base import DTYPE_BITS
 
 if TYPE_CHECKING:
     from kvsim.specs.model import ModelSpec
@@ -51,9 +50,6 @@ class DelayedEviction(HeadwiseSelection):
     def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return self.head_curves(prompt_tokens, layer)[0].resident
 
-    def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        return self.resident_tokens(prompt_tokens, layer)
-
     def expected_tokens(self, tokens: int) -> float:
         """Tokens expected to stay of so many, on average over heads."""
         newest = min(tokens, self.window_size)
@@ -63,7 +59,7 @@ class DelayedEviction(HeadwiseSelection):
         group = layer.group
         if kv_heads(group) == 0 or self.masked or prompt_tokens <= self.window_size:
             return ()
-        token_bytes = group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
+        token_bytes = native_token_bytes(group, model)
         work = compact(self.expected_tokens(prompt_tokens), token_bytes)
         return (OpCall("compact_kv", work, Component.COMPRESSION),)
 
@@ -72,7 +68,7 @@ class DelayedEviction(HeadwiseSelection):
         if kv_heads(group) == 0 or self.masked:
             return ()
         # The token that leaves the window moves to the head's own pages where it stays.
-        token_bytes = group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
+        token_bytes = native_token_bytes(group, model)
         work = compact(1 - self.compression_ratio, token_bytes)
         return (OpCall("keep_or_drop", work, Component.COMPRESSION),)
 

@@ -9,13 +9,12 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from kvsim.compression.base import HeadCurves, LayerView, TokenCurve, growing
-from kvsim.compression.selection.full_attention import kv_heads
+from kvsim.compression.selection.full_attention import kv_heads, native_token_bytes
 from kvsim.compression.selection.ragged import HeadwiseSelection, keep_where
 from kvsim.compression.selector import Selector
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.positional_attention import early_attention
 from kvsim.ops import Component, OpCall, compact
-from kvsim.specs.base import DTYPE_BITS
 from kvsim.tensors import attend
 
 if TYPE_CHECKING:
@@ -85,15 +84,12 @@ class DuoAttention(HeadwiseSelection):
     def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return self.head_curves(prompt_tokens, layer)[0].resident
 
-    def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        return self.resident_tokens(prompt_tokens, layer)
-
     def prefill_ops(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
         group = layer.group
         if kv_heads(group) == 0 or self.masked or prompt_tokens <= self.streaming_tokens:
             return ()
         moved = self.streaming_share(group) * self.streaming_tokens
-        work = compact(moved, group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8)
+        work = compact(moved, native_token_bytes(group, model))
         return (OpCall("compact_kv", work, Component.COMPRESSION),) if moved else ()
 
     def selector(self) -> Selector:

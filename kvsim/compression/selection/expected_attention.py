@@ -11,8 +11,8 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from kvsim.compression.base import LayerView
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
+from kvsim.compression.selection.prompt_attention import known_prompt_queries
 from kvsim.compression.selection.scored import ScoredSelection
-from kvsim.compression.selection.scores import known_prompt_queries
 from kvsim.numerics.softmax import softmax
 from kvsim.ops import Work, query_statistics, score_expected_attention
 from kvsim.specs.base import DTYPE_BITS

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from kvsim.compression.selection.base import TokenSelection, acts_on
 from kvsim.errors import InvalidSpec
+from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup
 
 if TYPE_CHECKING:
@@ -84,3 +85,8 @@ def whole_tokens(name: str, text: str) -> int:
 def kv_heads(group: LayerGroup) -> int:
     """KV heads whose tokens a layer scores and stores; none where it reads another layer's cache."""
     return 0 if group.shares_kv else group.num_kv_heads
+
+
+def native_token_bytes(group: LayerGroup, model: ModelSpec) -> float:
+    """Bytes of one token's K and V in one layer, as the model makes them."""
+    return group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8

@@ -6,9 +6,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
-from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, BudgetedSelection, kv_heads
-from kvsim.compression.selection.scores import heaviest_and_newest, received_attention
-from kvsim.ops import Component, OpCall, accumulate_attention, compact, select_top_k
+from kvsim.compression.selection.full_attention import (
+    DEFAULT_COMPRESSION_RATIO,
+    BudgetedSelection,
+    kv_heads,
+    native_token_bytes,
+)
+from kvsim.compression.selection.prompt_attention import heaviest_and_newest, received_attention
+from kvsim.ops import Component, OpCall, accumulate_attention, compact, compression_calls, select_top_k
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup
 
@@ -34,9 +39,6 @@ class HeavyHitterSelection(BudgetedSelection):
             return growing(prompt_tokens)
         return growing(prompt_tokens, self.budget_tokens or max(1, self.budget(prompt_tokens)))
 
-    def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        return self.resident_tokens(prompt_tokens, layer)
-
     def keep(self, kv: KvTensors, layer: LayerView) -> IntArray | None:
         """Sums over all prompt queries that the tensors have: H2O's own scores only where that is all of them."""
         layer_kv = kv.layers[layer.index]
@@ -57,14 +59,14 @@ class HeavyHitterSelection(BudgetedSelection):
         kept = self.budget(prompt_tokens)
         if kept < prompt_tokens:
             works["select_top_k"] = select_top_k(prompt_tokens, heads)
-            works["compact_kv"] = compact(kept, group.kv_elements_per_token * element_bytes)
-        return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())
+            works["compact_kv"] = compact(kept, native_token_bytes(group, model))
+        return compression_calls(works)
 
     def decode_ops(self, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
         group = layer.group
         if kv_heads(group) == 0 or not self.evicts:
             return ()
-        token_bytes = group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
+        token_bytes = native_token_bytes(group, model)
         return (OpCall("replace_lightest_token", compact(1, token_bytes), Component.COMPRESSION),)
 
     def decode_score_flops_per_token(self, group: LayerGroup, model: ModelSpec) -> float:

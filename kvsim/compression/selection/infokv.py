@@ -11,17 +11,19 @@ from pydantic import Field, PositiveInt
 from kvsim.compression.base import LayerView
 from kvsim.compression.selection.base import acts_on
 from kvsim.compression.selection.cuts import CutScoredSelection
-from kvsim.compression.selection.decode_work import (
-    candidate_entropy,
-    joint_scores,
-    layer_distance,
-    prompt_logits,
-)
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
 from kvsim.compression.selection.window_scored import WindowScoredSelection
 from kvsim.errors import InvalidSpec
 from kvsim.numerics.softmax import softmax
-from kvsim.ops import Component, OpCall, Work
+from kvsim.ops import (
+    OpCall,
+    Work,
+    candidate_entropy,
+    compression_calls,
+    joint_scores,
+    layer_distance,
+    prompt_logits,
+)
 from kvsim.specs.base import DTYPE_BITS
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ class InfoKV(CutScoredSelection, WindowScoredSelection):
         if kv_heads(layer.group) == 0 or not self.evicts:
             return ()
         works = self._signal_works(tokens, model)
-        return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())
+        return compression_calls(works)
 
     def _signal_works(self, tokens: int, model: ModelSpec) -> dict[str, Work]:
         if self.alpha == 1.0:

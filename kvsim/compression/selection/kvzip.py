@@ -10,13 +10,22 @@ from pydantic import NonNegativeInt
 
 from kvsim.compression.base import LayerView
 from kvsim.compression.selection.base import acts_on
-from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
-from kvsim.compression.selection.ragged import RaggedSelection, keep_where
+from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads, native_token_bytes
+from kvsim.compression.selection.ragged import RaggedSelection
 from kvsim.compression.selection.reconstruction import reconstruction_scores
-from kvsim.compression.selector import Selector, layer_view
+from kvsim.compression.selector import layer_view
 from kvsim.numerics.head_budgets import joint_top_k
 from kvsim.numerics.ranking import mark_largest
-from kvsim.ops import Component, OpCall, Work, attend_again, compact, most_attention, read_again, select_top_k
+from kvsim.ops import (
+    OpCall,
+    Work,
+    attend_again,
+    compact,
+    compression_calls,
+    most_attention,
+    read_again,
+    select_top_k,
+)
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.tensors.kv import REPEAT_CHUNK
 
@@ -75,16 +84,11 @@ class KVzip(RaggedSelection):
     def prefill_scratch_tokens(self, layer: LayerView) -> int:
         return REPEAT_CHUNK if self.compression_ratio != 0.0 else 0
 
-    def selector(self) -> Selector:
-        """Give the algorithm."""
-        return _KeepReconstructed(self)
-
     def keep_mask(self, kv: KvTensors, layer: LayerView) -> BoolArray:
-        return self.keep_masks(kv, layer)[layer.index]
+        return self.keep_masks(kv)[layer.index]
 
-    def keep_masks(self, kv: KvTensors, layer: LayerView) -> list[BoolArray]:
-        """Choose the tokens that stay in all layers, (H, n) each; ``layer`` is any of them."""
-        kept = self.kept_tokens(kv.layers[0].num_tokens, layer)
+    def keep_masks(self, kv: KvTensors) -> list[BoolArray]:
+        kept = self.kept_tokens(kv.layers[0].num_tokens, layer_view(kv, 0))
         scores = [self._scores(kv, index) for index in range(kv.num_layers)]
         if self.budget_over == "head":
             return [mark_largest(rows, kept) for rows in scores]
@@ -104,14 +108,14 @@ class KVzip(RaggedSelection):
         heads = kv_heads(group)
         if heads == 0 or kept >= prompt_tokens:
             return ()
-        token_bytes = group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
+        token_bytes = native_token_bytes(group, model)
         works = {
             **self._second_reading(prompt_tokens, layer, model),
             "select_across_heads": select_top_k(prompt_tokens * heads, 1),
         }
         if not self.masked:
             works["compact_kv"] = compact(kept, token_bytes)
-        return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())
+        return compression_calls(works)
 
     def _second_reading(self, tokens: int, layer: LayerView, model: ModelSpec) -> dict[str, Work]:
         """The share of one layer: layers that the selection leaves alone are read again too, and shared out."""
@@ -129,14 +133,3 @@ class KVzip(RaggedSelection):
                 tokens, queries, kv_heads(group), group.k_head_dim, element_bytes, REPEAT_CHUNK, self.n_sink
             ),
         }
-
-
-class _KeepReconstructed(Selector):
-    """Shares one budget out over all layers."""
-
-    def __init__(self, selection: KVzip) -> None:
-        self.selection = selection
-
-    def select(self, kv: KvTensors) -> KvTensors:
-        """Take what stays, or hide the rest."""
-        return keep_where(kv, self.selection.keep_masks(kv, layer_view(kv, 0)), masked=self.selection.masked)

@@ -10,11 +10,12 @@ import numpy as np
 from pydantic import Field
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
+from kvsim.compression.selection.base import LOG_WEIGHT_BYTES
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
 from kvsim.compression.selection.merge_selector import MergeByLayer
 from kvsim.compression.selection.scorers import ScorerBackedSelection
 from kvsim.numerics.merging import LEAST_NORM, complement, folded_means, nearest_by_cosine, weight_at
-from kvsim.ops import Component, OpCall, fold_tokens, nearest_survivors
+from kvsim.ops import OpCall, compression_calls, fold_tokens, nearest_survivors
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from kvsim.compression.selector import Selector
     from kvsim.specs.model import ModelSpec
     from kvsim.tensors import FloatArray, IntArray, KvTensors, LayerKv
-
-LOG_WEIGHT_BYTES = 4.0
 
 
 class Merging(ScorerBackedSelection):
@@ -67,9 +66,6 @@ class Merging(ScorerBackedSelection):
     def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return growing(self.scored.kept_tokens(prompt_tokens, layer))
 
-    def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        return self.resident_tokens(prompt_tokens, layer)
-
     @property
     def _counts(self) -> bool:
         return self.rule == "counts" and self.evicts
@@ -95,7 +91,7 @@ class Merging(ScorerBackedSelection):
             "nearest_survivors": nearest_survivors(gone, kept, heads, group.k_head_dim, element_bytes),
             "fold_tokens": fold_tokens(gone, kept, heads, channels, element_bytes),
         }
-        return (*calls, *(OpCall(name, work, Component.COMPRESSION) for name, work in works.items()))
+        return (*calls, *compression_calls(works))
 
     def keep(self, kv: KvTensors, layer: LayerView) -> IntArray | None:
         return self.scored.keep(kv, layer)

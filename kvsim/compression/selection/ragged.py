@@ -73,12 +73,13 @@ class RaggedSelection(HeadwiseSelection, BudgetedSelection):
     def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return growing(prompt_tokens if self.masked else self.kept_tokens(prompt_tokens, layer))
 
-    def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        return self.resident_tokens(prompt_tokens, layer)
-
     @abstractmethod
     def keep_mask(self, kv: KvTensors, layer: LayerView) -> BoolArray:
         """Choose the tokens of a prompt that stay, (H, n): `kept_tokens` per head on average, at least one each."""
+
+    def keep_masks(self, kv: KvTensors) -> list[BoolArray]:
+        """Choose in all layers; another way than layer by layer where one budget is shared out over them."""
+        return [self.keep_mask(kv, layer_view(kv, index)) for index in range(kv.num_layers)]
 
     def selector(self) -> Selector:
         """Give the algorithm."""
@@ -86,15 +87,14 @@ class RaggedSelection(HeadwiseSelection, BudgetedSelection):
 
 
 class KeepRagged(Selector):
-    """Asks a selection, layer by layer, which tokens stay in which head."""
+    """Asks a selection which tokens stay in which head."""
 
     def __init__(self, selection: RaggedSelection) -> None:
         self.selection = selection
 
     def select(self, kv: KvTensors) -> KvTensors:
         """Take what stays, or hide the rest."""
-        kept = [self.selection.keep_mask(kv, layer_view(kv, index)) for index in range(kv.num_layers)]
-        return keep_where(kv, kept, masked=self.selection.masked)
+        return keep_where(kv, self.selection.keep_masks(kv), masked=self.selection.masked)
 
 
 def keep_where(kv: KvTensors, kept: list[BoolArray], *, masked: bool) -> KvTensors:

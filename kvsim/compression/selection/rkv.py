@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import Field, PositiveInt, model_validator
 
 from kvsim.compression.base import LayerView
 from kvsim.compression.selection.cuts import CutScoredSelection
-from kvsim.compression.selection.decode_work import joint_scores, key_similarity
 from kvsim.compression.selection.full_attention import kv_heads
-from kvsim.errors import InvalidSpec
+from kvsim.compression.selection.prompt_attention import known_prompt_queries, neighbourhoods
+from kvsim.compression.selection.window_scored import WindowScoredSelection
 from kvsim.numerics.softmax import softmax
-from kvsim.ops import Work, pool_scores, score_with_window
+from kvsim.ops import Work, joint_scores, key_similarity
 from kvsim.specs.base import DTYPE_BITS
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ _ROWS = 512
 """Keys whose similarities are held at a time."""
 
 
-class RKV(CutScoredSelection):
+class RKV(CutScoredSelection, WindowScoredSelection):
     """Z = mix_lambda · importance - (1 - mix_lambda) · redundancy (arXiv 2505.24133; rules of the authors' code).
 
     Importance: softmax over older tokens of the largest logit among the heads of a group, meaned over the last
@@ -63,17 +62,6 @@ class RKV(CutScoredSelection):
             raise ValueError(msg)
         return self
 
-    @property
-    def observed_queries(self) -> int:
-        return self.window_size
-
-    @property
-    def query_aware(self) -> bool:
-        return True
-
-    def least_tokens(self, prompt_tokens: int) -> int:
-        return min(prompt_tokens, self.window_size)
-
     def scores(self, kv: KvTensors, layer: LayerView) -> FloatArray:
         layer_kv = kv.layers[layer.index]
         found = np.full(layer_kv.keys.shape[:2], np.inf, dtype=np.float32)
@@ -85,27 +73,19 @@ class RKV(CutScoredSelection):
         return found
 
     def _importance(self, layer_kv: LayerKv, attention_scale: float, older: int) -> FloatArray:
-        queries = layer_kv.prompt_queries[:, -self.window_size :]
-        if queries.size == 0:
-            msg = "rkv scores tokens with the newest queries, and the KV tensors have no prompt_queries"
-            raise InvalidSpec(msg)
+        queries = known_prompt_queries(layer_kv)[:, -self.window_size :]
         heads, _, dim = layer_kv.keys.shape
         grouped = queries.reshape(heads, -1, queries.shape[1], dim).astype(np.float64)
         logits = attention_scale * np.einsum("hgqd,hnd->hgqn", grouped, layer_kv.keys[:, :older].astype(np.float64))
         weights = softmax(logits.max(axis=1)).mean(axis=1)
-        before = self.kernel_size // 2
-        padded = np.pad(weights, ((0, 0), (before, self.kernel_size - 1 - before)))
-        pooled: FloatArray = sliding_window_view(padded, self.kernel_size, axis=1).max(axis=2)
+        pooled: FloatArray = neighbourhoods(weights, self.kernel_size).max(axis=2)
         return pooled
 
     def score_works(self, prompt_tokens: int, layer: LayerView, model: ModelSpec) -> Mapping[str, Work]:
         group, heads = layer.group, kv_heads(layer.group)
         element_bytes = DTYPE_BITS[model.dtype] / 8
         return {
-            "score_with_window": score_with_window(
-                prompt_tokens, self.window_size, model.num_attention_heads, heads, group.k_head_dim, element_bytes
-            ),
-            "pool_scores": pool_scores(prompt_tokens, heads, self.kernel_size),
+            **super().score_works(prompt_tokens, layer, model),
             "key_similarity": key_similarity(prompt_tokens, heads, group.k_head_dim, element_bytes),
             "joint_scores": joint_scores(prompt_tokens, heads),
         }

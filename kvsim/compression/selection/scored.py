@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
-from kvsim.compression.selection.full_attention import BudgetedSelection, kv_heads
-from kvsim.ops import Component, OpCall, Work, compact, select_top_k
+from kvsim.compression.selection.full_attention import BudgetedSelection, kv_heads, native_token_bytes
+from kvsim.ops import OpCall, Work, compact, compression_calls, select_top_k
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup
 
@@ -42,9 +42,6 @@ class ScoredSelection(BudgetedSelection):
 
     def resident_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
         return growing(self.kept_tokens(prompt_tokens, layer))
-
-    def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        return self.resident_tokens(prompt_tokens, layer)
 
     @abstractmethod
     def scores(self, kv: KvTensors, layer: LayerView) -> FloatArray:
@@ -90,9 +87,9 @@ class ScoredSelection(BudgetedSelection):
         works = {
             **self.score_works(prompt_tokens, layer, model),
             "select_top_k": select_top_k(prompt_tokens, heads),
-            "compact_kv": compact(kept, group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8),
+            "compact_kv": compact(kept, native_token_bytes(group, model)),
         }
-        return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())
+        return compression_calls(works)
 
 
 class KeyScoredSelection(ScoredSelection):

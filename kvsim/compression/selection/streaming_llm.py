@@ -75,9 +75,6 @@ class StreamingLlm(FullAttentionSelection):
             return growing(prompt_tokens)
         return growing(prompt_tokens, self.budget(prompt_tokens))
 
-    def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        return self.resident_tokens(prompt_tokens, layer)
-
     def prefill_resident_tokens(self, processed_tokens: int, layer: LayerView) -> int:
         if self.window_length is None:
             return processed_tokens

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
-from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads
+from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, kv_heads, native_token_bytes
+from kvsim.compression.selection.prompt_attention import received_attention
 from kvsim.compression.selection.scored import ScoredSelection
-from kvsim.compression.selection.scores import received_attention
 from kvsim.ops import Component, OpCall, Work, compact, score_with_window
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup
@@ -65,7 +65,7 @@ class Tova(ScoredSelection):
     def decode_ops(self, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
         if kv_heads(layer.group) == 0 or not self.evicts:
             return ()
-        token_bytes = layer.group.kv_elements_per_token * DTYPE_BITS[model.dtype] / 8
+        token_bytes = native_token_bytes(layer.group, model)
         return (OpCall("replace_lightest_token", compact(1, token_bytes), Component.COMPRESSION),)
 
     def decode_score_work(self, group: LayerGroup, model: ModelSpec) -> Work | None:

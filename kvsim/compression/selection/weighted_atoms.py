@@ -11,13 +11,14 @@ from pydantic import Field, PositiveInt, model_validator
 
 from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.compression.selection.atom_work import AtomShape, compress_works
+from kvsim.compression.selection.base import LOG_WEIGHT_BYTES
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, BudgetedSelection, kv_heads
 from kvsim.compression.selection.merge_selector import stored_natively
 from kvsim.compression.selector import Selector
 from kvsim.errors import InvalidSpec, NotRunnable
 from kvsim.numerics.query_samples import isotropic_queries, key_queries, resolved_spread
 from kvsim.numerics.weighted_atoms import Atoms, Compressor
-from kvsim.ops import Component, OpCall
+from kvsim.ops import Component, OpCall, compression_calls
 from kvsim.specs.base import DTYPE_BITS
 from kvsim.specs.model import LayerGroup
 from kvsim.tensors import KvTensors, LayerKv
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from kvsim.numerics.arrays import DoubleArray
     from kvsim.specs.model import ModelSpec
     from kvsim.tensors import IntArray
-
-LOG_WEIGHT_BYTES = 4.0
-"""An fp32 added to the logit, per atom and KV head."""
 
 
 class WeightedAtoms(BudgetedSelection):
@@ -88,9 +86,6 @@ class WeightedAtoms(BudgetedSelection):
         """Atoms that the streaming form compresses to."""
         return self.budget_tokens or self.budget(prompt_tokens)
 
-    def attended_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve:
-        return self.resident_tokens(prompt_tokens, layer)
-
     def scanned_tokens(self, prompt_tokens: int, layer: LayerView) -> TokenCurve | None:
         """Entries with a log-weight: all, once anything is merged."""
         if kv_heads(layer.group) == 0:
@@ -114,7 +109,7 @@ class WeightedAtoms(BudgetedSelection):
         if kv_heads(layer.group) == 0 or count >= prompt_tokens:
             return ()
         works = compress_works(self._shape(layer, model), prompt_tokens, count, self.block_tokens)
-        return tuple(OpCall(name, work, Component.COMPRESSION) for name, work in works.items())
+        return compression_calls(works)
 
     def decode_ops(self, layer: LayerView, model: ModelSpec) -> Iterable[OpCall]:
         """Compressing again, spread over the steps that fill the buffer.

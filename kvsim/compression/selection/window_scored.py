@@ -1,4 +1,4 @@
-"""What SnapKV and PyramidKV share: the last queries of the prompt score every key."""
+"""What SnapKV and its like share: the last queries of the prompt score every key."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import PositiveInt, model_validator
 
 from kvsim.compression.base import LayerView
 from kvsim.compression.selection.full_attention import kv_heads
+from kvsim.compression.selection.prompt_attention import neighbourhoods, received_attention
 from kvsim.compression.selection.scored import ScoredSelection
-from kvsim.compression.selection.scores import received_attention
 from kvsim.ops import Work, pool_scores, score_with_window
 from kvsim.specs.base import DTYPE_BITS
 
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
 class WindowScoredSelection(ScoredSelection):
     """Keep the tokens that the last ``window_size`` queries attend to, and that window itself.
 
-    The prompt is compressed once, after prefill; generated tokens are all kept. The question must lie in the window,
-    so what is kept serves that question.
+    The question must lie in the window, so what is kept serves that question.
     """
 
     window_size: PositiveInt = 64
@@ -53,9 +51,7 @@ class WindowScoredSelection(ScoredSelection):
 
     def _pooled(self, scores: FloatArray) -> FloatArray:
         """Mean over ``kernel_size`` neighbours, with zeros beyond the ends (kvpress's average pooling)."""
-        before = self.kernel_size // 2
-        padded = np.pad(scores, ((0, 0), (before, self.kernel_size - 1 - before)))
-        pooled: FloatArray = sliding_window_view(padded, self.kernel_size, axis=1).mean(axis=2)
+        pooled: FloatArray = neighbourhoods(scores, self.kernel_size).mean(axis=2)
         return pooled
 
     @property

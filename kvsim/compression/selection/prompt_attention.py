@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from kvsim.errors import InvalidSpec
+from kvsim.numerics.arrays import DoubleArray
 from kvsim.numerics.softmax import softmax
 from kvsim.tensors import FloatArray, IntArray, LayerKv
 
@@ -49,6 +51,13 @@ def known_prompt_queries(layer_kv: LayerKv) -> FloatArray:
         msg = "the method scores tokens with the prompt's queries, and the KV tensors have no prompt_queries"
         raise InvalidSpec(msg)
     return layer_kv.prompt_queries[:, -layer_kv.num_tokens :]
+
+
+def neighbourhoods(scores: FloatArray | DoubleArray, kernel_size: int) -> FloatArray | DoubleArray:
+    """Scores of each token's ``kernel_size`` neighbours, itself among them, (H, n, kernel_size); 0 beyond the ends."""
+    before = kernel_size // 2
+    padded = np.pad(scores, ((0, 0), (before, kernel_size - 1 - before)))
+    return sliding_window_view(padded, kernel_size, axis=1)
 
 
 def heaviest_and_newest(older_scores: FloatArray, heavy: int, newest: int) -> IntArray:
