@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,6 +14,7 @@ from kvsim.batch.rows import Row, failure_row, report_row, to_frame, with_overri
 from kvsim.errors import ScenarioError
 from kvsim.scenario import Scenario
 from kvsim.scenario_file import build_scenario
+from kvsim.workers import worker_pool
 
 if TYPE_CHECKING:
     import polars as pl
@@ -172,24 +170,3 @@ def _evaluate_in_processes(
 
 def _lost(chunk: Sequence[Point], error: BaseException, method: Method) -> list[tuple[int, Row]]:
     return [(p.index, failure_row(error, method, p.scenario, {}, p.overrides)) for p in chunk]
-
-
-@contextmanager
-def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Spawned workers (polars' threads do not survive a fork) that are gone when the block ends, however it ends."""
-    others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt)
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        raise
-    pool.shutdown()
-
-
-def _ignore_interrupt() -> None:
-    """Leave Ctrl-C to the parent, which ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator
@@ -162,12 +163,20 @@ def _parse_name(piece: str, text: str) -> StrategyPart:
 
 
 def _look_up(written: str) -> tuple[type[StrategyPart], str]:
-    wanted = normalised(written)
+    found = _by_spelling().get(normalised(written))
+    if found is None:
+        raise UnknownName(kind="strategy", name=written, known=_known_names())
+    return found
+
+
+@cache
+def _by_spelling() -> Mapping[str, tuple[type[StrategyPart], str]]:
+    """Part and published name by every way to write it; the first part of a spelling has it."""
+    found: dict[str, tuple[type[StrategyPart], str]] = {}
     for part in _PARTS:
         for spelling, name in (*((name, name) for name in part.names), *part.aliases.items()):
-            if normalised(spelling) == wanted:
-                return part, name
-    raise UnknownName(kind="strategy", name=written, known=_known_names())
+            found.setdefault(normalised(spelling), (part, name))
+    return found
 
 
 def _known_names() -> Iterable[str]:

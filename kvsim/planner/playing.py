@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from kvsim.batch.run import worker_pool
 from kvsim.errors import KvsimError
 from kvsim.report import Report
 from kvsim.scenario import Scenario
 from kvsim.simulate import simulate
+from kvsim.workers import worker_pool
 
 WORTH_SPAWNING_S = 6.0
 """Expected seconds of simulation in this process from which others are started; a start takes one to two seconds."""

@@ -71,6 +71,11 @@ class ArrivalSource:
         """Whether requests may appear that no one can foresee."""
         self.next_ticks = self._peek()
 
+    @property
+    def reads_caches(self) -> bool:
+        """Whether a request's replica depends on what the replicas' prefix caches hold when it comes."""
+        return len(self.replicas) > 1 and self._router.reads_caches
+
     def _peek(self) -> int:
         """When the next request reaches an engine."""
         sent = self.sent_ticks[self.queue[self.position]] if self.position < len(self.queue) else NEVER

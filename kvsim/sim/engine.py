@@ -29,6 +29,8 @@ class ReplicaEngine(SharedSteps, DecodeRuns):
         its own state, so they are taken ahead of the clock and paid for in one event.
         """
         env, source, scheduler, batch = self.env, self.source, self.scheduler, self.batch
+        # A plan that is made behind a running step has its blocks in the cache from then on, as vLLM's has.
+        caches_are_read = source.reads_caches and not self.overlaps
         overlaps, runs_ahead, waits, sleep = self.overlaps, self._runs_ahead, self.waits, self.sleep
         # Nobody else looks at the clock of a replica that is alone; it still moves now and then, to show progress.
         clock_from = LONE_STRIDE_TICKS if runs_ahead and len(source.replicas) == 1 else 0
@@ -98,9 +100,12 @@ class ReplicaEngine(SharedSteps, DecodeRuns):
             prompts, leaving, ended = self._prompts_out, scheduler.leaving, self.now
             self._prompts_out, scheduler.leaving = [], []
             self.now += ticks
-            if self._tiers is not None:
+            if self._tiers is not None or caches_are_read:
                 # They hear at its end what a step computed and whom it pushed out.
                 yield sleep(self.now - int(env.now))
+                if caches_are_read:
+                    # Who came while it ran is routed by what could be found then.
+                    source.deliver(self.now)
             if steps:
                 self._advance(steps)
             elif lone:

@@ -87,6 +87,8 @@ class HandoverSource:
     """
 
     is_dynamic = True
+    reads_caches = False
+    """No step waits for its end because of it: an answer's blocks are found from the start of its last step."""
     outstanding = 1
     """Never known to be the last."""
 

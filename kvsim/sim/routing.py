@@ -53,6 +53,11 @@ class Router:
         self._prompt_units = prompt_units
         self._turn = 0
 
+    @property
+    def reads_caches(self) -> bool:
+        """Whether its choice depends on what the replicas' prefix caches hold."""
+        return self._routing == "prefix_aware"
+
     def choose(self, index: int, replicas: Sequence[Replica]) -> int:
         """Position of the replica that request ``index`` goes to."""
         if self._routing == "round_robin":

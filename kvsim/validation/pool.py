@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from kvsim.validation.suite import Options, Progress, Tally
+from kvsim.workers import worker_pool
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
@@ -33,19 +32,14 @@ def in_processes(
             if progress is not None:
                 progress((position + 1) / len(jobs))
         return answers
-    context = multiprocessing.get_context("spawn")
     found: dict[int, Answer] = {}
     size = min(workers, len(jobs))
-    with _single_threaded(), ProcessPoolExecutor(size, mp_context=context, initializer=_ignore_interrupt) as pool:
+    with _single_threaded(), worker_pool(size) as pool:
         pending = {pool.submit(work, job): position for position, job in enumerate(jobs)}
-        try:
-            for future in as_completed(pending):
-                found[pending[future]] = future.result()
-                if progress is not None:
-                    progress(len(found) / len(jobs))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(pending):
+            found[pending[future]] = future.result()
+            if progress is not None:
+                progress(len(found) / len(jobs))
     return [found[position] for position in range(len(jobs))]
 
 
@@ -78,7 +72,3 @@ def _single_threaded() -> Iterator[None]:
     finally:
         for name in mine:
             os.environ.pop(name, None)
-
-
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

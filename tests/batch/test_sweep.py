@@ -4,6 +4,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from kvsim import workers
 from kvsim.batch import SweepSpec, schema, sweep
 from kvsim.batch import run as run_module
 from kvsim.metrics import METRICS
@@ -102,7 +103,7 @@ def test_processes_give_the_same_rows_as_one_process():
 def test_a_dead_worker_becomes_rows(monkeypatch):
     """A worker that is killed (out of memory) must not lose the points that it held."""
     plan = spec(grid={"seed": (1, 2, 3)})
-    monkeypatch.setattr(run_module, "_ignore_interrupt", _die)
+    monkeypatch.setattr(workers, "ignore_interrupt", _die)
     frame = sweep(plan, method="estimate", workers=2)
     assert frame["status"].to_list() == ["error"] * 3
     assert set(frame["error_type"]) == {"BrokenProcessPool"}

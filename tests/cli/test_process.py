@@ -87,8 +87,29 @@ def test_a_closed_pipe_is_no_error():
     assert stderr == ""
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_ends_the_workers_and_leaves_no_file(tmp_path):
+def _first_worker_is_there(pid):
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = status.read_text().rpartition(")")[2].split()[1]
+            if parent == str(pid) and b"spawn_main" in (status.parent / "cmdline").read_bytes():
+                return True
+        except OSError:
+            # It has ended meanwhile.
+            continue
+    return False
+
+
+def _await_first_worker(pid):
+    for _ in range(2000):
+        if _first_worker_is_there(pid):
+            return
+        time.sleep(0.02)
+    pytest.fail("no worker was started")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds workers in /proc")
+@pytest.mark.parametrize("later_s", [0.0, 0.4, 2.0], ids=["as it starts", "as it imports", "as it works"])
+def test_ctrl_c_ends_the_workers_and_leaves_no_file(later_s, tmp_path):
     plan = tmp_path / "sweep.yaml"
     rates = list(range(1, 400))
     plan.write_text(
@@ -97,11 +118,14 @@ def test_ctrl_c_ends_the_workers_and_leaves_no_file(tmp_path):
     )
     out = tmp_path / "out.parquet"
     process = start("sweep", plan, "-o", out, "--workers", "2", start_new_session=True)
-    time.sleep(3)
+    _await_first_worker(process.pid)
+    time.sleep(later_s)
     assert process.poll() is None, process.stderr.read()
     os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
     assert stdout == ""
+    # From nobody a traceback, nor from workers that have only just begun.
+    assert stderr.endswith("interrupted; nothing was written\n")
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == [plan]

@@ -21,6 +21,7 @@ Run = tuple[Compression, StoredCache]
 def _runs_on_tensors(name: str) -> bool:
     compression = parse_compression(name)
     try:
+        compression.selection.selector()
         compression.reduction.codec()
         compression.encoding.codec()
     except NotRunnable:

@@ -32,10 +32,11 @@ def _plain_similarity(keys: np.ndarray, threshold: float) -> np.ndarray:
     count = len(keys)
     total = np.zeros(count)
     for one in range(count):
-        alike = [other for other in range(count) if other != one and unit[one] @ unit[other] > threshold]
+        cosines = (unit @ unit[one]).tolist()
+        alike = [other for other in range(count) if other != one and cosines[other] > threshold]
         for other in range(count):
             if other != one and not (alike and other == alike[-1]):
-                total[other] += unit[one] @ unit[other]
+                total[other] += cosines[other]
     return total / count
 
 

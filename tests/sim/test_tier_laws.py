@@ -199,6 +199,17 @@ def test_keeping_token_ids_alone_changes_no_time(case: Case) -> None:
     assert facts(kept) == facts(with_engine(case, kv_tiers=()).play())
 
 
+@pytest.mark.parametrize("tiers", [(), (RecomputeTier(),)], ids=["no tiers", "recompute"])
+def test_the_router_finds_blocks_once_their_step_has_ended(tiers: tuple[KvTier, ...]) -> None:
+    """A prompt of three steps of 4 ms: its block can be found after the third, with tiers and without."""
+    deployment = deploy(max_num_batched_tokens=8, max_num_seqs=1, replicas=2, async_scheduling=False, kv_tiers=tiers)
+    for arrival_ms, cached in ((8, 0), (11, 0), (13, HASH_TOKENS)):
+        requests = table([0, arrival_ms * MS], [17, 17], [1, 1], hashes=((0,), (0,)))
+        result = build_case(deployment, requests, spare_blocks=0, routing="prefix_aware").play()
+        assert 12 * MS < result.log.first_token[0] < 13 * MS
+        assert sum(record.cached_prompt_tokens for record in result.records) == cached
+
+
 @given(case=hosted_cases())
 @QUICK
 def test_the_short_spelling_is_one_host_tier(case: Case) -> None:

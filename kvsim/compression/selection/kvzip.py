@@ -68,6 +68,10 @@ class KVzip(RaggedSelection):
         return "head" if self.budget_over == "head" else "ragged"
 
     @property
+    def moves_budgets(self) -> bool:
+        return self.evicts and self.budget_over == "model"
+
+    @property
     def needs_signals(self) -> frozenset[SignalName]:
         return frozenset({"repeat_queries"})
 

@@ -13,6 +13,7 @@ from kvsim.compression.base import LayerView, TokenCurve, growing
 from kvsim.compression.selection.atom_work import AtomShape, compress_works
 from kvsim.compression.selection.base import LOG_WEIGHT_BYTES
 from kvsim.compression.selection.full_attention import DEFAULT_COMPRESSION_RATIO, BudgetedSelection, kv_heads
+from kvsim.compression.selection.merge_selector import stored_natively
 from kvsim.compression.selector import Selector
 from kvsim.errors import InvalidSpec, NotRunnable
 from kvsim.numerics.query_samples import isotropic_queries, key_queries, resolved_spread
@@ -163,20 +164,21 @@ class KeepAtoms(Selector):
 
     def select(self, kv: KvTensors) -> KvTensors:
         """Leave atoms."""
-        return replace(kv, layers=tuple(self._layer(layer, kv.attention_scale) for layer in kv.layers))
+        return replace(kv, layers=tuple(self._layer(layer, kv) for layer in kv.layers))
 
-    def _layer(self, layer: LayerKv, attention_scale: float) -> LayerKv:
+    def _layer(self, layer: LayerKv, kv: KvTensors) -> LayerKv:
         count = self.selection.budget(layer.num_tokens)
         if count >= layer.num_tokens:
             return layer
-        heads = [self._head(layer, head, attention_scale, count) for head in range(layer.num_kv_heads)]
-        return replace(
-            layer,
+        heads = [self._head(layer, head, kv.attention_scale, count) for head in range(layer.num_kv_heads)]
+        newest = layer.take(np.stack([one.newest for one in heads]))
+        atoms = replace(
+            newest,
             keys=np.stack([one.keys for one in heads]).astype(np.float32),
             values=np.stack([one.values for one in heads]).astype(np.float32),
-            positions=np.stack([layer.positions[head][one.newest] for head, one in enumerate(heads)]),
             log_weights=np.stack([one.log_weights for one in heads]).astype(np.float32),
         )
+        return stored_natively(newest, atoms, kv.native_bits)
 
     def _head(self, layer: LayerKv, head: int, attention_scale: float, count: int) -> Atoms:
         keys, values = (part[head].astype(np.float64) for part in (layer.keys, layer.values))
