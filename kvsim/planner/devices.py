@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
+from collections.abc import Iterator, Sequence
 
 from kvsim.compression import Compression, parse_compression
 from kvsim.device_catalog import load_device
@@ -16,15 +15,7 @@ from kvsim.planner.reasons import device_facts, probe
 from kvsim.planner.request import PlanRequest
 from kvsim.planner.screen import Screened, Screener
 from kvsim.planner.search import DeviceSearch
-from kvsim.planner.strategies import BASELINES
-
-PROBES: Final[Mapping[str, tuple[str, ...]]] = {
-    "vllm": ("fp8", "int4_per_token_head"),
-    "sglang": ("fp8", "nvfp4"),
-    "tensorrt_llm": ("fp8", "nvfp4"),
-    "llamacpp": ("q8_0", "q4_0"),
-}
-"""An 8-bit and a 4-bit format of the engine, to tell devices apart by."""
+from kvsim.planner.strategies import PROBES, baselines
 
 
 def device_plan(
@@ -92,14 +83,14 @@ def _crossovers(
     today: Screened, cheapest: Screened | None, search: DeviceSearch, screener: Screener
 ) -> Iterator[Crossover]:
     """What runs today and what would be cheapest, each against the baselines."""
-    baselines = tuple(parse_compression(name) for name in BASELINES)
-    candidate, others = today.candidate, baselines
+    held = tuple(parse_compression(name) for name in baselines(today.candidate.engine.kind))
+    candidate, others = today.candidate, held
     if candidate.strategy == Compression():
         # Where nothing is best, the question is when 8 bits would be.
         candidate = candidate._replace(strategy=parse_compression(PROBES[candidate.engine.kind][0]))
-        others = baselines[:1]
+        others = held[:1]
     yield from crossovers(screener, candidate, others, max(1, round(today.batch)), search.model)
-    if cheapest is not None and cheapest.candidate.strategy not in (today.candidate.strategy, *baselines):
+    if cheapest is not None and cheapest.candidate.strategy not in (today.candidate.strategy, *held):
         pair = (today.candidate.strategy,)
         yield from crossovers(screener, cheapest.candidate, pair, max(1, round(cheapest.batch)), search.model)
 

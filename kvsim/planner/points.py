@@ -20,7 +20,7 @@ from kvsim.planner.request import PlanRequest
 from kvsim.planner.screen import Candidate, Screened, Screener
 from kvsim.planner.search import DeviceSearch, rounded, standing
 from kvsim.planner.settings import AXES
-from kvsim.planner.strategies import BASELINES
+from kvsim.planner.strategies import baselines
 from kvsim.report import Report
 from kvsim.specs.engine_options import OWNERS
 
@@ -119,7 +119,7 @@ def plan_point(
         marks=tuple(marks),
         also=tuple(_spoken(other.candidate) for other in described.others.get(id(one), ())),
         limit=limit_of(one, search.device, screener),
-        compared=tuple(compare_with(one, baseline, screener) for baseline in BASELINES),
+        compared=tuple(compare_with(one, baseline, screener) for baseline in baselines(candidate.engine.kind)),
         commands=commands(candidate, search.device, hub_id(request.model), one.longest_tokens),
         runs_on=shipped_by(candidate, search.device.vendor),
         not_shipped=not_shipped(candidate),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
@@ -27,8 +27,18 @@ PAIRS: Final = (
     ("selection", "reduction"),
     ("encoding", "coding"),
 )
-BASELINES: Final = ("native", "fp8")
-"""What every answer is compared with, at equal settings."""
+PROBES: Final[Mapping[str, tuple[str, str]]] = {
+    "vllm": ("fp8", "int4_per_token_head"),
+    "sglang": ("fp8", "nvfp4"),
+    "tensorrt_llm": ("fp8", "nvfp4"),
+    "llamacpp": ("q8_0", "q4_0"),
+}
+"""An 8-bit and a 4-bit format of each engine, to tell devices apart by."""
+
+
+def baselines(engine_kind: str) -> tuple[str, str]:
+    """Give what every answer is compared with, at equal settings: no compression, and the engine's 8 bits."""
+    return "native", PROBES[engine_kind][0]
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class StrategySpace:
 def strategy_space() -> StrategySpace:
     """Every part alone and every pair of parts, the baselines first, then the named strategies."""
     refused: Counter[str] = Counter()
-    found = dict.fromkeys(parse_compression(name) for name in (*BASELINES, *STRATEGIES))
+    found = dict.fromkeys(parse_compression(name) for name in ("native", "fp8", *STRATEGIES))
     found.update(dict.fromkeys(_singles()))
     found.update(dict.fromkeys(_pairs(refused)))
     kept = tuple(one for one in found if _can_serve(one, refused))
