@@ -169,7 +169,7 @@ class _OnDevice:
         kept, cold = self.deployment.device.sustained_decode, self.rate(edge, context)
         if kept is None or cold is None:
             return None
-        return cold * {Edge.CENTRAL: kept.value, Edge.OPTIMISTIC: kept.high, Edge.PESSIMISTIC: kept.low}[edge]
+        return cold * kept.efficiency(edge)
 
     def prefill_s(self, edge: Edge, context: int) -> float | None:
         return total_seconds(prefill_split(self.models[edge], context)) if context else None

@@ -85,7 +85,7 @@ def _cells(answer: EdgeAnswer) -> list[str]:
         _tokens(answer.readable_tokens),
         _tokens(answer.context_tokens),
         answer.limit or UNKNOWN,
-        _spread(answer.prefill_s, _seconds),
+        _spread(answer.prefill_s, format_seconds),
         _spread(answer.decode_tokens_per_s, format_number),
         _spread(answer.sustained_tokens_per_s, format_number),
         _spread(answer.joules_per_token, format_number),
@@ -99,10 +99,6 @@ def _tokens(figure: Figure | None) -> str:
 
 def _whole(value: float) -> str:
     return f"{value:,.0f}"
-
-
-def _seconds(seconds: float) -> str:
-    return format_seconds(seconds)
 
 
 def _minutes(seconds: float) -> str:

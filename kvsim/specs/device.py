@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from kvsim.specs.base import Dtype, Spec
+from kvsim.specs.prior import Banded
 from kvsim.units import Bytes, BytesPerSecond, FlopsPerSecond, Hertz, Joules, Watts
 
 Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.\-]*$")]
@@ -54,20 +55,12 @@ class EnergyFact(Spec):
     source: str
 
 
-class ShareFact(Spec):
+class ShareFact(Banded):
     """A share, and the span of what the source saw."""
 
     value: Annotated[float, Field(gt=0, le=1)]
     low: Annotated[float, Field(gt=0, le=1)]
     high: Annotated[float, Field(gt=0, le=1)]
-    source: str
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not self.low <= self.value <= self.high:
-            msg = "low <= value <= high must hold"
-            raise ValueError(msg)
-        return self
 
 
 class ClockFact(Spec):

@@ -24,15 +24,13 @@ EDGES = tuple(Edge)
 """All edges, the central one first."""
 
 
-class Prior(Spec):
+class Banded(Spec):
     """A value, its band and the measurements behind it."""
 
     value: Positive
     low: Positive
     high: Positive
     source: str
-    per_query_head: bool = False
-    """The kernel unpacks once per query head instead of once per KV head."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -48,6 +46,13 @@ class Prior(Spec):
     def efficiency(self, edge: Edge) -> float:
         """Value at ``edge`` where more means faster."""
         return {Edge.CENTRAL: self.value, Edge.OPTIMISTIC: self.high, Edge.PESSIMISTIC: self.low}[edge]
+
+
+class Prior(Banded):
+    """What kernels reach of a datasheet's peak, or what they cost."""
+
+    per_query_head: bool = False
+    """The kernel unpacks once per query head instead of once per KV head."""
 
 
 PriorTable = dict[str, Prior]
