@@ -13,7 +13,7 @@ import torch
 from kvsim.quality.layer_plans import Freedom, Sensitivity, best_plan, planned, sensitivity_by, uniform
 from kvsim.quality.small_model.plan_questions import FEW_TASKS, Question, decode_question, questions, shares_for
 from kvsim.quality.small_model.plan_results import Contest
-from kvsim.quality.small_model.planning import Bench, DecodeBench, calibration_bench, held_out_bench
+from kvsim.quality.small_model.planning import Bench, DecodeBench, bench
 from kvsim.quality.small_model.tasks import TASKS
 from kvsim.quality.small_model.weights import load_or_train
 
@@ -37,16 +37,16 @@ def run_plan_job(job: PlanJob) -> tuple[Contest, ...]:
     """Measure what is missing of one model, in this process, and give every contender."""
     torch.set_num_threads(1)
     trained = load_or_train(job.architecture, job.seed, job.weights)
-    calibration = calibration_bench(trained, job.folder, job.calibration)
-    held_out = held_out_bench(trained, job.folder, job.test)
+    calibration = bench(trained, job.folder, "calibration", job.calibration)
+    held_out = bench(trained, job.folder, "test", job.test)
     say = partial(print, flush=True)
     every = questions(shares=shares_for(trained.model.shape.num_caches))
     found = [one for asked in every for one in run_contest(asked, calibration, held_out, say)]
     if not job.with_decode:
         return tuple(found)
     decode = (
-        calibration_bench(trained, job.folder, job.decode_calibration, DecodeBench),
-        held_out_bench(trained, job.folder, job.decode_test, DecodeBench),
+        bench(trained, job.folder, "calibration", job.decode_calibration, DecodeBench),
+        bench(trained, job.folder, "test", job.decode_test, DecodeBench),
     )
     return (*found, *run_contest(decode_question(), *decode, say))
 

@@ -6,7 +6,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 import torch
@@ -126,25 +126,19 @@ class DecodeBench(Bench):
         return outcome_of(decode_with(self.trained.model, reference.batch, SCHEDULE, selection), reference)
 
 
-def calibration_bench(
+def bench(
     trained: TrainedModel,
     folder: Path,
+    name: Literal["calibration", "test"],
     count: int,
     kind: type[Bench] = Bench,
     report: Callable[[str], None] | None = None,
 ) -> Bench:
-    """Bench of calibration sequences, ``count`` of each task."""
-    place = folder / f"calibration{kind.phase}" / trained.name
-    return kind(trained, place, lambda task: plan_batch(task, count, trained.name), report)
+    """Bench of calibration or of test sequences, ``count`` of each task."""
 
+    def batch(task: str) -> TaskBatch:
+        if name == "calibration":
+            return plan_batch(task, count, trained.name)
+        return measured_batch(task, count, model=trained.name)
 
-def held_out_bench(
-    trained: TrainedModel,
-    folder: Path,
-    count: int,
-    kind: type[Bench] = Bench,
-    report: Callable[[str], None] | None = None,
-) -> Bench:
-    """Bench of test sequences, ``count`` of each task."""
-    place = folder / f"test{kind.phase}" / trained.name
-    return kind(trained, place, lambda task: measured_batch(task, count, model=trained.name), report)
+    return kind(trained, folder / f"{name}{kind.phase}" / trained.name, batch, report)
